@@ -1,0 +1,253 @@
+"""The recipe: everything that one training run depends on, as a frozen tree that is checked before anything starts."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+FAMILIES = ("gpt2", "llama", "qwen2", "qwen3", "mistral")
+
+
+class Part(BaseModel):
+    """A node of a configuration tree: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Architecture(Part):
+    """A network from scratch, in the terms of its Hugging Face family."""
+
+    family: Literal["gpt2", "llama", "qwen2", "qwen3", "mistral"] = "llama"
+    width: Positive
+    """Hidden size D."""
+    num_layers: Positive
+    num_heads: Positive
+    num_key_value_heads: Positive | None = None
+    """Heads of keys and values (grouped-query attention); as many as `num_heads` if absent. Not for gpt2."""
+    intermediate: Positive | None = None
+    """Width of the feed-forward layer; the family's usual ratio if absent."""
+    max_positions: Positive = 2048
+    tie_embeddings: bool = False
+
+
+class Model(Part):
+    """Where the network comes from: exactly one of `base` and `architecture`."""
+
+    base: str | None = None
+    """A checkpoint of ours, a Hugging Face folder, or a hub name; its weights are the starting point."""
+    architecture: Architecture | None = None
+    mask_token: Literal["new"] | NonNegative = "new"
+    """`new` appends an embedding row; a number reuses that token id (for imported checkpoints)."""
+    attention: Literal["auto", "sdpa", "flex", "flash"] = "auto"
+    """`auto`: flash or fused SDPA where the visibility allows it, FlexAttention on CUDA otherwise, dense SDPA on CPU."""
+    activation_checkpointing: bool = False
+    compile: bool = False
+
+
+class Source(Part):
+    """A folder of shards that `dlm-ray data build` wrote, and its share of the rows."""
+
+    path: str
+    weight: Annotated[float, Field(gt=0.0)] = 1.0
+
+
+class Data(Part):
+    """The rows that the run is trained on."""
+
+    sources: Annotated[tuple[Source, ...], Field(min_length=1)]
+    window_shards: Positive = 8
+    """Rows are permuted within a window of so many shards: larger mixes better and reads less sequentially."""
+    document_mask: bool = True
+    """Packed documents do not see each other."""
+
+
+class Schedule(Part):
+    """alpha(t): the probability that a token is still clean at time t."""
+
+    name: Literal["linear", "polynomial", "cosine"] = "linear"
+    exponent: Annotated[float, Field(gt=0.0)] | None = None
+    """Of `polynomial`: alpha(t) = 1 - t ** exponent."""
+
+
+class Objective(Part):
+    """What is minimised."""
+
+    name: str = "masked"
+    """`masked`, `autoregressive`, or `package.module:Class` for one of your own."""
+    schedule: Schedule = Schedule()
+    shift: bool = True
+    """Position i is predicted by row i-1, as in the AR model that was the base (DiffuLLaMA)."""
+    normalize_by: Literal["all_tokens", "global_masked"] = "all_tokens"
+
+
+class Annealing(Part):
+    """How causal attention becomes bidirectional: the visible share above the diagonal grows linearly from 0 to 1."""
+
+    pattern: Literal["bernoulli", "window", "none"] = "none"
+    """`bernoulli`: each pair alone (DiffuLLaMA); `window`: the nearest future first; `none`: bidirectional at once."""
+    steps: NonNegative = 0
+
+
+class Curriculum(Part):
+    """What changes with the step, other than the learning rate."""
+
+    annealing: Annealing = Annealing()
+
+
+class Optimizer(Part):
+    """AdamW and its learning rate."""
+
+    learning_rate: Annotated[float, Field(gt=0.0)] = 3e-4
+    betas: tuple[Fraction, Fraction] = (0.9, 0.98)
+    epsilon: Annotated[float, Field(gt=0.0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
+    """Of matrices; embeddings, norms and biases are not decayed."""
+    max_gradient_norm: Annotated[float, Field(gt=0.0)] = 1.0
+    warmup_steps: NonNegative = 0
+    rate: Literal["warmup_stable_decay", "cosine", "constant"] = "cosine"
+    decay_steps: NonNegative = 0
+    """Of `warmup_stable_decay`: the last so many steps fall linearly to `final_ratio`."""
+    final_ratio: Fraction = 0.0
+    """The rate at the end, as a share of `learning_rate`."""
+
+
+class Ema(Part):
+    """The exponential moving average of the weights that evaluation, sampling and export use."""
+
+    decay: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.9999
+
+
+class Training(Part):
+    """How long, and in what portions."""
+
+    steps: Positive
+    global_batch_rows: Positive
+    """Rows of one optimizer step over all workers; the number of workers never changes it."""
+    micro_batch_rows: Positive
+    """Rows of one forward pass of one worker."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of activations and gathered weights; the master weights, EMA and gradients' sums are float32."""
+
+
+class Validation(Part):
+    """The bound on held-out rows at fixed draws, in the loop."""
+
+    every_steps: Positive = 100
+    rows: NonNegative = 64
+    """0 turns validation off."""
+
+
+class Checkpoint(Part):
+    """When the state is committed, and how much is kept."""
+
+    every_steps: Positive = 100
+    keep_last: Positive = 2
+
+
+class Parallelism(Part):
+    """The workers."""
+
+    workers: Positive = 1
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    cpus_per_worker: Annotated[float, Field(gt=0.0)] = 1.0
+    max_failures: NonNegative = 3
+    """So many times a crashed group of workers is started again from the last checkpoint."""
+
+
+class Tracking(Part):
+    """Weights & Biases; credentials come from its own login, never from a recipe."""
+
+    wandb: Literal["disabled", "offline", "online"] = "disabled"
+    project: str = "dlm_ray"
+    log_every_steps: Positive = 10
+
+
+class Recipe(Part):
+    """One run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    seed: NonNegative = 0
+    model: Model
+    data: Data
+    objective: Objective = Objective()
+    curriculum: Curriculum = Curriculum()
+    optimizer: Optimizer = Optimizer()
+    ema: Ema | None = None
+    training: Training
+    validation: Validation = Validation()
+    checkpoint: Checkpoint = Checkpoint()
+    parallelism: Parallelism = Parallelism()
+    tracking: Tracking = Tracking()
+
+    @field_validator("seed")
+    @classmethod
+    def _seed_fits(cls, seed: int) -> int:
+        if seed >= 2**32:
+            raise ValueError("must be below 2**32, because it is one word of a counter-based generator's key")
+        return seed
+
+    def contradictions(self) -> list[str]:
+        """Every mistake that involves more than one key, each with its fix; empty if the recipe is consistent."""
+        found = []
+        if (self.model.base is None) == (self.model.architecture is None):
+            both = "both are set" if self.model.base else "neither is set"
+            found.append(f"model: exactly one of model.base and model.architecture is needed, {both}; remove or add one")
+        architecture = self.model.architecture
+        if architecture is not None:
+            if architecture.width % architecture.num_heads:
+                found.append(
+                    f"model.architecture.width={architecture.width} is not divisible by "
+                    f"model.architecture.num_heads={architecture.num_heads}; change either"
+                )
+            if architecture.num_heads % (architecture.num_key_value_heads or architecture.num_heads):
+                found.append(
+                    f"model.architecture.num_heads={architecture.num_heads} is not a multiple of "
+                    f"model.architecture.num_key_value_heads={architecture.num_key_value_heads}; change either"
+                )
+            if architecture.family == "gpt2" and architecture.num_key_value_heads not in (None, architecture.num_heads):
+                found.append(
+                    "model.architecture.num_key_value_heads is not for family gpt2, which has no grouped-query attention; remove it"
+                )
+        schedule = self.objective.schedule
+        if (schedule.name == "polynomial") != (schedule.exponent is not None):
+            found.append(
+                f"objective.schedule.exponent={schedule.exponent} goes with objective.schedule.name=polynomial and with no other, "
+                f"and the name is {schedule.name}; set both or neither"
+            )
+        if self.objective.name == "autoregressive" and not self.objective.shift:
+            found.append("objective.shift=false is impossible with objective.name=autoregressive; remove it")
+        annealing = self.curriculum.annealing
+        if (annealing.pattern == "none") != (annealing.steps == 0):
+            found.append(
+                f"curriculum.annealing: pattern={annealing.pattern} with steps={annealing.steps}; "
+                "set steps > 0 with a pattern, or steps=0 with pattern none"
+            )
+        if self.objective.name == "autoregressive" and annealing.pattern != "none":
+            found.append("curriculum.annealing is not for objective.name=autoregressive, which stays causal; remove it")
+        if annealing.steps > self.training.steps:
+            found.append(
+                f"curriculum.annealing.steps={annealing.steps} exceeds training.steps={self.training.steps}: the model would never "
+                "become bidirectional; lower the first"
+            )
+        optimizer = self.optimizer
+        if (optimizer.rate == "warmup_stable_decay") != (optimizer.decay_steps > 0):
+            found.append(
+                f"optimizer.decay_steps={optimizer.decay_steps} with optimizer.rate={optimizer.rate}: decay_steps > 0 goes with "
+                "warmup_stable_decay and with no other"
+            )
+        if optimizer.warmup_steps + optimizer.decay_steps > self.training.steps:
+            found.append(
+                f"optimizer.warmup_steps={optimizer.warmup_steps} + optimizer.decay_steps={optimizer.decay_steps} exceed "
+                f"training.steps={self.training.steps}; lower either"
+            )
+        if self.training.global_batch_rows < self.parallelism.workers:
+            found.append(
+                f"training.global_batch_rows={self.training.global_batch_rows} is fewer than "
+                f"parallelism.workers={self.parallelism.workers}: a worker would have no row; raise the first or lower the second"
+            )
+        return found
