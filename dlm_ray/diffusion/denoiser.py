@@ -1,0 +1,79 @@
+"""The seam between the papers and the networks: what a denoiser answers, what an objective is given, what it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dlm_ray.diffusion.draws import Draw, DrawKey
+from dlm_ray.diffusion.visibility import Visibility
+
+
+class Denoiser(Protocol):
+    """A network that turns a partly masked row into hidden rows, and hidden rows into whatever of the logits is asked for."""
+
+    mask_id: int
+
+    def hidden(self, input_ids: Tensor, visibility: Visibility) -> Tensor:
+        """[B, L] ids -> [B, L, D] final hidden states."""
+
+    def reduce_logits(self, rows: Tensor, fn: Callable[..., Any], *row_arguments: Tensor) -> Any:
+        """Applies fn(logits [n, V] float32, *arguments [n, ...]) chunk by chunk over rows [N, D]; fn's tensors are concatenated over rows.
+
+        The mask token's logit is -inf: it gets no probability.
+        """
+
+    def rows_for(self, positions: Tensor) -> Tensor:
+        """The hidden rows (flat indices) that predict the tokens at flat `positions`; the only place that knows about the shift."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch, ready for the network."""
+
+    x_0: Tensor
+    """[B, L] int64, the clean tokens."""
+    draw: Draw
+    visibility: Visibility
+
+
+@dataclass(frozen=True)
+class LossSum:
+    """Sums and counts, never means: the training step divides once, by the count over all ranks and micro-batches."""
+
+    weighted_sum: Tensor
+    """Scalar, nats; what is differentiated."""
+    by_name: dict[str, Tensor] = field(default_factory=dict)
+    """Detached scalar sums over scored positions, to log; the step divides them by the global number of scored positions."""
+
+
+class Objective(Protocol):
+    """What is minimised. Also an nn.Module; its own parameters, if any, are trained, saved and left out of exports."""
+
+    def draw(self, key: DrawKey, maskable: Any) -> Draw:
+        """The randomness of the rows of `key`; maskable is [B, L] bool on the host."""
+
+    def count(self, draw: Draw) -> int:
+        """What this micro-batch adds to the count that the loss is divided by."""
+
+    def token_nll(self, denoiser: Denoiser, batch: Batch) -> Tensor:
+        """[R] float32: -log p(x_0) at the scored positions, in nats, without weights."""
+
+    def __call__(self, denoiser: Denoiser, batch: Batch) -> LossSum:
+        """The loss of one micro-batch."""
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """[n, V] float32, [n] int64 -> [n]: -log softmax(logits)[target], in nats."""
+    return torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+
+
+def score(denoiser: Denoiser, input_ids: Tensor, batch: Batch) -> Tensor:
+    """[R] float32: -log p(x_0) in nats at the scored positions of `batch`, after one network call on `input_ids` [B, L]."""
+    hidden = denoiser.hidden(input_ids, batch.visibility)  # [B, L, D]
+    rows = hidden.flatten(0, 1)[denoiser.rows_for(batch.draw.scored)]  # [R, D]
+    return denoiser.reduce_logits(rows, cross_entropy, batch.x_0.flatten()[batch.draw.scored])

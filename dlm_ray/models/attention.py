@@ -1,0 +1,96 @@
+"""The attention function that is registered with transformers: it computes the visibility it is handed, and nothing that the model assumes.
+
+A Denoiser prepares a Visibility once a micro-batch and hands it through the model's keyword arguments. No mask function is registered under the same
+name, so transformers makes no mask of its own (and does not look for packed sequences in the position ids).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from dlm_ray.config.errors import UserError
+from dlm_ray.diffusion.visibility import Visibility
+
+NAME = "dlm_ray"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A visibility in the form that one kernel takes."""
+
+    kernel: Literal["sdpa", "flex", "flash"]
+    is_causal: bool = False
+    mask: Any = None
+    """[B or 1, 1, L, L] bool for sdpa, a BlockMask for flex, None where the kernel needs none."""
+
+
+def prepare(visibility: Visibility, attention: str, num_positions: int, device: torch.device) -> Prepared:
+    """Chooses the kernel and builds its mask, once for all layers.
+
+    Args:
+        visibility: of the micro-batch.
+        attention: `model.attention` of the recipe.
+        num_positions: L.
+        device: of the network.
+
+    Raises:
+        UserError: if flash is asked for a visibility that it cannot compute.
+    """
+    fused = visibility.fused
+    if fused is not None:
+        return Prepared("flash" if attention == "flash" else "sdpa", is_causal=fused == "causal")
+    if attention == "flash":
+        raise UserError(
+            "model.attention=flash computes plain causal and bidirectional attention only, and this run anneals or masks documents; "
+            "set model.attention=auto, or curriculum.annealing.pattern=none and data.document_mask=false"
+        )
+    if attention == "flex" or (attention == "auto" and device.type == "cuda"):
+        return Prepared("flex", mask=visibility.block_mask(num_positions, device))
+    return Prepared("sdpa", mask=visibility.dense(num_positions, device))
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    visibility: Prepared | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """[B, H, L, D/H] queries, [B, H or fewer, L, D/H] keys and values -> [B, L, H, D/H]."""
+    assert visibility is not None, f"{type(module).__name__} does not hand the visibility through to its attention"
+    grouped = query.shape[1] != key.shape[1]
+    if visibility.kernel == "flash":
+        from flash_attn import flash_attn_func
+
+        mixed = flash_attn_func(
+            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), softmax_scale=scaling, causal=visibility.is_causal
+        )
+        return mixed, None
+    if visibility.kernel == "flex":
+        mixed = _flex(query.device.type)(query, key, value, block_mask=visibility.mask, scale=scaling, enable_gqa=grouped)
+    else:
+        mixed = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=visibility.mask, is_causal=visibility.is_causal, scale=scaling, enable_gqa=grouped
+        )
+    return mixed.transpose(1, 2).contiguous(), None
+
+
+@cache
+def _flex(device_type: str) -> Any:
+    """FlexAttention, compiled where there is a GPU to compile it for (uncompiled it stores the scores)."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention) if device_type == "cuda" else flex_attention
+
+
+AttentionInterface.register(NAME, attend)

@@ -1,0 +1,86 @@
+"""A Hugging Face causal LM as a denoiser: hidden states under any visibility, only the logits that somebody asks for, the shift, the mask token."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from dlm_ray.diffusion.visibility import Visibility
+from dlm_ray.models import attention
+
+# Logits of at most so many elements exist at once (float32: 128 MiB); a call with fewer keeps them for its backward pass.
+CHUNK_ELEMENTS = 2**25
+
+
+class HuggingFaceDenoiser(nn.Module):
+    """Implements `diffusion.denoiser.Denoiser` over a network of one of the supported families.
+
+    Args:
+        config: with a row of the embedding for the mask token, if `mask_id` is not None.
+        mask_id: id of the mask token; None for a network that is autoregressive only.
+        shift: position i is predicted by hidden row i-1, as in the AR model (DiffuLLaMA); else by row i.
+        attention_kernel: `model.attention` of the recipe.
+    """
+
+    def __init__(self, config: PreTrainedConfig, mask_id: int | None, shift: bool, attention_kernel: str = "auto"):
+        super().__init__()
+        # transformers writes the attention implementation into the configuration that it is given: ours stays as it is.
+        own = copy.deepcopy(config)
+        self.network: PreTrainedModel = AutoModelForCausalLM.from_config(own, attn_implementation=attention.NAME, dtype=torch.float32)
+        self.mask_id = mask_id
+        self.shift = shift
+        self.attention_kernel = attention_kernel
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The transformer blocks, in order."""
+        body = self.network.base_model
+        return body.h if hasattr(body, "h") else body.layers
+
+    def hidden(self, input_ids: Tensor, visibility: Visibility) -> Tensor:
+        """[B, L] int64 -> [B, L, D]: the states after the final norm. Positions run on over packed documents."""
+        num_rows, num_positions = input_ids.shape
+        prepared = attention.prepare(visibility, self.attention_kernel, num_positions, input_ids.device)
+        positions = torch.arange(num_positions, device=input_ids.device).expand(num_rows, -1)
+        return self.network.base_model(input_ids=input_ids, position_ids=positions, use_cache=False, visibility=prepared).last_hidden_state
+
+    def rows_for(self, positions: Tensor) -> Tensor:
+        """Flat positions (never the first of a row) -> the flat hidden rows that predict them."""
+        return positions - 1 if self.shift else positions
+
+    def reduce_logits(self, rows: Tensor, fn: Callable[..., Any], *row_arguments: Tensor) -> Any:
+        """fn over the logits of `rows` [N, D], in chunks that are computed again in the backward pass: [N, V] never exists.
+
+        Args:
+            rows: [N, D] hidden states.
+            fn: takes logits [n, V] float32 and a chunk of each row argument; returns a tensor of n rows, or a tuple of them.
+            row_arguments: tensors of N rows each.
+        """
+        chunk = max(1, CHUNK_ELEMENTS // self.network.config.vocab_size)
+        if len(rows) <= chunk:
+            return fn(self._logits(rows), *row_arguments)
+        reduced = [
+            checkpoint(lambda part, *given: fn(self._logits(part), *given), *chunks, use_reentrant=False)
+            for chunks in zip(rows.split(chunk), *(argument.split(chunk) for argument in row_arguments), strict=True)
+        ]
+        if isinstance(reduced[0], tuple):
+            return tuple(torch.cat(parts) for parts in zip(*reduced, strict=True))
+        return torch.cat(reduced)
+
+    def _logits(self, rows: Tensor) -> Tensor:
+        """[n, D] -> [n, V] float32; the mask token's logit is left out (its row is the last) or -inf (it is another token's)."""
+        head = self.network.get_output_embeddings()
+        num_rows = head.weight.shape[0]
+        if self.mask_id == num_rows - 1:
+            return F.linear(rows, head.weight[: self.mask_id]).float()
+        logits = F.linear(rows, head.weight).float()
+        if self.mask_id is None:
+            return logits
+        return logits.index_fill(1, torch.tensor(self.mask_id, device=rows.device), float("-inf"))

@@ -1,0 +1,73 @@
+"""The Hugging Face families that are supported, and their configurations: from scratch, from a folder, and made fit for any visibility."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from dlm_ray.config.errors import UserError
+from dlm_ray.config.recipe import FAMILIES, Architecture
+
+
+def scratch_config(architecture: Architecture, vocab_size: int, start_id: int, end_id: int) -> PreTrainedConfig:
+    """The configuration of a network from scratch.
+
+    Args:
+        architecture: of the recipe.
+        vocab_size: rows of the embedding, the mask token's included.
+        start_id, end_id: written into the configuration for generation elsewhere.
+    """
+    shared: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "bos_token_id": start_id,
+        "eos_token_id": end_id,
+        "tie_word_embeddings": architecture.tie_embeddings,
+    }
+    if architecture.family == "gpt2":
+        fields = {
+            "n_embd": architecture.width,
+            "n_layer": architecture.num_layers,
+            "n_head": architecture.num_heads,
+            "n_inner": architecture.intermediate,
+            "n_positions": architecture.max_positions,
+        }
+    else:
+        fields = {
+            "hidden_size": architecture.width,
+            "num_hidden_layers": architecture.num_layers,
+            "num_attention_heads": architecture.num_heads,
+            "num_key_value_heads": architecture.num_key_value_heads or architecture.num_heads,
+            # Two thirds of 4 D, as these families' gated layers have, rounded up to a multiple of 64.
+            "intermediate_size": architecture.intermediate or -(-8 * architecture.width // 3 // 64) * 64,
+            "max_position_embeddings": architecture.max_positions,
+            "head_dim": architecture.width // architecture.num_heads,
+        }
+    return adaptable(AutoConfig.for_model(architecture.family, **shared, **fields))
+
+
+def read_config(fields: dict[str, Any]) -> PreTrainedConfig:
+    """The configuration whose `to_dict()` is `fields` (a config.json, or a manifest's `model.config`).
+
+    Raises:
+        UserError: for a family that is not supported.
+    """
+    fields = dict(fields)
+    family = fields.pop("model_type", None)
+    if family not in FAMILIES:
+        raise UserError(f"model_type={family!r} is not supported; supported families are {', '.join(FAMILIES)}; choose another model.base")
+    return adaptable(AutoConfig.for_model(family, **fields))
+
+
+def adaptable(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The same configuration with nothing in it that would limit or disturb what the visibility says: no sliding window, no dropout."""
+    if getattr(config, "sliding_window", None) is not None:
+        config.sliding_window = None
+    if hasattr(config, "use_sliding_window"):
+        config.use_sliding_window = False
+    if getattr(config, "layer_types", None):
+        config.layer_types = ["full_attention"] * config.num_hidden_layers
+    for name in ("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "summary_first_dropout"):
+        if hasattr(config, name):
+            setattr(config, name, 0.0)
+    return config

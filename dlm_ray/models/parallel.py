@@ -1,0 +1,85 @@
+"""A network that is larger than one device: meta build, activation checkpointing, compile, FSDP2, in that order; then memory and numbers.
+
+Called by training and serving. The root is the module whose `forward` runs the whole objective, because FSDP2 gathers and reduces parameters in
+hooks of `forward`; embedding, final norm and head are the root's own group and stay gathered between forward and backward.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PreTrainedConfig
+
+from dlm_ray.models.denoiser import HuggingFaceDenoiser
+
+
+def build(
+    config: PreTrainedConfig, mask_id: int | None, shift: bool, attention_kernel: str = "auto", *, remat: bool = False, compiled: bool = False
+) -> HuggingFaceDenoiser:
+    """A denoiser on the meta device: shapes without memory."""
+    with torch.device("meta"):
+        denoiser = HuggingFaceDenoiser(config, mask_id, shift, attention_kernel)
+    if remat:
+        denoiser.network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if compiled:
+        for layer in denoiser.layers:
+            layer.compile()
+    return denoiser
+
+
+def shard(root: nn.Module, denoiser: HuggingFaceDenoiser, mesh: DeviceMesh, precision: str) -> None:
+    """FSDP2 over `mesh`, a group a layer and the rest with the root; gathered weights and activations in `precision`, sums in float32."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if precision == "bf16" else MixedPrecisionPolicy()
+    for layer in denoiser.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(root, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+
+
+def materialize(root: nn.Module, denoiser: HuggingFaceDenoiser, device: torch.device) -> None:
+    """Gives meta parameters memory (their numbers are garbage) and buffers their values (rotary frequencies are in no checkpoint)."""
+    root.to_empty(device=device)
+    for module in denoiser.network.modules():
+        if "RotaryEmbedding" in type(module).__name__:
+            denoiser.network._init_weights(module)
+
+
+@torch.no_grad()
+def initialize(denoiser: HuggingFaceDenoiser, seed: int) -> None:
+    """Numbers from scratch by the families' rule, the same on any number of workers: each tensor from (seed, its name).
+
+    Matrices N(0, initializer_range^2), GPT-2's residual projections narrower by sqrt(2 layers), norms 1, biases 0.
+    """
+    config = denoiser.network.config
+    for name, parameter in denoiser.network.named_parameters():
+        owner, _, kind = name.rpartition(".")
+        if kind == "bias":
+            full = torch.zeros(parameter.shape)
+        elif parameter.ndim == 1:
+            full = torch.ones(parameter.shape)
+        else:
+            std = config.initializer_range
+            if config.model_type == "gpt2" and owner.endswith("c_proj"):
+                std /= math.sqrt(2 * config.n_layer)
+            full = torch.empty(parameter.shape).normal_(0.0, std, generator=named_generator(seed, name))
+        copy_full(parameter, full)
+
+
+def named_generator(seed: int, name: str) -> torch.Generator:
+    """A CPU generator that depends on the seed and the name alone."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+
+
+def copy_full(parameter: Tensor, full: Tensor) -> None:
+    """Copies the whole tensor `full`, which every rank has, into a parameter of which this rank may hold a shard."""
+    if isinstance(parameter, DTensor):
+        placed = distribute_tensor(full.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None)
+        parameter.to_local().copy_(placed.to_local())
+    else:
+        parameter.copy_(full)
