@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -54,8 +54,14 @@ class LossSum:
 class Objective(Protocol):
     """What is minimised. Also an nn.Module; its own parameters, if any, are trained, saved and left out of exports."""
 
+    is_causal: bool
+    """Whether it stays causal, so that its likelihood is exact; otherwise attention becomes bidirectional and it is a bound."""
+
     def draw(self, key: DrawKey, maskable: Any) -> Draw:
         """The randomness of the rows of `key`; maskable is [B, L] bool on the host."""
+
+    def evaluation_draw(self, seed: int, keys: Sequence[tuple[int, int]], t: Any, maskable: Any) -> Draw:
+        """The randomness of pairs (number of the draw, row) at given times t [B], for a bound that is compared between models."""
 
     def count(self, draw: Draw) -> int:
         """What this micro-batch adds to the count that the loss is divided by."""

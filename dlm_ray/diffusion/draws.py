@@ -96,24 +96,23 @@ def evaluation_times(seed: int, rows: Sequence[int], num_draws: int) -> np.ndarr
 
 
 def mask_draw(
-    seed: int, stream: int, step: int, rows: Sequence[int], t: np.ndarray, maskable: np.ndarray, schedule: Schedule, weighted: bool = True
+    seed: int, stream: int, keys: Sequence[tuple[int, int]], t: np.ndarray, maskable: np.ndarray, schedule: Schedule
 ) -> Draw:
     """q(x_t | x_0): every maskable token is masked with probability 1 - alpha(t), independently.
 
     Args:
-        seed, stream, step: with the row index, the key of the random numbers.
-        rows: B row indices.
+        seed, stream: with the keys, what the random numbers depend on.
+        keys: B pairs (step, row); in evaluation the number of the draw stands for the step.
         t: [B] times.
         maskable: [B, L] bool.
-        schedule: gives the probability and, if `weighted`, the ELBO weight of every masked position.
-        weighted: False gives weight 1 (for an unweighted cross-entropy).
+        schedule: gives the probability and the ELBO weight of every masked position.
     """
     times = torch.from_numpy(t)  # [B] float64
     probability = schedule.mask_probability(times).numpy()
     num_positions = maskable.shape[1]
-    uniform = np.stack([generator(seed, stream, step, row).random(num_positions) for row in rows])  # [B, L]
+    uniform = np.stack([generator(seed, stream, step, row).random(num_positions) for step, row in keys])  # [B, L]
     is_masked = (uniform < probability[:, None]) & maskable
-    weight = schedule.weight(times).numpy() if weighted else np.ones_like(t)
+    weight = schedule.weight(times).numpy()
     scored = np.flatnonzero(is_masked)
     return make_draw(t, is_masked, scored, weight[scored // num_positions], int(maskable.sum()))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -85,6 +86,17 @@ def annealed(
     if pattern == "window":
         return Visibility("window", threshold=round(ratio * (num_positions - 1)), document_ids=document_ids)
     return Visibility("bernoulli", threshold=round(ratio * 2**32), salt=step, document_ids=document_ids)
+
+
+def documents_apart(document_ids: np.ndarray, document_mask: bool, device: torch.device) -> Tensor | None:
+    """[B, L] int32 groups that do not see each other, or None if nothing has to be kept apart (which lets the faster kernels run).
+
+    Without a document mask, padding alone is kept apart.
+    """
+    groups = document_ids if document_mask else np.minimum(document_ids, 0)
+    if (groups == groups[:, :1]).all():
+        return None
+    return torch.from_numpy(groups).to(device, non_blocking=True)
 
 
 def _hash(query: Any, key: Any, salt: int) -> Any:

@@ -44,6 +44,11 @@ class HuggingFaceDenoiser(nn.Module):
         body = self.network.base_model
         return body.h if hasattr(body, "h") else body.layers
 
+    def vocabulary_names(self) -> set[str]:
+        """Names (within `network`) of the tensors that have a row for every token: the embedding, and the head unless it is tied."""
+        rows = (self.network.get_input_embeddings().weight, self.network.get_output_embeddings().weight)
+        return {name for name, parameter in self.network.named_parameters() if any(parameter is row for row in rows)}
+
     def hidden(self, input_ids: Tensor, visibility: Visibility) -> Tensor:
         """[B, L] int64 -> [B, L, D]: the states after the final norm. Positions run on over packed documents."""
         num_rows, num_positions = input_ids.shape

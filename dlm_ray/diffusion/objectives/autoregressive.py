@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from torch import Tensor, nn
 
@@ -12,10 +14,14 @@ from dlm_ray.diffusion.draws import Draw, DrawKey, make_draw
 class Autoregressive(nn.Module):
     """Next-token cross-entropy over exactly the tokens that the diffusion objectives score, so that their bits compare."""
 
-    is_bound = False
+    is_causal = True
 
     def draw(self, key: DrawKey, maskable: np.ndarray) -> Draw:
         """Nothing is masked and everything is scored, at weight 1."""
+        return exact_draw(maskable)
+
+    def evaluation_draw(self, seed: int, keys: Sequence[tuple[int, int]], t: np.ndarray, maskable: np.ndarray) -> Draw:
+        """The same: there is nothing to draw."""
         return exact_draw(maskable)
 
     def count(self, draw: Draw) -> int:

@@ -5,19 +5,21 @@ L(x_0) = E_{t ~ U(0,1), x_t ~ q(.|x_0)} [ -alpha'_t / (1 - alpha_t) * sum_{n: x_
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dlm_ray.diffusion.denoiser import Batch, Denoiser, LossSum, score
-from dlm_ray.diffusion.draws import MASK, Draw, DrawKey, mask_draw, stratified_times
+from dlm_ray.diffusion.draws import EVALUATION_MASK, MASK, Draw, DrawKey, mask_draw, stratified_times
 from dlm_ray.diffusion.schedules import Schedule
 
 
 class Masked(nn.Module):
     """The negative ELBO of masked diffusion, divided by all tokens (the bound per token) or by the masked ones of the global batch."""
 
-    is_bound = True
+    is_causal = False
 
     def __init__(self, schedule: Schedule, normalize_by: str = "all_tokens"):
         super().__init__()
@@ -26,7 +28,11 @@ class Masked(nn.Module):
 
     def draw(self, key: DrawKey, maskable: np.ndarray) -> Draw:
         """t in strata over the global batch, masks by Bernoulli(1 - alpha(t)), weights -alpha'/(1 - alpha)."""
-        return mask_draw(key.seed, MASK, key.step, key.rows, stratified_times(key), maskable, self.schedule)
+        return mask_draw(key.seed, MASK, [(key.step, row) for row in key.rows], stratified_times(key), maskable, self.schedule)
+
+    def evaluation_draw(self, seed: int, keys: Sequence[tuple[int, int]], t: np.ndarray, maskable: np.ndarray) -> Draw:
+        """The masks of pairs (number of the draw, row) at given times t [B]."""
+        return mask_draw(seed, EVALUATION_MASK, keys, t, maskable, self.schedule)
 
     def count(self, draw: Draw) -> int:
         """Tokens of the rows, or masked tokens, as `normalize_by` says."""

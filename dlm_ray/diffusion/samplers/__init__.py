@@ -1,0 +1,1 @@
+"""Rules (what one denoising step reveals) over a canvas (the whole row)."""

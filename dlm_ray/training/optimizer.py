@@ -1,0 +1,68 @@
+"""AdamW, its parameter groups, and the learning rate as a function of the step."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from dlm_ray.config.recipe import Optimizer
+
+
+def learning_rate(recipe: Optimizer, step: int, num_steps: int) -> float:
+    """The rate of `step` (counted from 0) in a run of `num_steps`: a linear warm-up, then cosine, flat, or flat with a linear end."""
+    floor = recipe.learning_rate * recipe.final_ratio
+    if step < recipe.warmup_steps:
+        return recipe.learning_rate * (step + 1) / recipe.warmup_steps
+    if recipe.rate == "constant":
+        return recipe.learning_rate
+    if recipe.rate == "warmup_stable_decay":
+        left = (num_steps - step) / recipe.decay_steps
+        return floor + (recipe.learning_rate - floor) * min(1.0, left)
+    progress = (step - recipe.warmup_steps) / max(1, num_steps - recipe.warmup_steps)
+    return floor + (recipe.learning_rate - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def build(recipe: Optimizer, root: nn.Module) -> torch.optim.AdamW:
+    """AdamW over every parameter of `root`, with its state made at once (a checkpoint is loaded into it).
+
+    Matrices are decayed; embeddings, norms and biases are not, and neither are an objective's own parameters.
+    """
+    embeddings = {id(module.weight) for module in root.modules() if isinstance(module, nn.Embedding)}
+    decayed, rest, own = [], [], []
+    for name, parameter in root.named_parameters():
+        if name.startswith("objective."):
+            own.append(parameter)
+        elif parameter.ndim > 1 and id(parameter) not in embeddings:
+            decayed.append(parameter)
+        else:
+            rest.append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": recipe.weight_decay},
+        {"params": rest, "weight_decay": 0.0},
+        {"params": own, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(
+        [group for group in groups if group["params"]], lr=recipe.learning_rate, betas=recipe.betas, eps=recipe.epsilon, foreach=True
+    )
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter] = {
+                "step": torch.tensor(0.0),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+    return optimizer
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """The rate of the next step, in every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def set_step(optimizer: torch.optim.Optimizer, step: int) -> None:
+    """The number of steps that were taken, which AdamW's bias correction needs after a resume."""
+    for state in optimizer.state.values():
+        state["step"].fill_(step)

@@ -1,0 +1,146 @@
+"""Where a run starts from: which network the recipe means, and the numbers it begins with."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from dlm_ray.checkpoint import commit, huggingface, weights
+from dlm_ray.config.errors import UserError
+from dlm_ray.config.recipe import Recipe
+from dlm_ray.data.tokenizer import TokenizerIdentity, identity, load_tokenizer
+from dlm_ray.models import families, parallel
+from dlm_ray.models.denoiser import HuggingFaceDenoiser
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Network:
+    """What network a run trains, and what a checkpoint's manifest says of it."""
+
+    config: dict[str, Any]
+    """The Hugging Face configuration, the mask token's embedding row included."""
+    mask_id: int | None
+    shift: bool
+    is_causal: bool
+    base: str | None = None
+    """Folder, checkpoint or hub name whose weights the run starts from; None from scratch or on resume."""
+    base_has_mask_row: bool = False
+
+    def as_manifest(self) -> dict[str, Any]:
+        """The part of it that a checkpoint keeps."""
+        return {"config": self.config, "mask_id": self.mask_id, "shift": self.shift, "is_causal": self.is_causal}
+
+    @classmethod
+    def from_manifest(cls, fields: dict[str, Any]) -> Network:
+        """The network of a checkpoint."""
+        return cls(config=fields["config"], mask_id=fields["mask_id"], shift=fields["shift"], is_causal=fields["is_causal"])
+
+
+def resolve(recipe: Recipe, is_causal: bool, tokenizer: TokenizerIdentity) -> Network:
+    """The network that the recipe means, on data of this tokenizer.
+
+    Raises:
+        UserError: if the base was made with another tokenizer, has too few embedding rows, or is of an unknown family.
+    """
+    if recipe.model.architecture is not None:
+        mask_id = None if is_causal else _mask_id(recipe, tokenizer.vocab_size)
+        rows = tokenizer.vocab_size + (mask_id == tokenizer.vocab_size)
+        config = families.scratch_config(recipe.model.architecture, rows, tokenizer.start_id, tokenizer.end_id)
+        shift = recipe.objective.shift
+        return Network(_finished(config, is_causal, mask_id, shift), mask_id, shift, is_causal)
+    assert recipe.model.base is not None, "a recipe has a base or an architecture"
+    base = recipe.model.base
+    fields, base_mask_id, base_identity = _describe_base(base)
+    if base_identity.sha256 != tokenizer.sha256:
+        raise UserError(
+            f"model.base={base} was made with tokenizer {base_identity.name} (sha256 {base_identity.sha256[:12]}) and data.sources with "
+            f"{tokenizer.name} ({tokenizer.sha256[:12]}); build the data with `dlm-ray data build --tokenizer {base}`, or change model.base"
+        )
+    config = families.read_config(fields)
+    if config.vocab_size < tokenizer.vocab_size:
+        raise UserError(
+            f"model.base={base} has {config.vocab_size} embedding rows and its tokenizer {tokenizer.vocab_size} tokens; choose another model.base"
+        )
+    mask_id = base_mask_id
+    if mask_id is None and not is_causal:
+        mask_id = _mask_id(recipe, config.vocab_size)
+    appended = base_mask_id is None and mask_id == config.vocab_size
+    config.vocab_size += appended
+    shift = recipe.objective.shift
+    return Network(_finished(config, is_causal, mask_id, shift), mask_id, shift, is_causal, base=base, base_has_mask_row=not appended)
+
+
+def build(recipe: Recipe, network: Network, mesh: DeviceMesh, device: torch.device, root_of: Any) -> tuple[nn.Module, HuggingFaceDenoiser]:
+    """The sharded root with memory but without numbers; `root_of` makes the root module from the denoiser."""
+    denoiser = parallel.build(
+        families.read_config(network.config),
+        network.mask_id,
+        network.shift,
+        recipe.model.attention,
+        remat=recipe.model.activation_checkpointing,
+        compiled=recipe.model.compile,
+    )
+    root = root_of(denoiser)
+    parallel.shard(root, denoiser, mesh, recipe.training.precision)
+    parallel.materialize(root, denoiser, device)
+    return root, denoiser
+
+
+def fill(recipe: Recipe, network: Network, denoiser: HuggingFaceDenoiser) -> None:
+    """The numbers of a fresh run: from scratch, or the base's, with a new row for the mask token where it has none.
+
+    The new row is the mean of the embeddings plus N(0, 1/D) noise (DiffuGPT); its norm is logged.
+    """
+    if network.base is None:
+        parallel.initialize(denoiser, recipe.seed)
+        return
+    tensors = dict(denoiser.network.named_parameters())
+    extra_rows = set() if network.base_has_mask_row else denoiser.vocabulary_names()
+    checkpoint = weights.our_checkpoint(network.base)
+    if checkpoint is None:
+        folder = huggingface.resolve_folder(network.base)
+        norms = huggingface.load_safetensors(folder, tensors, optional={"lm_head.weight"}, extra_rows=extra_rows, seed=recipe.seed)
+    else:
+        norms = weights.load_weights(checkpoint, tensors, extra_rows=extra_rows, seed=recipe.seed)
+    for name, norm in norms.items():
+        log.info("new row of %s for the mask token: norm %.3f", name, norm)
+
+
+def _describe_base(base: str) -> tuple[dict[str, Any], int | None, TokenizerIdentity]:
+    """Configuration, mask id and tokenizer identity of a base."""
+    checkpoint = weights.our_checkpoint(base)
+    if checkpoint is not None:
+        manifest = commit.read_manifest(checkpoint)
+        return manifest.model["config"], manifest.model["mask_id"], TokenizerIdentity(**manifest.tokenizer)
+    folder = huggingface.resolve_folder(base)
+    fields = json.loads((Path(folder) / "config.json").read_text())
+    return fields, fields.get("mask_token_id"), identity(load_tokenizer(str(folder)))
+
+
+def _mask_id(recipe: Recipe, vocab_size: int) -> int:
+    """The id that the recipe asks for: a new row at the end, or an existing one."""
+    asked = recipe.model.mask_token
+    if asked == "new":
+        return vocab_size
+    if asked >= vocab_size:
+        raise UserError(f"model.mask_token={asked} is not below the vocabulary's {vocab_size} rows; give an id below it, or `new`")
+    return asked
+
+
+def _finished(config: Any, is_causal: bool, mask_id: int | None, shift: bool) -> dict[str, Any]:
+    """The configuration as a checkpoint and an export carry it: stock transformers reads `is_causal`, we read the rest."""
+    fields = config.to_dict()
+    fields.pop("dtype", None)
+    fields["is_causal"] = is_causal
+    if mask_id is not None:
+        fields |= {"mask_token_id": mask_id, "shift": shift}
+    return fields

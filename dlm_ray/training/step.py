@@ -1,0 +1,110 @@
+"""One optimizer step: every micro-batch through the objective, one division by the global count, clip, AdamW."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from dlm_ray.config.recipe import Recipe
+from dlm_ray.diffusion.denoiser import Batch, LossSum
+from dlm_ray.diffusion.draws import DrawKey, maskable_positions
+from dlm_ray.training import curriculum
+
+
+class Trainee(nn.Module):
+    """The root that FSDP2 wraps: its forward runs the whole objective, so that every collective is issued in one order on all ranks."""
+
+    def __init__(self, denoiser: nn.Module, objective: nn.Module):
+        super().__init__()
+        self.denoiser = denoiser
+        self.objective = objective
+
+    def forward(self, batch: Batch, score_only: bool = False) -> Any:
+        """LossSum of the micro-batch, or with `score_only` the [R] nats of its scored positions."""
+        if score_only:
+            return self.objective.token_nll(self.denoiser, batch)
+        return self.objective(self.denoiser, batch)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step did; tensors stay on the device until somebody logs them."""
+
+    sums: Tensor
+    """[1 + names] this rank's sums: the weighted loss first, then `names`."""
+    names: tuple[str, ...]
+    count: int
+    num_scored: int
+    gradient_norm: Tensor
+    """Scalar, of the global gradient before clipping."""
+
+    def metrics(self) -> dict[str, float]:
+        """The step's means over all ranks; collective."""
+        sums = self.sums.clone()
+        dist.all_reduce(sums)
+        values = sums.tolist()
+        named = {name: value / max(1, self.num_scored) for name, value in zip(self.names, values[1:], strict=True)}
+        return {"loss": values[0] / self.count, "gradient_norm": self.gradient_norm.item(), **named}
+
+
+def num_micro_steps(recipe: Recipe, world_size: int) -> int:
+    """Forward passes of one worker in one step: as many on every worker as the one with most rows needs."""
+    most = -(-recipe.training.global_batch_rows // world_size)
+    return -(-most // recipe.training.micro_batch_rows)
+
+
+def micro_batches(
+    recipe: Recipe, objective: Any, rows: Sequence[Any], step: int, rank: int, world_size: int, device: torch.device
+) -> list[Batch]:
+    """This rank's rows of one global batch as `num_micro_steps` batches with their draws.
+
+    A rank with fewer rows than micro-steps runs its first row again with nothing masked and nothing scored.
+    """
+    total = recipe.training.global_batch_rows
+    share = np.array_split(np.arange(total), world_size)[rank]
+    assert len(share) == len(rows), f"the stream gave {len(rows)} rows where this rank's share of the global batch is {len(share)}"
+    batches = []
+    for part in np.array_split(np.arange(len(share)), num_micro_steps(recipe, world_size)):
+        chosen = [rows[i] for i in part] or [rows[0]]
+        x_0 = np.stack([row.input_ids for row in chosen]).astype(np.int64)
+        document_ids = np.stack([row.document_ids for row in chosen]).astype(np.int32)
+        maskable = maskable_positions(document_ids) & (len(part) > 0)
+        numbers = [int(share[i]) for i in part] or [int(share[0])]
+        draw = objective.draw(DrawKey(recipe.seed, step, numbers, total), maskable)
+        visible = curriculum.visibility(recipe, objective.is_causal, step, document_ids, device)
+        batches.append(Batch(torch.from_numpy(x_0).to(device, non_blocking=True), draw.to(device), visible))
+    return batches
+
+
+def train_step(
+    root: nn.Module, objective: Any, optimizer: torch.optim.Optimizer, batches: Sequence[Batch], max_norm: float, host_group: Any
+) -> StepResult:
+    """Forward, backward, clip and update over the global batch of which `batches` is this rank's part.
+
+    The counts are on the host, so the division is known before the first backward pass and nothing waits for the device.
+    """
+    counts = torch.tensor([sum(objective.count(batch.draw) for batch in batches), sum(batch.draw.num_scored for batch in batches)])
+    dist.all_reduce(counts, group=host_group)
+    count, num_scored = max(1, int(counts[0])), int(counts[1])
+    sums: Tensor | None = None
+    names: tuple[str, ...] = ()
+    for i, batch in enumerate(batches):
+        root.set_requires_gradient_sync(i == len(batches) - 1)
+        loss: LossSum = root(batch)
+        # FSDP2 averages gradients over ranks; the loss is a sum over them.
+        (loss.weighted_sum * (dist.get_world_size() / count)).backward()
+        names = tuple(loss.by_name)
+        parts = torch.stack([loss.weighted_sum.detach(), *loss.by_name.values()]).double()
+        sums = parts if sums is None else sums + parts
+    norm = torch.nn.utils.clip_grad_norm_(root.parameters(), max_norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    assert sums is not None, "a step has at least one micro-batch"
+    return StepResult(sums, names, count, num_scored, norm.full_tensor() if isinstance(norm, DTensor) else norm)

@@ -1,0 +1,65 @@
+"""The bound on held-out rows inside the training loop: fixed rows and draws, so that two values differ by the model alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from dlm_ray.config.recipe import Recipe
+from dlm_ray.diffusion.draws import evaluation_times, maskable_positions
+from dlm_ray.diffusion.likelihood import bits_per_byte, evaluation_batch
+from dlm_ray.training import curriculum
+
+DRAWS_PER_ROW = 4
+TIME_BINS = 5
+
+
+def validate(
+    recipe: Recipe, root: nn.Module, objective: Any, rows: Sequence[Any], rank: int, world_size: int, device: torch.device
+) -> dict[str, Any]:
+    """Nats a token and bits a byte of `rows`, and the unweighted cross-entropy by bin of t. Collective: every rank passes the same rows.
+
+    Returns:
+        nats_per_token, bits_per_byte, and for a diffusion objective masked_nll_by_t: TIME_BINS means over t in equal bins of (0, 1).
+    """
+    x_0 = np.stack([row.input_ids for row in rows]).astype(np.int64)
+    document_ids = np.stack([row.document_ids for row in rows])
+    draws = 1 if objective.is_causal else DRAWS_PER_ROW
+    pairs = [(row, number) for row in range(len(rows)) for number in range(draws)]
+    mine = np.array_split(np.arange(len(pairs)), world_size)[rank]
+    num_batches = -(-(-(-len(pairs) // world_size)) // recipe.training.micro_batch_rows)
+    times = evaluation_times(recipe.seed, range(len(rows)), draws)
+    sums = torch.zeros(1 + 2 * TIME_BINS, dtype=torch.float64, device=device)  # nats; nll by bin; count by bin
+    with torch.no_grad():
+        for part in np.array_split(mine, num_batches):
+            chosen = [pairs[i] for i in part] or [pairs[0]]
+            batch = evaluation_batch(
+                objective,
+                x_0,
+                document_ids,
+                chosen,
+                times,
+                recipe.seed,
+                lambda ids: curriculum.visibility(recipe, objective.is_causal, None, ids, device),
+                device,
+                is_real=len(part) > 0,
+            )
+            nll = root(batch, score_only=True).double()
+            is_scored = (batch.draw.weight > 0).double()
+            sums[0] += (batch.draw.weight * nll).sum()
+            bins = (batch.draw.t[batch.draw.scored // x_0.shape[1]] * TIME_BINS).long().clamp(max=TIME_BINS - 1)
+            sums[1 : 1 + TIME_BINS].index_add_(0, bins, is_scored * nll)
+            sums[1 + TIME_BINS :].index_add_(0, bins, is_scored)
+    dist.all_reduce(sums)
+    nats = sums[0].item() / draws
+    num_bytes = sum(int(row.num_bytes.sum()) for row in rows)
+    result = {"nats_per_token": nats / int(maskable_positions(document_ids).sum()), "bits_per_byte": bits_per_byte(nats, num_bytes)}
+    if not objective.is_causal:
+        means = sums[1 : 1 + TIME_BINS] / sums[1 + TIME_BINS :].clamp(min=1)
+        result["masked_nll_by_t"] = means.tolist()
+    return result
