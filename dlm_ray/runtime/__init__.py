@@ -1,0 +1,1 @@
+"""Everything on Ray. The only folder that imports it."""

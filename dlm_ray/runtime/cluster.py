@@ -1,0 +1,63 @@
+"""The Ray cluster that a command uses: the one that RAY_ADDRESS names, or one of its own on this machine for as long as it runs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+# Ray reads these when it is imported. Usage reports are off: nobody asked for them.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
+os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+import ray  # noqa: E402
+
+from dlm_ray.config.errors import UserError  # noqa: E402
+from dlm_ray.config.recipe import Parallelism  # noqa: E402
+
+
+@contextmanager
+def session() -> Iterator[None]:
+    """A Ray cluster within the context: one that is connected already, RAY_ADDRESS's, or a local one that ends with the context."""
+    if ray.is_initialized():
+        yield
+        return
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+    else:
+        # The dashboard stays on: Ray Train asks its State API whether a controller has died, and leaks placement groups without an answer.
+        ray.init(
+            address="local",
+            include_dashboard=True,
+            dashboard_host="127.0.0.1",
+            object_store_memory=256 * 2**20,
+            log_to_driver=False,
+            logging_level="ERROR",
+        )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def check_fits(parallelism: Parallelism) -> None:
+    """Raises UserError if the workers ask for more than the connected cluster has; Ray would wait for it for ever."""
+    resources = ray.cluster_resources()
+    cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
+    needed = parallelism.workers * parallelism.cpus_per_worker
+    if needed > cpus:
+        raise UserError(
+            f"parallelism.workers={parallelism.workers} with parallelism.cpus_per_worker={parallelism.cpus_per_worker:g} need {needed:g} CPUs, "
+            f"and the cluster has {cpus:g}; set parallelism.workers to at most {int(cpus // parallelism.cpus_per_worker)}, or lower "
+            "parallelism.cpus_per_worker"
+        )
+    if parallelism.device == "cuda" and parallelism.workers > gpus:
+        raise UserError(
+            f"parallelism.workers={parallelism.workers} with parallelism.device=cuda need as many GPUs, and the cluster has {gpus:g}; lower "
+            "parallelism.workers or set parallelism.device=cpu"
+        )

@@ -1,0 +1,200 @@
+"""A recipe on Ray Train: starts the workers, restarts them from the last checkpoint after a failure, and follows the run's metrics."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dlm_ray.checkpoint import commit, listing
+from dlm_ray.config.errors import DamageError, UserError
+from dlm_ray.config.load import dump, run_name
+from dlm_ray.config.recipe import Recipe
+from dlm_ray.runtime import cluster  # first of all: it sets what Ray reads when it is imported
+
+# isort: split
+import ray
+import ray.train
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+from ray.train.v2.api.report_config import CheckpointUploadMode
+
+from dlm_ray.data.reading import open_sources
+from dlm_ray.diffusion import objectives, schedules
+from dlm_ray.runtime.stream import ray_data_stream
+from dlm_ray.training import loop, start
+
+log = logging.getLogger(__name__)
+
+OnEvent = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Where a run lies, and how it ended."""
+
+    run_dir: Path
+    checkpoint: str
+    step: int
+    already_finished: bool
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+
+def fit(recipe: Recipe, out: str | Path = "runs", *, fresh: bool = False, on_event: OnEvent | None = None) -> RunResult:
+    """Runs the recipe to its end on Ray; the same call resumes a run that was interrupted, and tells a finished one at once.
+
+    Args:
+        recipe: the run.
+        out: its directory is `<out>/<name>-<hash8>`; workers on other machines must see the same path.
+        fresh: starts another run beside those that are there.
+        on_event: called with every line of `metrics.jsonl` while the workers run.
+
+    Raises:
+        UserError: if the recipe does not fit the data, its base or the cluster; before any worker starts.
+        DamageError: if a shard or a checkpoint is damaged.
+        RuntimeError: if the workers failed more often than `parallelism.max_failures`, with the cause.
+    """
+    run_dir = _run_dir(recipe, Path(out).absolute(), fresh)
+    finished = _finished(recipe, run_dir)
+    if finished is not None:
+        return finished
+    _check_before_starting(recipe)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "recipe.yaml").write_text(dump(recipe))
+    # Which checkpoints there are is said by their manifests. Ray's own list may name pruned ones, and would then refuse to start.
+    (run_dir / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
+    with cluster.session():
+        cluster.check_fits(recipe.parallelism)
+        with _followed(run_dir / "metrics.jsonl", on_event):
+            try:
+                _trainer(recipe, run_dir).fit()
+            except TrainingFailedError as error:
+                raise _cause(error) from error
+    result = _finished(recipe, run_dir)
+    assert result is not None, f"Ray Train ended without an error, and {run_dir} holds no checkpoint of the last step"
+    return RunResult(run_dir, result.checkpoint, result.step, already_finished=False, metrics=result.metrics)
+
+
+def _trainer(recipe: Recipe, run_dir: Path) -> TorchTrainer:
+    parallelism = recipe.parallelism
+    use_gpu = parallelism.device == "cuda" or (parallelism.device == "auto" and ray.cluster_resources().get("GPU", 0) >= parallelism.workers)
+    return TorchTrainer(
+        _worker,
+        train_loop_config={"recipe": recipe.model_dump(mode="json"), "run_dir": str(run_dir), "device": "cuda" if use_gpu else "cpu"},
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=parallelism.workers, use_gpu=use_gpu, resources_per_worker={"CPU": parallelism.cpus_per_worker, "GPU": float(use_gpu)}
+        ),
+        run_config=ray.train.RunConfig(
+            name=run_dir.name,
+            storage_path=str(run_dir.parent),
+            failure_config=ray.train.FailureConfig(max_failures=parallelism.max_failures),
+        ),
+    )
+
+
+def _worker(config: dict[str, Any]) -> None:
+    """What every worker runs: `training.fit` with rows from Ray Data, telling Ray of each commit."""
+    import torch
+
+    fields = config["recipe"]
+    fields["parallelism"]["device"] = config["device"]
+    recipe = Recipe.model_validate(fields)
+    torch.set_num_threads(max(1, int(recipe.parallelism.cpus_per_worker)))
+    is_first = ray.train.get_context().get_world_rank() == 0
+
+    def report(metrics: dict[str, Any], directory: str | None) -> None:
+        # Every rank has written its part where it belongs: Ray has nothing to copy.
+        ray.train.report(
+            metrics,
+            checkpoint=ray.train.Checkpoint(directory) if is_first else None,
+            checkpoint_dir_name=Path(str(directory)).name,
+            checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
+        )
+
+    loop.fit(recipe, config["run_dir"], stream=ray_data_stream, report=report)
+
+
+def _run_dir(recipe: Recipe, out: Path, fresh: bool) -> Path:
+    """`<out>/<name>-<hash8>`; a fresh one gets the first free number behind it."""
+    first = out / run_name(recipe)
+    if not fresh or not first.exists():
+        return first
+    return next(path for path in (out / f"{first.name}-{number}" for number in range(2, 10_000)) if not path.exists())
+
+
+def _finished(recipe: Recipe, run_dir: Path) -> RunResult | None:
+    latest = listing.latest(str(run_dir))
+    if latest is None:
+        return None
+    manifest = commit.read_manifest(latest)
+    if manifest.step < recipe.training.steps:
+        return None
+    return RunResult(run_dir, latest, manifest.step, already_finished=True, metrics=manifest.extra["metrics"])
+
+
+def _check_before_starting(recipe: Recipe) -> None:
+    """What would fail in every worker fails here, once and in seconds: data, tokenizer, base, family, objective."""
+    indexes = open_sources(recipe.data.sources)
+    schedule = schedules.build(recipe.objective.schedule.name, recipe.objective.schedule.exponent)
+    try:
+        objective = objectives.build(recipe.objective.name, schedule, recipe.objective.normalize_by)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    network = start.resolve(recipe, objective.is_causal, indexes[0].tokenizer)
+    positions = network.config.get("max_position_embeddings") or network.config.get("n_positions")
+    if positions is not None and positions < indexes[0].row_tokens:
+        raise UserError(
+            f"data.sources hold rows of {indexes[0].row_tokens} tokens, and the network has {positions} positions; build the data with "
+            f"--row-tokens {positions} or less, or choose another model"
+        )
+
+
+def _cause(error: TrainingFailedError) -> Exception:
+    """The failure of a worker that explains the others: a user's or a damaged file if there is one, else the first."""
+    if not isinstance(error, WorkerGroupError):
+        return RuntimeError(str(error))
+    failures = [getattr(failure, "_base_exc", failure) for failure in error.worker_failures.values()]
+    for kind in (DamageError, UserError, FloatingPointError):
+        for failure in failures:
+            if isinstance(failure, kind):
+                return failure
+    return RuntimeError(f"the workers failed: {failures[0]!r}" if failures else str(error))
+
+
+@contextmanager
+def _followed(path: Path, on_event: OnEvent | None) -> Iterator[None]:
+    """Within the context a thread hands every new line of `path` to `on_event`."""
+    if on_event is None:
+        yield
+        return
+    stop = threading.Event()
+
+    def follow(handle: OnEvent) -> None:
+        seen = path.stat().st_size if path.exists() else 0
+        while True:
+            last_round = stop.wait(0.5)
+            if path.exists():
+                size = path.stat().st_size
+                with path.open() as lines:
+                    lines.seek(seen if size >= seen else 0)  # a resumed run writes the file anew
+                    text = lines.read()
+                whole = text[: text.rfind("\n") + 1]
+                seen = (seen if size >= seen else 0) + len(whole.encode())
+                for line in whole.splitlines():
+                    handle(json.loads(line))
+            if last_round:
+                return
+
+    follower = threading.Thread(target=follow, args=(on_event,), daemon=True)
+    follower.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        follower.join()

@@ -1,0 +1,110 @@
+"""MD4's continuous-time bound against exact enumeration on a vocabulary of 4, and the invariances it must have."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from toy import LENGTH, MASK, TableDenoiser, exact_nelbo, texts
+
+from dlm_ray.diffusion.denoiser import Batch
+from dlm_ray.diffusion.draws import DrawKey, make_draw
+from dlm_ray.diffusion.likelihood import token_nats
+from dlm_ray.diffusion.objectives import Autoregressive, Masked, build
+from dlm_ray.diffusion.schedules import Cosine, Polynomial
+from dlm_ray.diffusion.visibility import Visibility
+
+FULL = Visibility("bidirectional")
+SCHEDULES = [Polynomial(1.0), Polynomial(2.0), Cosine()]
+
+
+def batch_of(x_0, is_masked, weight):
+    scored = np.flatnonzero(is_masked)
+    draw = make_draw(np.full(len(is_masked), 0.5), is_masked, scored, np.full(len(scored), weight), is_masked[:, 1:].size)
+    return Batch(x_0, draw, FULL)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+def test_the_bound_equals_the_enumerated_one_on_any_schedule(schedule):
+    """Integrates the objective over t by quadrature and over masks by enumeration; t drops out of the enumerated form."""
+    denoiser, x_0 = TableDenoiser(), torch.tensor([0, 2, 1, 3])
+    nodes, node_weights = np.polynomial.legendre.leggauss(200)
+    integral = 0.0
+    for t, dt in zip((nodes + 1) / 2, node_weights / 2, strict=True):
+        time = torch.tensor(t, dtype=torch.float64)
+        p, weight = schedule.mask_probability(time).item(), schedule.weight(time).item()
+        for pattern in itertools.product([False, True], repeat=LENGTH):
+            if not any(pattern):
+                continue
+            probability = math.prod(p if masked else 1 - p for masked in pattern)
+            batch = batch_of(x_0[None], np.array([[False, *pattern]]), 1.0)
+            nll = Masked(schedule)(denoiser, batch).weighted_sum.item()
+            integral += dt * weight * probability * nll
+    # float32 weights of 1 are exact; the quadrature is what limits the cosine's end point.
+    assert integral == pytest.approx(exact_nelbo(denoiser, x_0), rel=1e-9 if schedule != Cosine() else 1e-6)
+
+
+def test_the_bound_is_above_the_negative_log_likelihood_of_the_best_order():
+    """exp(-bound) over all texts sums to at most 1: it bounds the likelihood of a proper distribution."""
+    denoiser = TableDenoiser(3)
+    assert sum(math.exp(-exact_nelbo(denoiser, x_0)) for x_0 in texts()) <= 1 + 1e-12
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+def test_training_draws_estimate_the_bound_without_bias(schedule):
+    denoiser, rows, steps = TableDenoiser(), 64, 40
+    x_0 = torch.tensor([0, 2, 1, 3]).repeat(rows, 1)
+    maskable = np.ones((rows, 1 + LENGTH), dtype=bool)
+    maskable[:, 0] = False
+    objective = Masked(schedule)
+    values = []
+    for step in range(steps):
+        draw = objective.draw(DrawKey(1, step, range(rows), rows), maskable)
+        values.append(objective(denoiser, Batch(x_0, draw, FULL)).weighted_sum.item() / rows)
+    standard_error = np.std(values, ddof=1) / math.sqrt(steps)
+    assert abs(np.mean(values) - exact_nelbo(denoiser, x_0[0])) < 4 * standard_error
+
+
+def test_the_evaluated_bound_agrees_and_its_interval_covers_it():
+    denoiser = TableDenoiser()
+    x_0 = torch.stack(texts()[::4])
+    scored = token_nats(
+        denoiser, Masked(Polynomial()), x_0.numpy(), np.zeros(x_0.shape, dtype=np.int32), lambda _: FULL, torch.device("cpu"), num_draws=256
+    )
+    exact = np.array([exact_nelbo(denoiser, row) for row in x_0])
+    standard_error = scored.draw_totals.std(ddof=1) / math.sqrt(256)
+    assert abs(scored.nats.sum() - exact.sum()) < 4 * standard_error
+    assert scored.draw_totals.mean() == pytest.approx(scored.nats.sum())
+    assert (scored.nats[:, 0] == 0).all()
+
+
+def test_a_uniform_model_costs_ln_v_a_token():
+    class Uniform(TableDenoiser):
+        def hidden(self, input_ids, visibility):
+            return torch.zeros(*input_ids.shape, 4, dtype=torch.float64)
+
+    assert exact_nelbo(Uniform(), torch.tensor([0, 1, 2, 3])) == pytest.approx(LENGTH * math.log(4))
+
+
+def test_what_is_masked_is_never_inferred_from_ids():
+    """A text that contains the mask's id as a word: only the drawn positions are scored."""
+    is_masked = np.array([[False, True, False, False]])
+    batch = batch_of(torch.tensor([[0, 2, MASK, 3]]), is_masked, 1.0)
+    result = Masked(Polynomial())(TableDenoiser(), batch)
+    log_probs = TableDenoiser().log_probs(torch.tensor([0, MASK, MASK, 3]))
+    assert result.weighted_sum.item() == pytest.approx(-log_probs[1, 2].item())
+
+
+def test_normalisations_count_all_tokens_or_the_masked_ones():
+    draw = make_draw(np.array([0.5]), np.array([[False, True, False, True]]), np.array([1, 3]), np.ones(2), 3)
+    assert Masked(Polynomial(), "all_tokens").count(draw) == 3
+    assert Masked(Polynomial(), "global_masked").count(draw) == 2
+    assert Autoregressive().count(draw) == 3
+
+
+def test_an_objective_of_ones_own_is_taken_by_its_path():
+    assert isinstance(build("dlm_ray.diffusion.objectives.masked:Masked", Polynomial(), "all_tokens"), Masked)
+    for wrong in ("maskd", "no.such:Class", "dlm_ray.diffusion.objectives.masked:Nothing"):
+        with pytest.raises(ValueError, match="objective.name"):
+            build(wrong, Polynomial(), "all_tokens")
