@@ -1,0 +1,1 @@
+"""What a cluster needs; its files come with the first cluster that is run."""

@@ -1,0 +1,1 @@
+"""tensorstore arrays, the commit, verification; Hugging Face folders in and out."""

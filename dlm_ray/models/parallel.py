@@ -41,9 +41,9 @@ def shard(root: nn.Module, denoiser: HuggingFaceDenoiser, mesh: DeviceMesh, prec
     fully_shard(root, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
 
 
-def materialize(root: nn.Module, denoiser: HuggingFaceDenoiser, device: torch.device) -> None:
+def materialize(denoiser: HuggingFaceDenoiser, device: torch.device) -> None:
     """Gives meta parameters memory (their numbers are garbage) and buffers their values (rotary frequencies are in no checkpoint)."""
-    root.to_empty(device=device)
+    denoiser.to_empty(device=device)
     for module in denoiser.network.modules():
         if "RotaryEmbedding" in type(module).__name__:
             denoiser.network._init_weights(module)

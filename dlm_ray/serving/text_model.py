@@ -333,7 +333,7 @@ def _load_huggingface(name: str, weights_kind: str | None, device: torch.device)
 
 def _network(fields: dict[str, Any], mask_id: int | None, shift: bool, device: torch.device) -> HuggingFaceDenoiser:
     denoiser = parallel.build(families.read_config(fields), mask_id, shift)
-    parallel.materialize(denoiser, denoiser, device)
+    parallel.materialize(denoiser, device)
     return denoiser.requires_grad_(False)
 
 

@@ -27,7 +27,7 @@ from dlm_ray.training import start, state
 from dlm_ray.training.curriculum import annealing_ratio
 from dlm_ray.training.ema import Ema
 from dlm_ray.training.metrics import MetricsLog
-from dlm_ray.training.step import StepResult, Trainee, micro_batches, train_step
+from dlm_ray.training.step import StepResult, micro_batches, train_step
 from dlm_ray.training.validate import validate
 
 log = logging.getLogger(__name__)
@@ -97,9 +97,7 @@ class _Run:
                 )
             self.network = start.Network.from_manifest(manifest.model)
         mesh = init_device_mesh(self.device.type, (self.world_size,))
-        self.root, denoiser = start.build(
-            self.recipe, self.network, mesh, self.device, lambda denoiser: Trainee(denoiser, self.objective).to(self.device)
-        )
+        self.root, denoiser = start.build(self.recipe, self.network, self.objective, mesh, self.device)
         self.root.train()
         if manifest is None:
             start.fill(self.recipe, self.network, denoiser)

@@ -18,6 +18,7 @@ from dlm_ray.config.recipe import Recipe
 from dlm_ray.data.tokenizer import TokenizerIdentity, identity, load_tokenizer
 from dlm_ray.models import families, parallel
 from dlm_ray.models.denoiser import HuggingFaceDenoiser
+from dlm_ray.training.step import Trainee
 
 log = logging.getLogger(__name__)
 
@@ -79,8 +80,10 @@ def resolve(recipe: Recipe, is_causal: bool, tokenizer: TokenizerIdentity) -> Ne
     return Network(_finished(config, is_causal, mask_id, shift), mask_id, shift, is_causal, base=base, base_has_mask_row=not appended)
 
 
-def build(recipe: Recipe, network: Network, mesh: DeviceMesh, device: torch.device, root_of: Any) -> tuple[nn.Module, HuggingFaceDenoiser]:
-    """The sharded root with memory but without numbers; `root_of` makes the root module from the denoiser."""
+def build(
+    recipe: Recipe, network: Network, objective: nn.Module, mesh: DeviceMesh, device: torch.device
+) -> tuple[Trainee, HuggingFaceDenoiser]:
+    """The sharded root, and the denoiser in it, with memory but without numbers."""
     denoiser = parallel.build(
         families.read_config(network.config),
         network.mask_id,
@@ -89,9 +92,9 @@ def build(recipe: Recipe, network: Network, mesh: DeviceMesh, device: torch.devi
         remat=recipe.model.activation_checkpointing,
         compiled=recipe.model.compile,
     )
-    root = root_of(denoiser)
+    root = Trainee(denoiser, objective.to(device))
     parallel.shard(root, denoiser, mesh, recipe.training.precision)
-    parallel.materialize(root, denoiser, device)
+    parallel.materialize(denoiser, device)
     return root, denoiser
 
 

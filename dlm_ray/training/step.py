@@ -84,7 +84,7 @@ def micro_batches(
 
 
 def train_step(
-    root: nn.Module, objective: Any, optimizer: torch.optim.Optimizer, batches: Sequence[Batch], max_norm: float, host_group: Any
+    root: Any, objective: Any, optimizer: torch.optim.Optimizer, batches: Sequence[Batch], max_norm: float, host_group: Any
 ) -> StepResult:
     """Forward, backward, clip and update over the global batch of which `batches` is this rank's part.
 

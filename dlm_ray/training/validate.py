@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from dlm_ray.config.recipe import Recipe
 from dlm_ray.diffusion.draws import evaluation_times, maskable_positions
@@ -20,7 +19,7 @@ TIME_BINS = 5
 
 
 def validate(
-    recipe: Recipe, root: nn.Module, objective: Any, rows: Sequence[Any], rank: int, world_size: int, device: torch.device
+    recipe: Recipe, root: Any, objective: Any, rows: Sequence[Any], rank: int, world_size: int, device: torch.device
 ) -> dict[str, Any]:
     """Nats a token and bits a byte of `rows`, and the unweighted cross-entropy by bin of t. Collective: every rank passes the same rows.
 
@@ -55,6 +54,8 @@ def validate(
             bins = (batch.draw.t[batch.draw.scored // x_0.shape[1]] * TIME_BINS).long().clamp(max=TIME_BINS - 1)
             sums[1 : 1 + TIME_BINS].index_add_(0, bins, is_scored * nll)
             sums[1 + TIME_BINS :].index_add_(0, bins, is_scored)
+    # Without a backward pass the root's group would stay gathered, and the next forward would use these weights again.
+    root.reshard()
     dist.all_reduce(sums)
     nats = sums[0].item() / draws
     num_bytes = sum(int(row.num_bytes.sum()) for row in rows)

@@ -1,0 +1,1 @@
+"""Dated results, each with hardware, command and recipe."""

@@ -1,0 +1,162 @@
+"""One tensor as a zarr3 array in an OCDBT database: the specifications, and reading and writing one region.
+
+Every chunk carries a crc32c, chunks of zeros are written too, and a missing chunk is an error: what is damaged is never believed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import tensorstore as ts
+import torch
+from torch import Tensor
+
+from dlm_ray.config.errors import DamageError, UserError
+
+DTYPES = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+    torch.float64: "float64",
+    torch.int64: "int64",
+    torch.int32: "int32",
+    torch.uint8: "uint8",
+    torch.bool: "bool",
+}
+TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
+
+CHUNK_BYTES = 4 * 2**20
+_DATABASE = {"manifest_kind": "single", "max_inline_value_bytes": 1024, "max_decoded_node_bytes": 100_000_000}
+
+
+def context() -> ts.Context:
+    """Concurrency of one save or load."""
+    return ts.Context({"file_io_concurrency": {"limit": 32}, "data_copy_concurrency": {"limit": 2}, "cache_pool": {"total_bytes_limit": 0}})
+
+
+def key_value_store(path: str) -> dict[str, Any]:
+    """tensorstore's specification of a directory: local, s3:// or gs://. AWS_ENDPOINT_URL names another S3 endpoint.
+
+    Raises:
+        UserError: for another scheme.
+    """
+    if "://" not in path:
+        return {"driver": "file", "path": os.path.abspath(path).rstrip("/") + "/"}
+    scheme, _, rest = path.partition("://")
+    bucket, _, inner = rest.partition("/")
+    inner = inner.rstrip("/") + "/" if inner else ""
+    if scheme == "gs":
+        return {"driver": "gcs", "bucket": bucket, "path": inner}
+    if scheme != "s3":
+        raise UserError(f"{path}: {scheme}:// is not supported; use a local path, s3:// or gs://")
+    # Few retries: a dead endpoint has to be an error within seconds.
+    spec = {"driver": "s3", "bucket": bucket, "path": inner, "s3_request_retries": {"max_retries": 3, "initial_delay": "100ms", "max_delay": "1s"}}
+    if "AWS_ENDPOINT_URL" in os.environ:
+        spec |= {"endpoint": os.environ["AWS_ENDPOINT_URL"], "aws_region": os.environ.get("AWS_REGION", "us-east-1")}
+    if "AWS_ACCESS_KEY_ID" in os.environ:
+        spec["aws_credentials"] = {"type": "environment"}
+    return spec
+
+
+def below(store: dict[str, Any], name: str) -> dict[str, Any]:
+    """The directory `name` within a directory."""
+    return {**store, "path": f"{store['path']}{name}/"}
+
+
+def database(base: dict[str, Any], name: str = "") -> dict[str, Any]:
+    """The OCDBT database in the directory `base`, at the array `name` (a prefix of its keys)."""
+    return {
+        "driver": "ocdbt",
+        "base": base,
+        "path": f"{name}/" if name else "",
+        "assume_config": True,
+        "target_data_file_size": 2**31,
+        "config": _DATABASE,
+    }
+
+
+def chunk_shape(write_shape: Sequence[int], itemsize: int) -> list[int]:
+    """The chunk of an array that is written in aligned blocks of `write_shape`: a divisor of it in every dimension, of a few megabytes.
+
+    Smaller chunks than a rank's block let another number of ranks read little more than its own region.
+    """
+    chunk = [max(1, size) for size in write_shape]
+    for dimension in range(len(chunk)):
+        while int(np.prod(chunk)) * itemsize > CHUNK_BYTES and chunk[dimension] > 1:
+            chunk[dimension] //= next(factor for factor in range(2, chunk[dimension] + 1) if chunk[dimension] % factor == 0)
+    return chunk
+
+
+def create_spec(store: dict[str, Any], shape: Sequence[int], chunk: Sequence[int], dtype: torch.dtype) -> dict[str, Any]:
+    """An array that is created if it is not there."""
+    return {
+        "driver": "zarr3",
+        "kvstore": store,
+        "metadata": {
+            "shape": list(shape),
+            "data_type": DTYPES[dtype],
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(chunk)}},
+            "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
+        },
+        "store_data_equal_to_fill_value": True,
+        "recheck_cached_data": False,
+        "recheck_cached_metadata": False,
+    }
+
+
+def open_spec(store: dict[str, Any]) -> dict[str, Any]:
+    """An array that has to be there, with all its chunks."""
+    return {
+        "driver": "zarr3",
+        "kvstore": store,
+        "fill_missing_data_reads": False,
+        "recheck_cached_data": False,
+        "recheck_cached_metadata": False,
+    }
+
+
+def as_numpy(tensor: Tensor) -> np.ndarray:
+    """A view of a CPU tensor that shares its memory, bfloat16 included."""
+    tensor = tensor.detach()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+def region(offset: Sequence[int], shape: Sequence[int]) -> tuple[slice, ...]:
+    """The index of a block."""
+    return tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
+
+
+async def write_region(spec: dict[str, Any], tensor: Tensor, offset: Sequence[int], shared: ts.Context) -> int:
+    """Writes a CPU tensor at `offset` of the array, creating it if need be, and waits for the commit. Returns bytes."""
+    array = await ts.open(spec, create=True, open=True, context=shared)
+    if tensor.numel() == 0:
+        return 0
+    await array[region(offset, tensor.shape)].write(as_numpy(tensor)).commit
+    return tensor.numel() * tensor.element_size()
+
+
+async def read_region(spec: dict[str, Any], tensor: Tensor, offset: Sequence[int], shared: ts.Context) -> None:
+    """Fills a CPU tensor of the array's dtype from `offset` of the array."""
+    array = await ts.open(spec, context=shared)
+    if tensor.numel() == 0:
+        return
+    source = array[region(offset, tensor.shape)]
+    if tensor.dim():
+        source = source[ts.d[:].translate_to[0]]
+    await ts.array(as_numpy(tensor)).write(source)
+
+
+def explain(error: ValueError, what: str) -> UserError:
+    """tensorstore raises ValueError for everything, with the kind as a prefix; this is the error of ours that says what it means."""
+    kind, cause = str(error).partition(":")[0], str(error).splitlines()[0]
+    if kind == "RESOURCE_EXHAUSTED" or "No space left" in cause:
+        return DamageError(f"{what}: no space left ({cause}); free some and run the same command again, the checkpoint before is intact")
+    if kind in ("UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "UNAUTHENTICATED") or "NoSuchBucket" in cause:
+        return UserError(f"{what}: the storage does not answer as it should ({cause}); check the path, the endpoint and the credentials")
+    return DamageError(f"{what}: damaged or incomplete ({cause})")

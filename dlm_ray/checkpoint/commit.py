@@ -1,0 +1,279 @@
+"""The commit: every rank writes its blocks into a database of its own, rank 0 merges them, and `manifest.json` comes last.
+
+No manifest, no checkpoint: whatever dies before it leaves nothing that is believed later. Ranks write blocks that tile each tensor on the borders of
+its chunks, which is proved before the merge; a reader takes the region it needs, whatever number of ranks wrote it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any
+
+import tensorstore as ts
+import torch
+import torch.distributed as dist
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
+
+from dlm_ray.checkpoint import arrays
+from dlm_ray.checkpoint.layout import Block, block_of, check_tiling
+from dlm_ray.config.errors import DamageError, UserError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+# At most so many tensors are read at once: their buffers are what loading needs beside the tensors themselves.
+_READS_AT_ONCE = 8
+
+
+class ArrayEntry(BaseModel):
+    """One array of a checkpoint."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    shape: tuple[int, ...]
+    dtype: str
+    chunk: tuple[int, ...]
+
+
+class Manifest(BaseModel):
+    """What a checkpoint is: written last, and with its own hash."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    format: int
+    step: int
+    recipe: dict[str, Any]
+    tokenizer: dict[str, Any]
+    model: dict[str, Any]
+    capabilities: dict[str, Any]
+    cursor: dict[str, Any]
+    extra: dict[str, Any]
+    arrays: dict[str, ArrayEntry]
+    sha256: str
+
+
+def save(directory: str, tensors: Mapping[str, Tensor], manifest_fields: Mapping[str, Any], *, group: dist.ProcessGroup | None = None) -> Manifest:
+    """Commits `tensors` under their names to `directory`. Collective, if torch.distributed is initialised.
+
+    Args:
+        directory: of this step; what an attempt without a manifest left in it is removed first.
+        tensors: DTensors, or tensors that every rank holds alike (rank 0 writes those); on any device.
+        manifest_fields: step, recipe, tokenizer, model, capabilities, cursor, extra.
+        group: a gloo group for the ranks' messages; the default group if None.
+
+    Raises:
+        UserError: if the directory holds a checkpoint already, or the storage does not answer.
+        DamageError: if the disk is full; on all ranks, with nothing committed.
+    """
+    rank, world_size = (dist.get_rank(group), dist.get_world_size(group)) if dist.is_initialized() else (0, 1)
+    base = arrays.key_value_store(directory)
+    _agree(lambda: _prepare(directory, base) if rank == 0 else None, group)
+    blocks = {name: block_of(tensor) for name, tensor in tensors.items()}
+
+    def write() -> dict[str, Any]:
+        shared, own = arrays.context(), arrays.below(base, f"ocdbt.process_{rank}")
+        jobs = {
+            name: arrays.write_region(
+                arrays.create_spec(arrays.database(own, name), block.shape, block.chunk, block.local.dtype), _on_host(block.local), block.offset, shared
+            )
+            for name, block in blocks.items()
+            if block.writes
+        }
+        _run(jobs, directory)
+        return {name: (block.offset, tuple(block.local.shape)) for name, block in blocks.items() if block.writes}
+
+    regions = _agree(write, group)
+    manifest: list[Any] = [None]
+
+    def finish() -> None:
+        if rank == 0:
+            check_tiling({name: block.shape for name, block in blocks.items()}, {name: block.chunk for name, block in blocks.items()}, regions)
+            _merge(base, world_size)
+            manifest[0] = _write_manifest(directory, base, manifest_fields, blocks)
+
+    _agree(finish, group)
+    if world_size > 1:
+        dist.broadcast_object_list(manifest, src=0, group=group)
+    assert isinstance(manifest[0], Manifest), "rank 0 has written the manifest"
+    return manifest[0]
+
+
+def read_manifest(directory: str) -> Manifest:
+    """The manifest of a checkpoint.
+
+    Raises:
+        DamageError: if there is none, it is damaged, or its format is newer than this version reads.
+    """
+    content = _read(arrays.key_value_store(directory), MANIFEST, directory)
+    if content is None:
+        raise DamageError(f"{directory} is not a checkpoint: it has no {MANIFEST} (a run that stopped while it saved leaves such a directory)")
+    try:
+        fields = json.loads(content)
+        if fields["format"] > FORMAT:
+            raise DamageError(
+                f"{directory}/{MANIFEST} has format {fields['format']}, and this version reads up to {FORMAT}; install a newer dlm-ray"
+            )
+        manifest = Manifest.model_validate(fields)
+        found = _digest(fields)
+    except (ValueError, TypeError, KeyError, ValidationError) as error:
+        if isinstance(error, DamageError):
+            raise
+        raise DamageError(f"{directory}/{MANIFEST} is damaged: {str(error).splitlines()[0]}") from error
+    if found != manifest.sha256:
+        raise DamageError(f"{directory}/{MANIFEST} is damaged: its sha256 is {found} and it says {manifest.sha256}")
+    return manifest
+
+
+def load(directory: str, tensors: Mapping[str, Tensor]) -> Manifest:
+    """Fills `tensors` in place; each rank reads the region of its own block and no more. Floating types are converted.
+
+    Raises:
+        DamageError: if a name is missing, a shape differs, or a chunk is damaged; naming tensor and cause.
+    """
+    manifest = read_manifest(directory)
+    missing = sorted(set(tensors) - set(manifest.arrays))
+    if missing:
+        raise DamageError(f"{directory} has no {', '.join(missing[:5])}{' and more' if len(missing) > 5 else ''}")
+    base, shared, limit = arrays.key_value_store(directory), arrays.context(), asyncio.Semaphore(_READS_AT_ONCE)
+
+    async def fill(name: str, tensor: Tensor) -> None:
+        entry, block = manifest.arrays[name], block_of(tensor)
+        if block.shape != entry.shape:
+            raise DamageError(f"{directory}: {name} has shape {list(entry.shape)}, and {list(block.shape)} is needed")
+        stored = arrays.TORCH_DTYPES[entry.dtype]
+        if stored != block.local.dtype and not (stored.is_floating_point and block.local.is_floating_point()):
+            raise DamageError(f"{directory}: {name} is stored as {entry.dtype}, and {block.local.dtype} is needed")
+        async with limit:
+            in_place = block.local.device.type == "cpu" and stored == block.local.dtype and block.local.is_contiguous()
+            buffer = block.local.detach() if in_place else torch.empty(block.local.shape, dtype=stored)
+            await arrays.read_region(arrays.open_spec(arrays.database(base, name)), buffer, block.offset, shared)
+            if not in_place:
+                block.local.detach().copy_(buffer)
+
+    _run({name: fill(name, tensor) for name, tensor in tensors.items()}, directory)
+    return manifest
+
+
+def read_tensor(directory: str, name: str) -> Tensor:
+    """One whole tensor, without a process group."""
+    entry = read_manifest(directory).arrays.get(name)
+    if entry is None:
+        raise DamageError(f"{directory} has no {name}")
+    tensor = torch.empty(entry.shape, dtype=arrays.TORCH_DTYPES[entry.dtype])
+    spec = arrays.open_spec(arrays.database(arrays.key_value_store(directory), name))
+    _run({name: arrays.read_region(spec, tensor, (0,) * tensor.dim(), arrays.context())}, directory)
+    return tensor
+
+
+def verify(directory: str) -> list[str]:
+    """Reads every chunk of every array; what is wrong, one line each. Empty means that the whole checkpoint is good."""
+    try:
+        manifest = read_manifest(directory)
+    except DamageError as error:
+        return [str(error)]
+    findings = []
+    for name in manifest.arrays:
+        try:
+            read_tensor(directory, name)
+        except UserError as error:
+            findings.append(str(error))
+    return findings
+
+
+def _run(jobs: Mapping[str, Coroutine[Any, Any, Any]], directory: str) -> None:
+    """Awaits all jobs; the first failure is raised with the tensor's name once all have ended, so that no write goes on behind the caller's back."""
+
+    async def all_of_them() -> list[Any]:
+        return await asyncio.gather(*jobs.values(), return_exceptions=True)
+
+    for name, result in zip(jobs, asyncio.run(all_of_them()), strict=True):
+        if isinstance(result, UserError):
+            raise result
+        if isinstance(result, ValueError):
+            raise arrays.explain(result, f"{directory}: {name}") from result
+        if isinstance(result, BaseException):
+            raise result
+
+
+def _agree(act: Callable[[], Any], group: dist.ProcessGroup | None) -> list[Any]:
+    """Runs `act` on every rank and gathers the results; if it failed on any, every rank raises that error."""
+    outcome: tuple[Any, Exception | None]
+    try:
+        outcome = (act(), None)
+    except Exception as error:  # whatever it was, the other ranks are waiting to hear of it
+        outcome = (None, error)
+    outcomes = [outcome]
+    if dist.is_initialized():
+        outcomes = [outcome] * dist.get_world_size(group)
+        dist.all_gather_object(outcomes, (outcome[0], _sendable(outcome[1])), group=group)
+    for _, error in outcomes:
+        if error is not None:
+            raise error
+    return [result for result, _ in outcomes]
+
+
+def _sendable(error: Exception | None) -> Exception | None:
+    """The error without what cannot travel between processes."""
+    if error is None or isinstance(error, UserError):
+        return None if error is None else type(error)(*error.args)
+    return RuntimeError(f"{type(error).__name__}: {error}")
+
+
+def _prepare(directory: str, base: dict[str, Any]) -> None:
+    """Refuses a directory with a checkpoint, removes what a failed attempt left, and finds out whether the storage answers at all."""
+    if _read(base, MANIFEST, directory) is not None:
+        raise UserError(f"{directory} holds a checkpoint already; it is not overwritten")
+    try:
+        store = ts.KvStore.open(base).result()
+        store.delete_range(ts.KvStore.KeyRange()).result()
+        store.write("probe", b"").result(timeout=30)
+        store.delete_range(ts.KvStore.KeyRange()).result()
+    except ValueError as error:
+        raise arrays.explain(error, directory) from error
+
+
+def _merge(base: dict[str, Any], world_size: int) -> None:
+    """One database over those of all ranks; their data files stay where they are."""
+
+    async def merge() -> None:
+        shared = arrays.context()
+        parent = await ts.KvStore.open(arrays.database(base), context=shared)
+        transaction = ts.Transaction(atomic=True)
+        for rank in range(world_size):
+            child = await ts.KvStore.open(arrays.database(arrays.below(base, f"ocdbt.process_{rank}")), context=shared)
+            await child.experimental_copy_range_to(parent.with_transaction(transaction))
+        await transaction.commit_async()
+
+    asyncio.run(merge())
+
+
+def _write_manifest(directory: str, base: dict[str, Any], fields: Mapping[str, Any], blocks: Mapping[str, Block]) -> Manifest:
+    entries = {
+        name: {"shape": list(block.shape), "dtype": arrays.DTYPES[block.local.dtype], "chunk": list(block.chunk)} for name, block in blocks.items()
+    }
+    content = {**fields, "format": FORMAT, "arrays": entries, "sha256": ""}
+    content = json.loads(json.dumps(content))  # what a reader will get back: no tuples
+    content["sha256"] = _digest(content)
+    manifest = Manifest.model_validate(content)
+    store = ts.KvStore.open(base).result()
+    absent = store.read(MANIFEST).result().stamp.generation
+    stamp = store.write(MANIFEST, json.dumps(content, indent=1, sort_keys=True).encode(), if_equal=absent).result()
+    assert stamp.generation != b"", f"another writer has committed {directory} at the same time"
+    return manifest
+
+
+def _digest(fields: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps({**fields, "sha256": ""}, sort_keys=True).encode()).hexdigest()
+
+
+def _read(base: dict[str, Any], name: str, directory: str) -> bytes | None:
+    try:
+        found = ts.KvStore.open(base).result().read(name).result(timeout=30)
+    except ValueError as error:
+        raise arrays.explain(error, directory) from error
+    return bytes(found.value) if found.state == "value" else None
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous()

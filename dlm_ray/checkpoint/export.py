@@ -1,0 +1,131 @@
+"""A checkpoint of ours -> a Hugging Face folder that stock transformers opens; one file of weights in memory at a time, no process group."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dlm_ray.checkpoint import commit
+from dlm_ray.checkpoint.arrays import TORCH_DTYPES
+from dlm_ray.checkpoint.commit import Manifest
+from dlm_ray.checkpoint.weights import our_checkpoint, weight_prefix
+from dlm_ray.config.errors import UserError
+
+FILE_BYTES = 4 * 10**9
+# Before it, `is_causal: false` in a configuration is ignored without a word, and the model would run causal.
+MINIMUM_TRANSFORMERS = "5.17"
+
+_CARD = """---
+library_name: transformers
+tags: [{tag}]
+---
+# {name}
+
+Made by dlm_ray from step {step} of the run `{name}` (objective `{objective}`, weights `{weights}`).
+
+{what}
+
+Tokenizer: {tokenizer}, sha256 `{sha256}`. Rows of training: {row_tokens} tokens.
+"""
+
+_DIFFUSION = """A masked diffusion language model{shift}. Its attention is bidirectional: `config.json` says `is_causal: false`, which needs
+transformers >= {minimum}; an older version would ignore it and give wrong logits. The mask token has id {mask_id}. `AutoModelForCausalLM` opens it and
+gives its logits; `generate` does not sample from it, `dlm-ray sample` does."""
+
+_SHIFT = ", in which position i is predicted by the logits of position i-1 (as in the autoregressive model that it was made from)"
+
+
+def export(checkpoint_dir: str, out: str, *, weights: str | None = None) -> Path:
+    """Writes config.json, model*.safetensors, the tokenizer and a model card to `out`, all of it or nothing.
+
+    Args:
+        checkpoint_dir: a step directory, or a run directory (its last step).
+        out: a folder that is not there yet, or is empty.
+        weights: `ema`, `raw`, or None: the average if the run kept one.
+
+    Raises:
+        UserError: if `out` holds something, or `checkpoint_dir` is no checkpoint.
+        DamageError: if a tensor of the checkpoint is damaged.
+    """
+    target = Path(out)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{out} exists and is not empty; choose another folder, or remove it")
+    checkpoint = our_checkpoint(checkpoint_dir)
+    if checkpoint is None:
+        raise UserError(f"{checkpoint_dir} is no checkpoint of ours: neither it nor a step in it has a manifest.json")
+    manifest = commit.read_manifest(checkpoint)
+    prefix = weight_prefix(manifest.arrays, weights, checkpoint)
+    partial = target.with_name(f"{target.name}.tmp-{os.getpid()}")
+    partial.mkdir(parents=True)
+    try:
+        architecture = _architecture(manifest.model["config"]["model_type"])
+        config = {**manifest.model["config"], "architectures": [architecture], "dtype": "float32"}
+        (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        _write_weights(checkpoint, manifest, prefix, partial)
+        tokenizer = Path(checkpoint).parent / "tokenizer"
+        for file in sorted(tokenizer.iterdir()) if tokenizer.is_dir() else []:
+            shutil.copy(file, partial / file.name)
+        (partial / "README.md").write_text(_card(manifest, prefix))
+        if target.exists():
+            target.rmdir()
+        partial.rename(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return target
+
+
+def _write_weights(checkpoint: str, manifest: Manifest, prefix: str, folder: Path) -> None:
+    """model.safetensors, or several files of FILE_BYTES with their index."""
+    names = [name.removeprefix(f"{prefix}.") for name in manifest.arrays if name.startswith(f"{prefix}.")]
+    files: list[list[str]] = [[]]
+    filled = 0
+    for name in names:
+        entry = manifest.arrays[f"{prefix}.{name}"]
+        size = TORCH_DTYPES[entry.dtype].itemsize
+        for length in entry.shape:
+            size *= length
+        if files[-1] and filled + size > FILE_BYTES:
+            files.append([])
+            filled = 0
+        files[-1].append(name)
+        filled += size
+    weight_map = {}
+    for number, group in enumerate(files, start=1):
+        file = "model.safetensors" if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        tensors: dict[str, Tensor] = {name: commit.read_tensor(checkpoint, f"{prefix}.{name}") for name in group}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(group, file)
+    if len(files) > 1:
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}, indent=2))
+
+
+def _architecture(family: str) -> str:
+    """The class name that stock transformers looks for in `architectures`."""
+    return {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "mistral": "MistralForCausalLM"}[
+        family
+    ]
+
+
+def _card(manifest: Manifest, prefix: str) -> str:
+    model: dict[str, Any] = manifest.model
+    what = "An autoregressive language model; `AutoModelForCausalLM` opens it and `generate` samples from it."
+    if not model["is_causal"]:
+        what = _DIFFUSION.format(shift=_SHIFT if model["shift"] else "", minimum=MINIMUM_TRANSFORMERS, mask_id=model["mask_id"])
+    return _CARD.format(
+        tag="autoregressive" if model["is_causal"] else "diffusion-language-model",
+        name=manifest.recipe.get("name", "run"),
+        step=manifest.step,
+        objective=model["objective"],
+        weights="averaged (ema)" if prefix == "ema" else "raw",
+        what=what,
+        tokenizer=manifest.tokenizer["name"],
+        sha256=manifest.tokenizer["sha256"][:16],
+        row_tokens=manifest.capabilities["row_tokens"],
+    )

@@ -1,0 +1,145 @@
+"""References -> rows: shards are checked when they are first touched, and read in ascending order."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from dlm_ray.config.errors import DamageError, UserError
+from dlm_ray.config.recipe import Source
+from dlm_ray.data import shards, storage
+from dlm_ray.data.index import Index, load_index
+from dlm_ray.data.order import Cursor, Order, RowReference
+
+# Rows that are read ahead at once; more makes fewer and longer reads of each shard.
+_READ_AHEAD_ROWS = 1024
+
+
+class Row(NamedTuple):
+    """One packed row; see `packing.PackedRow`."""
+
+    input_ids: np.ndarray
+    document_ids: np.ndarray
+    num_bytes: np.ndarray
+    source: int
+    part: int
+    """With the document id, what names a document of the source."""
+
+
+def open_sources(sources: Sequence[Source]) -> list[Index]:
+    """The indexes of all sources.
+
+    Raises:
+        UserError: if one is no data folder or has no training rows, or two differ in tokenizer or row length.
+    """
+    indexes = [load_index(source.path) for source in sources]
+    first = indexes[0]
+    for source, index in zip(sources, indexes, strict=True):
+        if index.tokenizer.sha256 != first.tokenizer.sha256:
+            raise UserError(
+                f"data.sources: {source.path} was made with tokenizer {index.tokenizer.name} (sha256 {index.tokenizer.sha256[:12]}) and "
+                f"{sources[0].path} with {first.tokenizer.name} ({first.tokenizer.sha256[:12]}); build both with the same --tokenizer"
+            )
+        if index.row_tokens != first.row_tokens:
+            raise UserError(
+                f"data.sources: {source.path} has rows of {index.row_tokens} tokens and {sources[0].path} of {first.row_tokens}; build both with "
+                "the same --row-tokens"
+            )
+        if not index.splits["train"].rows:
+            raise UserError(f"data.sources: {source.path} has no training rows; build it with a smaller --held-out or more text")
+    return indexes
+
+
+class ShardReader:
+    """Reads rows of several sources; checks size and sha256 of each shard the first time."""
+
+    def __init__(self, paths: Sequence[str], indexes: Sequence[Index], split: str = "train"):
+        self.paths, self.indexes, self.split = list(paths), list(indexes), split
+        self._checked: set[tuple[int, int]] = set()
+
+    def read(self, references: Sequence[RowReference]) -> list[Row]:
+        """The rows in the order of `references`; each shard is opened once and read front to back.
+
+        Raises:
+            DamageError: if a shard is missing or not what the index says.
+        """
+        wanted: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for place, reference in enumerate(references):
+            wanted[reference.source, reference.shard].append(place)
+        rows: list[Row | None] = [None] * len(references)
+        for (source, number), places in wanted.items():
+            index = self.indexes[source]
+            shard = index.splits[self.split].shards[number]
+            path = storage.join(self.paths[source], shard.file)
+            self._check(source, number, path)
+            with storage.open_input(path) as stream:
+                for place in sorted(places, key=lambda place: references[place].row):
+                    arrays = shards.read_row(stream, references[place].row, index.row_stride_bytes)
+                    rows[place] = Row(**arrays, source=source, part=shard.part)
+        return [row for row in rows if row is not None]
+
+    def _check(self, source: int, number: int, path: str) -> None:
+        if (source, number) in self._checked:
+            return
+        shard = self.indexes[source].splits[self.split].shards[number]
+        if storage.size(path) is None:
+            raise DamageError(f"shard {path} is missing (expected sha256 {shard.sha256}); restore it, or build the data again")
+        with storage.open_input(path) as stream:
+            digest = hashlib.sha256()
+            while block := stream.read(2**22):
+                digest.update(block)
+        if digest.hexdigest() != shard.sha256:
+            raise DamageError(
+                f"shard {path} is damaged: expected sha256 {shard.sha256}, found {digest.hexdigest()}; restore it, or build the data again"
+            )
+        self._checked.add((source, number))
+
+
+def shares(order: Order, cursor: Cursor, *, global_batch_rows: int, rank: int, world_size: int, num_steps: int) -> Iterator[tuple[list[list[RowReference]], list[Cursor]]]:
+    """This rank's references of several steps at a time, and the cursor behind each step's global batch.
+
+    A rank takes a contiguous share of every global batch; shares differ by a row at most.
+    """
+    steps_at_once = max(1, _READ_AHEAD_ROWS * world_size // global_batch_rows)
+    for first in range(0, num_steps, steps_at_once):
+        references, cursors = [], []
+        for _ in range(min(steps_at_once, num_steps - first)):
+            batch, cursor = order.references(cursor, global_batch_rows)
+            own = np.array_split(np.arange(global_batch_rows), world_size)[rank]
+            references.append(batch[own[0] : own[-1] + 1] if len(own) else [])
+            cursors.append(cursor)
+        yield references, cursors
+
+
+def iterate_rows(
+    reader: ShardReader, order: Order, cursor: Cursor, *, global_batch_rows: int, rank: int, world_size: int, num_steps: int
+) -> Iterator[tuple[list[Row], Cursor]]:
+    """For each of the next `num_steps` steps: this rank's rows, and the cursor behind the whole global batch."""
+    share = {"global_batch_rows": global_batch_rows, "rank": rank, "world_size": world_size, "num_steps": num_steps}
+    for references, cursors in shares(order, cursor, **share):
+        yield from zip(by_step(reader.read([one for step in references for one in step]), references), cursors, strict=True)
+
+
+def by_step(rows: Sequence[Row], references: Sequence[Sequence[RowReference]]) -> Iterator[list[Row]]:
+    """Cuts rows that were read together into steps again."""
+    start = 0
+    for step in references:
+        yield list(rows[start : start + len(step)])
+        start += len(step)
+
+
+def read_split(path: str, split: str, max_rows: int | None = None) -> list[Row]:
+    """The first rows of a split in the order of its files.
+
+    Raises:
+        UserError: if there is no such split.
+    """
+    index = load_index(path)
+    if split not in index.splits:
+        raise UserError(f"{path} has no split {split!r}; it has {', '.join(index.splits)}")
+    references = [RowReference(0, number, row) for number, shard in enumerate(index.splits[split].shards) for row in range(shard.rows)]
+    return ShardReader([path], [index], split).read(references[:max_rows])

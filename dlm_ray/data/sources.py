@@ -1,0 +1,155 @@
+"""Text files, JSONL, parquet and folders of them -> parts of a few megabytes -> documents, in an order that never changes."""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dlm_ray.config.errors import DamageError, UserError
+
+PART_BYTES = 8 * 2**20
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of one file: bytes of a JSONL file (the lines that begin in it), row groups of a parquet file, or the whole file."""
+
+    path: str
+    kind: str
+    """text, jsonl, jsonl.gz or parquet."""
+    first: int
+    last: int
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one task tokenizes and writes into shards of its own."""
+
+    number: int
+    pieces: tuple[Piece, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the marker by which an interrupted build recognises its own work."""
+        return {"number": self.number, "pieces": [asdict(piece) for piece in self.pieces]}
+
+
+def list_parts(inputs: Sequence[str]) -> list[Part]:
+    """Cuts files, folders (walked in sorted order) and globs into parts.
+
+    Raises:
+        UserError: if an input does not exist.
+    """
+    parts: list[Part] = []
+    waiting: list[Piece] = []
+    for path in _files(inputs):
+        for piece in _pieces(path):
+            if waiting and sum(one.size_bytes for one in waiting) + piece.size_bytes > PART_BYTES:
+                parts.append(Part(len(parts), tuple(waiting)))
+                waiting = []
+            waiting.append(piece)
+    if waiting:
+        parts.append(Part(len(parts), tuple(waiting)))
+    return parts
+
+
+def documents(part: Part, text_field: str) -> Iterator[str]:
+    """The documents of a part: a text file is one, a line or a row of the others is one.
+
+    Raises:
+        UserError: if a line or row has no such field, or a file is not UTF-8.
+    """
+    for piece in part.pieces:
+        if piece.kind == "text":
+            yield _text(piece.path)
+        elif piece.kind == "parquet":
+            yield from _parquet(piece, text_field)
+        else:
+            yield from _json_lines(piece, text_field)
+
+
+def _files(inputs: Sequence[str]) -> Iterator[Path]:
+    for given in inputs:
+        path = Path(given)
+        if path.is_dir():
+            yield from sorted(one for one in path.rglob("*") if one.is_file() and not _is_hidden(one.relative_to(path)))
+        elif path.is_file():
+            yield path
+        else:
+            matches = sorted(glob.glob(given, recursive=True))
+            if not matches:
+                raise UserError(f"{given!r} is no file, no folder, and no pattern that matches one; give text files, .jsonl, .parquet or folders")
+            yield from (Path(match) for match in matches if Path(match).is_file())
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(name.startswith(".") for name in path.parts)
+
+
+def _pieces(path: Path) -> Iterator[Piece]:
+    size = path.stat().st_size
+    if path.suffix == ".parquet":
+        import pyarrow.parquet as parquet
+
+        metadata = parquet.ParquetFile(path).metadata
+        for group in range(metadata.num_row_groups):
+            yield Piece(str(path), "parquet", group, group + 1, metadata.row_group(group).total_byte_size)
+    elif path.suffix == ".jsonl":
+        for first in range(0, size, PART_BYTES):
+            last = min(size, first + PART_BYTES)
+            yield Piece(str(path), "jsonl", first, last, last - first)
+    elif path.name.endswith(".jsonl.gz"):
+        yield Piece(str(path), "jsonl.gz", 0, size, size)
+    else:
+        yield Piece(str(path), "text", 0, size, size)
+
+
+def _text(path: str) -> str:
+    try:
+        return Path(path).read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start}); convert it, or leave it out of the sources") from error
+
+
+def _json_lines(piece: Piece, text_field: str) -> Iterator[str]:
+    stream = gzip.open(piece.path, "rb") if piece.kind == "jsonl.gz" else open(piece.path, "rb")
+    with stream:
+        if piece.first > 0:
+            stream.seek(piece.first - 1)
+            stream.readline()  # the line that runs into this piece belongs to the one before
+        while piece.kind == "jsonl.gz" or stream.tell() < piece.last:
+            at = stream.tell()
+            line = stream.readline()
+            if not line:
+                return
+            if line.strip():
+                yield _field(line, text_field, f"{piece.path}, byte {at}")
+
+
+def _field(line: bytes, text_field: str, where: str) -> str:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise DamageError(f"{where}: not a line of JSON ({error})") from error
+    if not isinstance(record, dict) or not isinstance(record.get(text_field), str):
+        known = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+        raise UserError(f"{where}: no text in field {text_field!r} (there is: {known}); name the field with --text-field")
+    text: str = record[text_field]
+    return text
+
+
+def _parquet(piece: Piece, text_field: str) -> Iterator[str]:
+    import pyarrow.parquet as parquet
+
+    file = parquet.ParquetFile(piece.path)
+    if text_field not in file.schema_arrow.names:
+        raise UserError(f"{piece.path} has no column {text_field!r} (there is: {', '.join(file.schema_arrow.names)}); name it with --text-field")
+    for group in range(piece.first, piece.last):
+        for text in file.read_row_group(group, columns=[text_field])[text_field].to_pylist():
+            if text:
+                yield text

@@ -1,0 +1,117 @@
+"""Tokenizers: any fast one of Hugging Face, or a byte-level BPE trained on the text; and the identity that ties shards and checkpoints to one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from dlm_ray.config.errors import UserError
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+@dataclass(frozen=True)
+class TokenizerIdentity:
+    """Which tokenizer made some ids: the same content has the same sha256, wherever it lies and whatever it is called."""
+
+    name: str
+    sha256: str
+    vocab_size: int
+    """Tokens, added ones included; ids are below it."""
+    start_id: int
+    """Begins every segment: the beginning-of-text token, or the end-of-text token of tokenizers without one."""
+    end_id: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """For an index or a manifest."""
+        return asdict(self)
+
+
+def load_tokenizer(name_or_folder: str) -> Any:
+    """A fast tokenizer from a folder or the hub.
+
+    Raises:
+        UserError: if there is none, or it has no fast form or no end-of-text token.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_folder, use_fast=True)
+    except (OSError, ValueError, KeyError) as error:
+        where = "the folder holds none" if Path(name_or_folder).is_dir() else "it is no folder, and the hub gave none"
+        raise UserError(f"no tokenizer at {name_or_folder!r}: {where} ({type(error).__name__}: {str(error).splitlines()[0]})") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise UserError(f"tokenizer {name_or_folder!r} has no fast form (tokenizer.json), which byte counts need; choose another")
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"tokenizer {name_or_folder!r} has no end-of-text token (eos_token), which separates documents; choose another")
+    return tokenizer
+
+
+def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of `vocab_size` tokens, whose end-of-text token also starts a text.
+
+    Raises:
+        UserError: if vocab_size has no room for the 256 bytes and the end-of-text token.
+    """
+    if vocab_size < 257:
+        raise UserError(f"--train-tokenizer {vocab_size} is fewer than the 256 bytes and the end-of-text token; ask for 257 or more")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, clean_up_tokenization_spaces=False)
+
+
+def identity(tokenizer: Any) -> TokenizerIdentity:
+    """What makes this tokenizer this tokenizer."""
+    serialised = json.loads(tokenizer.backend_tokenizer.to_str())
+    for volatile in ("padding", "truncation"):
+        serialised.pop(volatile, None)
+    content = json.dumps(serialised, sort_keys=True, ensure_ascii=False).encode()
+    end_id = tokenizer.eos_token_id
+    return TokenizerIdentity(
+        name=Path(tokenizer.name_or_path).name or "trained",
+        sha256=hashlib.sha256(content).hexdigest(),
+        vocab_size=len(tokenizer),
+        start_id=end_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id,
+        end_id=end_id,
+    )
+
+
+def encode(tokenizer: Any, documents: list[str]) -> list[tuple[list[int], list[int]]]:
+    """Token ids of each document, and how many raw UTF-8 bytes each token stands for; the bytes of a document sum up exactly.
+
+    The text of a special token inside a document is text like any other. Where several tokens share a character, the last one counts its bytes.
+    """
+    backend = tokenizer.backend_tokenizer
+    backend.encode_special_tokens = True
+    encodings = backend.encode_batch(documents, add_special_tokens=False)
+    return [(encoding.ids, _byte_counts(text, encoding.offsets)) for text, encoding in zip(documents, encodings, strict=True)]
+
+
+def _byte_counts(text: str, offsets: list[tuple[int, int]]) -> list[int]:
+    """Bytes from where a token starts to where the next one does; what the tokenizer skips goes to the token before it (or the first)."""
+    if not offsets:
+        return []
+    if text.isascii():
+        starts = [start for start, _ in offsets]
+        total = len(text)
+    else:
+        at = [0]
+        for character in text:
+            at.append(at[-1] + len(character.encode("utf-8", "surrogatepass")))
+        starts = [at[start] for start, _ in offsets]
+        total = at[-1]
+    starts[0] = 0
+    return [after - before for before, after in zip(starts, [*starts[1:], total], strict=True)]
