@@ -133,7 +133,7 @@ class _Run:
                 _check_finite(*unchecked)  # one step late, so that the host never waits for the step it has just launched
             if self.ema is not None:
                 self.ema.update(self.step)
-            ratio = annealing_ratio(recipe, self.step)
+            ratio = 0.0 if self.objective.is_causal else annealing_ratio(recipe, self.step)
             self.step, self.cursor, unchecked = self.step + 1, cursor, (self.step + 1, result)
             clock.count(recipe.training.global_batch_rows * self.indexes[0].row_tokens)
 
