@@ -43,10 +43,14 @@ def shard(root: nn.Module, denoiser: HuggingFaceDenoiser, mesh: DeviceMesh, prec
 
 def materialize(denoiser: HuggingFaceDenoiser, device: torch.device) -> None:
     """Gives meta parameters memory (their numbers are garbage) and buffers their values (rotary frequencies are in no checkpoint)."""
-    denoiser.to_empty(device=device)
-    for module in denoiser.network.modules():
+    network = denoiser.network
+    network.to_empty(device=device)
+    if network.config.tie_word_embeddings:
+        # Unsharded, the two ends of a tie were given memory one by one.
+        network.get_output_embeddings().weight = network.get_input_embeddings().weight
+    for module in network.modules():
         if "RotaryEmbedding" in type(module).__name__:
-            denoiser.network._init_weights(module)
+            network._init_weights(module)
 
 
 @torch.no_grad()

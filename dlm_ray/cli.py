@@ -1,0 +1,371 @@
+"""The verbs: parse, validate, only then import. Exit code 0 for success, 2 for what was typed wrong, 1 for anything else."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from dlm_ray.config.errors import DamageError, UserError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Turn an autoregressive language model into a diffusion language model, on one laptop or on a Ray cluster.",
+)
+data_app = typer.Typer(no_args_is_help=True, help="Build folders of shards from text, and look into them.")
+checkpoint_app = typer.Typer(no_args_is_help=True, help="List, verify and prune the checkpoints of a run.")
+app.add_typer(data_app, name="data")
+app.add_typer(checkpoint_app, name="checkpoint")
+
+# People read stderr: progress and messages. Stdout has the result alone, so that it can be piped.
+console = Console(stderr=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Checkpoint = Annotated[str, typer.Argument(help="A step directory, a run directory (its last step), a Hugging Face folder or a hub name.")]
+Weights = Annotated[str | None, typer.Option(help="ema or raw; the average if the run kept one.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to the recipe, such as training.steps=100.", metavar="[KEY=VALUE]...")]
+
+
+@app.callback()
+def _options(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False) -> None:
+    """Options before the verb; `main` reads --debug itself."""
+
+
+@app.command()
+def quickstart(
+    overrides: Overrides = None,
+    smoke: Annotated[bool, typer.Option("--smoke", help="Everything in two minutes with a few steps: does it run here?")] = False,
+    out: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("runs/quickstart"),
+    as_json: Json = False,
+) -> None:
+    """The whole main job on this machine: data, an AR base, its adaptation, the bound, samples, infilling, export, a report."""
+    from dlm_ray.runtime.quickstart import quickstart as run
+
+    report = run(out, smoke=smoke, overrides=overrides or [], say=_say)
+    _result(report, as_json, lambda: _print_quickstart(report, out))
+
+
+@data_app.command("build")
+def data_build(
+    sources: Annotated[list[str], typer.Argument(help="Text files, .jsonl, .jsonl.gz, .parquet, folders or patterns.", metavar="SOURCE...")],
+    out: Annotated[str, typer.Option(help="A local folder, s3:// or gs://.")],
+    row_tokens: Annotated[int, typer.Option(help="Tokens of a row: the context length L.")] = 1024,
+    tokenizer: Annotated[str | None, typer.Option(help="A Hugging Face folder or hub name.")] = None,
+    train_tokenizer: Annotated[int | None, typer.Option(help="Or: train a byte-level BPE of so many tokens on the sources.", metavar="VOCAB")] = None,
+    held_out: Annotated[float, typer.Option(help="Share of the documents, by hash, that is kept for evaluation.")] = 0.01,
+    text_field: Annotated[str, typer.Option(help="Field of JSONL records, column of parquet files.")] = "text",
+    as_json: Json = False,
+) -> None:
+    """Text -> tokens -> packed rows -> webdataset shards with an index. The same input gives the same bytes; an interrupted build goes on."""
+    from dlm_ray.runtime.build import build
+
+    with _bar("parts") as update:
+        index = build(
+            sources,
+            out,
+            tokenizer=tokenizer,
+            train_tokenizer_vocab=train_tokenizer,
+            row_tokens=row_tokens,
+            held_out=held_out,
+            text_field=text_field,
+            progress=update,
+        )
+    splits = {name: {"rows": split.rows, "documents": split.documents, "tokens": split.tokens} for name, split in index.splits.items()}
+    _result({"out": out, "splits": splits}, as_json, lambda: _print_splits(out, splits))
+
+
+@data_app.command("inspect")
+def data_inspect(path: Annotated[str, typer.Argument(help="A folder that `data build` wrote.")], as_json: Json = False) -> None:
+    """What a data folder holds: splits, tokenizer, and its first rows as text."""
+    from dlm_ray.data.inspect import describe
+
+    described = describe(path)
+    _result(described, as_json, lambda: _print_described(described))
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe.")],
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option(help="The run lies in OUT/<name>-<hash>.")] = Path("runs"),
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start another run beside one that is there.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the recipe and print it, with all defaults.")] = False,
+    as_json: Json = False,
+) -> None:
+    """One run on Ray. The same command resumes a run that was interrupted; a finished one says so."""
+    from dlm_ray.config.load import load_recipe
+
+    checked = load_recipe(recipe, overrides or [])
+    if dry_run:
+        import yaml
+
+        whole = checked.model_dump(mode="json")
+        return _result(whole, as_json, lambda: sys.stdout.write(yaml.safe_dump(whole, sort_keys=False)))
+    from dlm_ray.runtime.train import fit
+
+    with _bar("steps") as update:
+        result = fit(checked, out, fresh=fresh, on_event=lambda event: update(event["step"], checked.training.steps))
+    fields = {**vars(result), "run_dir": str(result.run_dir)}
+    what = "was finished before" if result.already_finished else "is finished"
+    bits = result.metrics.get("validation", {}).get("bits_per_byte")
+    _result(
+        fields,
+        as_json,
+        lambda: _say(f"{checked.name} {what}: {result.checkpoint}" + (f", {bits:.3f} bits per byte on held-out rows" if bits else "")),
+    )
+
+
+@app.command()
+def sample(
+    checkpoint: Checkpoint,
+    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "",
+    prefix: Annotated[str | None, typer.Option(help="With --suffix: text before what is to be written.")] = None,
+    suffix: Annotated[str | None, typer.Option(help="With --prefix: text behind it.")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens to write; a whole row without it (needed for infilling).")] = None,
+    num_samples: Annotated[int, typer.Option(help="Texts to write.")] = 1,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps; 64, or the length if that is less.")] = None,
+    rule: Annotated[str, typer.Option(help="What a step reveals: confidence or ancestral.")] = "confidence",
+    temperature: Annotated[float, typer.Option(help="0 takes the most probable token.")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus: the smallest set with this much probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    weights: Weights = None,
+    as_json: Json = False,
+) -> None:
+    """Text from a prompt, or between a prefix and a suffix."""
+    if (prefix is None) != (suffix is None):
+        raise UserError("--prefix and --suffix go together; for one side alone use --prompt")
+    if prefix is not None and prompt:
+        raise UserError("--prompt does not go with --prefix and --suffix; put it into the prefix")
+    if prefix is not None and length is None:
+        raise UserError("--length is missing: infilling needs the number of tokens between --prefix and --suffix")
+    from dlm_ray.serving.text_model import load
+
+    model = load(checkpoint, weights)
+    options: dict[str, Any] = {"num_samples": num_samples, "steps": steps, "rule": rule, "temperature": temperature, "top_p": top_p, "seed": seed}
+    with _bar("denoising") as update:
+        options["on_step"] = lambda step, steps, canvas: update(step, steps)
+        if prefix is not None:
+            written = model.infill(prefix, suffix or "", length_tokens=length or 0, **options)
+        else:
+            written = model.sample(prompt, length_tokens=length, **options)
+    texts = [f"{prefix if prefix is not None else prompt}{text}{suffix or ''}" for text in written]
+    _result({"written": written, "texts": texts}, as_json, lambda: sys.stdout.write("\n---\n".join(texts) + "\n"))
+
+
+@app.command("eval")
+def evaluate(
+    checkpoint: Checkpoint,
+    data: Annotated[str, typer.Option(help="A folder that `data build` wrote with the checkpoint's tokenizer.")],
+    split: Annotated[str, typer.Option(help="Of the folder.")] = "held_out",
+    max_rows: Annotated[int | None, typer.Option(help="The first rows only.")] = None,
+    draws: Annotated[int, typer.Option(help="Draws of (t, mask) a row; an autoregressive model needs one.")] = 16,
+    weights: Weights = None,
+    as_json: Json = False,
+) -> None:
+    """Bits per byte with intervals: exact for an autoregressive model, an upper bound for a diffusion model."""
+    from dlm_ray.serving.text_model import load
+
+    model = load(checkpoint, weights)
+    with _bar("rows x draws") as update:
+        scored = model.score(data, split=split, max_rows=max_rows, draws_per_row=draws, progress=update).as_dict()
+    _result(scored, as_json, lambda: _print_bits(scored))
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[str, typer.Argument(help="A step directory, or a run directory (its last step).")],
+    folder: Annotated[Path, typer.Argument(help="A folder that is not there yet.")],
+    weights: Weights = None,
+    as_json: Json = False,
+) -> None:
+    """A Hugging Face folder that stock transformers opens."""
+    from dlm_ray.checkpoint.export import export as run
+
+    written = run(checkpoint, str(folder), weights=weights)
+    _result({"folder": str(written)}, as_json, lambda: _say(f"exported to {written}"))
+
+
+@checkpoint_app.command("list")
+def checkpoint_list(path: Annotated[str, typer.Argument(help="A run directory.")], as_json: Json = False) -> None:
+    """The committed steps of a run."""
+    from dlm_ray.checkpoint.listing import committed_steps
+
+    steps = committed_steps(path)
+    _result({"steps": steps}, as_json, lambda: sys.stdout.write("".join(f"{step}\n" for step in steps)))
+
+
+@checkpoint_app.command("verify")
+def checkpoint_verify(path: Annotated[str, typer.Argument(help="A step directory, or a run directory (its last step).")], as_json: Json = False) -> None:
+    """Reads every chunk of a checkpoint; exit code 1 if anything is wrong."""
+    from dlm_ray.checkpoint.commit import verify
+    from dlm_ray.checkpoint.weights import our_checkpoint
+
+    directory = our_checkpoint(path) or path
+    findings = verify(directory)
+    _result({"directory": directory, "findings": findings}, as_json, lambda: None if findings else _say(f"{directory}: every chunk is good"))
+    if findings:
+        raise DamageError("\n".join(findings))
+
+
+@checkpoint_app.command("prune")
+def checkpoint_prune(
+    path: Annotated[str, typer.Argument(help="A run directory.")],
+    keep_last: Annotated[int, typer.Option(help="So many committed steps stay.", min=1)] = 1,
+    as_json: Json = False,
+) -> None:
+    """Removes all committed steps but the last ones."""
+    from dlm_ray.checkpoint.listing import prune
+
+    removed = prune(path, keep_last)
+    _result({"removed": removed}, as_json, lambda: _say(f"removed steps {removed}" if removed else "nothing to remove"))
+
+
+@app.command()
+def schema(kind: Annotated[str, typer.Argument(help="recipe")] = "recipe") -> None:
+    """The JSON Schema of a recipe, for editors."""
+    if kind != "recipe":
+        raise UserError(f"there is no schema {kind!r}; allowed is recipe")
+    from dlm_ray.config.recipe import Recipe
+
+    sys.stdout.write(json.dumps(Recipe.model_json_schema(), indent=2) + "\n")
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Versions, cores, memory, GPUs and disk of this machine, and what is missing."""
+    import importlib.metadata
+    import os
+    import platform
+    import shutil
+
+    import torch
+
+    found: dict[str, Any] = {"python": platform.python_version(), "cores": os.cpu_count()}
+    for package in ("torch", "ray", "transformers", "tensorstore", "flash-attn", "liger-kernel"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    found["cuda"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or "no device"
+    found["memory_gib"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    found["free_disk_gib"] = round(shutil.disk_usage(".").free / 2**30, 1)
+    _result(found, as_json, lambda: _print_mapping("this machine", found))
+
+
+def main() -> None:
+    """The console script."""
+    arguments = sys.argv[1:]
+    debug = "--debug" in arguments
+    try:
+        outcome = app([argument for argument in arguments if argument != "--debug"], standalone_mode=False)
+        sys.exit(outcome if isinstance(outcome, int) else 0)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        sys.exit(130)
+    except Exception as error:  # the last place where anything can be said
+        if debug:
+            raise
+        sys.exit(_fail(error))
+
+
+def _fail(error: Exception) -> int:
+    """Prints what a person needs of an error; its exit code."""
+    if isinstance(error, DamageError):
+        console.print(f"[red]damaged:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+        return 1
+    if isinstance(error, UserError):
+        console.print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+        return 2
+    console.print(
+        f"[red]failed:[/] {escape(f'{type(error).__name__}: {error}')}\nRun again as `dlm-ray --debug ...` for the traceback.", soft_wrap=True, highlight=False
+    )
+    return 1
+
+
+def _result(fields: dict[str, Any], as_json: bool, show: Callable[[], Any]) -> None:
+    """The result of a verb: JSON on stdout, or for people."""
+    if as_json:
+        sys.stdout.write(json.dumps(fields, default=str) + "\n")
+    else:
+        show()
+
+
+def _say(message: str) -> None:
+    console.print(escape(message), soft_wrap=True, highlight=False)
+
+
+@contextmanager
+def _bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on stderr: the caller gets update(done, total)."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def _print_mapping(title: str, fields: dict[str, Any]) -> None:
+    table = Table(title=title, show_header=False)
+    for name, value in fields.items():
+        table.add_row(str(name), escape(str(value)))
+    Console().print(table)
+
+
+def _print_splits(out: str, splits: dict[str, dict[str, int]]) -> None:
+    table = Table(title=out)
+    for heading in ("split", "rows", "documents", "tokens"):
+        table.add_column(heading, justify="left" if heading == "split" else "right")
+    for name, split in splits.items():
+        table.add_row(name, *(f"{split[heading]:,}" for heading in ("rows", "documents", "tokens")))
+    Console().print(table)
+
+
+def _print_described(described: dict[str, Any]) -> None:
+    tokenizer = described["tokenizer"]
+    _say(f"rows of {described['row_tokens']} tokens; tokenizer {tokenizer['name']}, {tokenizer['vocab_size']} tokens, sha256 {tokenizer['sha256'][:12]}")
+    _print_splits(described["path"], described["splits"])
+    for number, row in enumerate(described.get("first_rows", [])):
+        _say(f"row {number} of train:")
+        for segment in row:
+            _say(f"  document {segment['document']}, {segment['tokens']} tokens: {segment['text'][:200]!r}")
+
+
+def _print_bits(scored: dict[str, Any]) -> None:
+    low, high = scored["ci95_documents"]
+    what = "at most (a bound)" if scored["is_bound"] else "exactly"
+    _say(
+        f"{what} {scored['bits_per_byte']:.4f} bits per byte on {scored['documents']} documents, {scored['bytes']:,} bytes; "
+        f"95 % over documents {low:.4f} to {high:.4f}"
+    )
+    if scored["ci95_draws"]:
+        _say(f"95 % over draws, given these rows: {scored['ci95_draws'][0]:.4f} to {scored['ci95_draws'][1]:.4f} ({scored['draws_per_row']} draws a row)")
+
+
+def _print_quickstart(report: dict[str, Any], out: Path) -> None:
+    table = Table(title="held-out text, bits per byte")
+    for heading in ("model", "bits per byte", "95 % over documents", ""):
+        table.add_column(heading)
+    for name in ("ar", "adapted", "scratch", "unadapted"):
+        low, high = report[name]["ci95_documents"]
+        table.add_row(name, f"{report[name]['bits_per_byte']:.3f}", f"{low:.3f} to {high:.3f}", "bound" if report[name]["is_bound"] else "exact")
+    for name, baseline in (("unigram", "unigram_bits_per_byte"), ("xz -9", "xz_bits_per_byte")):
+        table.add_row(name, f"{report[baseline]:.3f}", "", "baseline")
+    Console().print(table)
+    _say(f"the report: {out / 'report.html'}   its numbers: {out / 'report.json'}")
+    _say(f"go on: dlm-ray sample {report['checkpoint']} --prompt 'def '")
