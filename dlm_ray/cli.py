@@ -54,7 +54,8 @@ def quickstart(
     """The whole main job on this machine: data, an AR base, its adaptation, the bound, samples, infilling, export, a report."""
     from dlm_ray.runtime.quickstart import quickstart as run
 
-    report = run(out, smoke=smoke, overrides=overrides or [], say=_say)
+    with _stage_bar() as show:
+        report = run(out, smoke=smoke, overrides=overrides or [], show=show)
     _result(report, as_json, lambda: _print_quickstart(report, out))
 
 
@@ -318,6 +319,24 @@ def _bar(what: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(what, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+@contextmanager
+def _stage_bar() -> Iterator[Callable[[str, int, int], None]]:
+    """A line for every stage that ends and a bar with the time left for the one that runs: the caller gets show(stage, done, total)."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        tasks: dict[str, Any] = {}
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                for task in tasks.values():
+                    progress.update(task, visible=False)
+                tasks[stage] = progress.add_task(f"{len(tasks) + 1:>2}. {stage}", total=None)
+                progress.print(f"{len(tasks):>2}. {stage} ...")
+            progress.update(tasks[stage], completed=done, total=total)
+
+        yield show
 
 
 def _print_mapping(title: str, fields: dict[str, Any]) -> None:

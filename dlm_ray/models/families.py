@@ -59,6 +59,20 @@ def read_config(fields: dict[str, Any]) -> PreTrainedConfig:
     return adaptable(AutoConfig.for_model(family, **fields))
 
 
+def architecture_of(config: PreTrainedConfig) -> Architecture:
+    """The architecture of a configuration: the same network from scratch."""
+    return Architecture(
+        family=config.model_type,
+        width=config.hidden_size,
+        num_layers=config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
+        num_key_value_heads=getattr(config, "num_key_value_heads", None),
+        intermediate=config.n_inner if config.model_type == "gpt2" else config.intermediate_size,
+        max_positions=config.max_position_embeddings,
+        tie_embeddings=config.tie_word_embeddings,
+    )
+
+
 def adaptable(config: PreTrainedConfig) -> PreTrainedConfig:
     """The same configuration with nothing in it that would limit or disturb what the visibility says: no sliding window, no dropout."""
     if getattr(config, "sliding_window", None) is not None:

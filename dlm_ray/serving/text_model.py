@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -76,11 +76,21 @@ class TextModel:
     """A network with its tokenizer, on one device."""
 
     def __init__(
-        self, denoiser: HuggingFaceDenoiser, tokenizer: Any, tokenizer_identity: TokenizerIdentity, *, is_causal: bool, row_tokens: int, document_mask: bool
+        self,
+        denoiser: HuggingFaceDenoiser,
+        tokenizer: Any,
+        tokenizer_identity: TokenizerIdentity,
+        *,
+        is_causal: bool,
+        row_tokens: int,
+        document_mask: bool,
+        pattern: Literal["causal", "bidirectional"] | None = None,
     ):
         self.denoiser = denoiser.eval()
         self.tokenizer, self.tokenizer_identity = tokenizer, tokenizer_identity
         self.is_causal, self.row_tokens, self.document_mask = is_causal, row_tokens, document_mask
+        # What it sees follows from what it is; only a base that was never adapted is tried both ways.
+        self.pattern: Literal["causal", "bidirectional"] = pattern or ("causal" if is_causal else "bidirectional")
         self.device = next(denoiser.parameters()).device
 
     def sample(
@@ -180,13 +190,12 @@ class TextModel:
             raise UserError(f"split {split!r} of {data} has no rows; build it with a larger --held-out, or name another --split")
         x_0 = np.stack([row.input_ids for row in rows]).astype(np.int64)
         document_ids = np.stack([row.document_ids for row in rows])
-        pattern = "causal" if self.is_causal else "bidirectional"
         scored = likelihood.token_nats(
             self.denoiser,
             self.objective,
             x_0,
             document_ids,
-            lambda ids: Visibility(pattern, document_ids=documents_apart(ids, self.document_mask, self.device)),
+            lambda ids: Visibility(self.pattern, document_ids=documents_apart(ids, self.document_mask, self.device)),
             self.device,
             num_draws=draws_per_row,
             seed=seed,
@@ -254,7 +263,7 @@ class TextModel:
             self.denoiser,
             canvas,
             chosen,
-            Visibility("causal" if self.is_causal else "bidirectional"),
+            Visibility(self.pattern),
             num_steps=num_steps,
             temperature=temperature,
             top_p=top_p,
@@ -289,27 +298,29 @@ def load(path: str | Path, weights_kind: str | None = None, *, device: str = "au
     )
 
 
-def load_unadapted(path: str | Path, *, shift: bool = True, seed: int = 0) -> TextModel:
-    """An autoregressive checkpoint of ours as the denoiser that adaptation starts from: a new mask row, full visibility, no training.
+def as_unadapted(base: TextModel, pattern: Literal["causal", "bidirectional"], *, seed: int = 0) -> TextModel:
+    """An autoregressive model as the denoiser that adaptation starts from: with a new mask row and the shift, and no training.
 
-    The baseline that says what adaptation itself is worth.
+    The baseline that says what adaptation itself is worth, seeing only the past (as it was trained to) or everything.
     """
-    checkpoint = weights.our_checkpoint(str(path))
-    if checkpoint is None:
-        raise UserError(f"{path} is not a checkpoint of ours; give a step directory or a run directory")
-    manifest = commit.read_manifest(checkpoint)
-    fields = dict(manifest.model["config"])
+    own = base.denoiser
+    fields = own.network.config.to_dict()
     mask_id = fields["vocab_size"]
-    denoiser = _network({**fields, "vocab_size": mask_id + 1}, mask_id, shift, torch.device("cpu"))
-    tensors = dict(denoiser.network.named_parameters())
-    weights.load_weights(checkpoint, tensors, extra_rows=denoiser.vocabulary_names(), seed=seed)
+    denoiser = _network({**fields, "vocab_size": mask_id + 1}, mask_id, True, base.device)
+    weights_of = dict(own.network.named_parameters())
+    for name, parameter in denoiser.network.named_parameters():
+        if name in denoiser.vocabulary_names():
+            huggingface.fill_with_extra_row(parameter, weights_of[name], name, seed)
+        else:
+            parameter.copy_(weights_of[name])
     return TextModel(
         denoiser,
-        load_tokenizer(str(Path(checkpoint).parent / "tokenizer")),
-        TokenizerIdentity(**manifest.tokenizer),
+        base.tokenizer,
+        base.tokenizer_identity,
         is_causal=False,
-        row_tokens=manifest.capabilities["row_tokens"],
-        document_mask=manifest.capabilities["document_mask"],
+        row_tokens=base.row_tokens,
+        document_mask=base.document_mask,
+        pattern=pattern,
     )
 
 

@@ -142,7 +142,8 @@ def _mask_id(recipe: Recipe, vocab_size: int) -> int:
 def _finished(config: Any, is_causal: bool, mask_id: int | None, shift: bool) -> dict[str, Any]:
     """The configuration as a checkpoint and an export carry it: stock transformers reads `is_causal`, we read the rest."""
     fields = config.to_dict()
-    fields.pop("dtype", None)
+    for unwanted in ("dtype", "_name_or_path"):
+        fields.pop(unwanted, None)
     fields["is_causal"] = is_causal
     if mask_id is not None:
         fields |= {"mask_token_id": mask_id, "shift": shift}

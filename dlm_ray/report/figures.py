@@ -1,0 +1,53 @@
+"""The two figures that reports need: curves over steps, and values with their intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart, without its yellow.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+_GREY = "#8a93a0"
+
+
+def curves(series: Mapping[str, Sequence[tuple[float, float]]], xlabel: str, ylabel: str) -> Any:
+    """A line a series of (x, y), named at its right end."""
+    figure, axes = _axes(7.0, 3.4)
+    for colour, (name, points) in zip(COLOURS, series.items(), strict=False):
+        xs, ys = zip(*points, strict=True)
+        axes.plot(xs, ys, color=colour, linewidth=1.8, marker="o" if len(xs) < 12 else None, markersize=4)
+        axes.annotate(name, (xs[-1], ys[-1]), xytext=(6, 0), textcoords="offset points", va="center", color=colour, annotation_clip=False)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    figure.subplots_adjust(left=0.09, right=0.84, top=0.96, bottom=0.15)
+    return figure
+
+
+def intervals(rows: Sequence[tuple[str, float, float, float]], xlabel: str) -> Any:
+    """A dot with its interval a row of (label, value, low, high), the first on top."""
+    figure, axes = _axes(7.0, 0.6 + 0.42 * len(rows))
+    for place, (label, value, low, high) in enumerate(reversed(rows)):
+        axes.plot([low, high], [place, place], color=COLOURS[0], linewidth=2.2)
+        axes.plot([value], [place], "o", color=COLOURS[0], markersize=6)
+        axes.annotate(f"{value:.3f}", (value, place), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=9)
+    axes.set_yticks(range(len(rows)), [row[0] for row in reversed(rows)])
+    axes.set(xlabel=xlabel, ylim=(-0.6, len(rows) - 0.3))
+    axes.grid(axis="x", color=_GREY, alpha=0.25)
+    figure.subplots_adjust(left=0.22, right=0.97, top=0.97, bottom=0.5 / (0.6 + 0.42 * len(rows)))
+    return figure
+
+
+def _axes(width: float, height: float) -> tuple[Any, Any]:
+    """Axes in inches with text that stays text."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams["svg.fonttype"] = "none"
+    matplotlib.rcParams["svg.hashsalt"] = "dlm_ray"
+    figure = Figure(figsize=(width, height))
+    axes = figure.add_subplot()
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(_GREY)
+    axes.tick_params(color=_GREY, labelsize=9)
+    return figure, axes
