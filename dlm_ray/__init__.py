@@ -12,7 +12,11 @@ __version__ = "0.1.0"
 __all__ = ["__version__", "fit", "load", "recipe"]
 
 # Imported when they are asked for: `dlm-ray --help` needs neither torch nor Ray.
-_PUBLIC = {"load": ("dlm_ray.serving.text_model", "load"), "fit": ("dlm_ray.runtime.train", "fit"), "recipe": ("dlm_ray.config.load", "load_recipe")}
+_PUBLIC = {
+    "load": ("dlm_ray.serving.text_model", "load"),
+    "fit": ("dlm_ray.runtime.train", "fit"),
+    "recipe": ("dlm_ray.config.load", "load_recipe"),
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -61,11 +61,15 @@ def quickstart(
 
 @data_app.command("build")
 def data_build(
-    sources: Annotated[list[str], typer.Argument(help="Text files, .jsonl, .jsonl.gz, .parquet, folders or patterns.", metavar="SOURCE...")],
+    sources: Annotated[
+        list[str], typer.Argument(help="Text files, .jsonl, .jsonl.gz, .parquet, folders or patterns.", metavar="SOURCE...")
+    ],
     out: Annotated[str, typer.Option(help="A local folder, s3:// or gs://.")],
     row_tokens: Annotated[int, typer.Option(help="Tokens of a row: the context length L.")] = 1024,
     tokenizer: Annotated[str | None, typer.Option(help="A Hugging Face folder or hub name.")] = None,
-    train_tokenizer: Annotated[int | None, typer.Option(help="Or: train a byte-level BPE of so many tokens on the sources.", metavar="VOCAB")] = None,
+    train_tokenizer: Annotated[
+        int | None, typer.Option(help="Or: train a byte-level BPE of so many tokens on the sources.", metavar="VOCAB")
+    ] = None,
     held_out: Annotated[float, typer.Option(help="Share of the documents, by hash, that is kept for evaluation.")] = 0.01,
     text_field: Annotated[str, typer.Option(help="Field of JSONL records, column of parquet files.")] = "text",
     as_json: Json = False,
@@ -155,7 +159,14 @@ def sample(
     from dlm_ray.serving.text_model import load
 
     model = load(checkpoint, weights)
-    options: dict[str, Any] = {"num_samples": num_samples, "steps": steps, "rule": rule, "temperature": temperature, "top_p": top_p, "seed": seed}
+    options: dict[str, Any] = {
+        "num_samples": num_samples,
+        "steps": steps,
+        "rule": rule,
+        "temperature": temperature,
+        "top_p": top_p,
+        "seed": seed,
+    }
     with _bar("denoising") as update:
         options["on_step"] = lambda step, steps, canvas: update(step, steps)
         if prefix is not None:
@@ -209,14 +220,18 @@ def checkpoint_list(path: Annotated[str, typer.Argument(help="A run directory.")
 
 
 @checkpoint_app.command("verify")
-def checkpoint_verify(path: Annotated[str, typer.Argument(help="A step directory, or a run directory (its last step).")], as_json: Json = False) -> None:
+def checkpoint_verify(
+    path: Annotated[str, typer.Argument(help="A step directory, or a run directory (its last step).")], as_json: Json = False
+) -> None:
     """Reads every chunk of a checkpoint; exit code 1 if anything is wrong."""
     from dlm_ray.checkpoint.commit import verify
     from dlm_ray.checkpoint.weights import our_checkpoint
 
     directory = our_checkpoint(path) or path
     findings = verify(directory)
-    _result({"directory": directory, "findings": findings}, as_json, lambda: None if findings else _say(f"{directory}: every chunk is good"))
+    _result(
+        {"directory": directory, "findings": findings}, as_json, lambda: None if findings else _say(f"{directory}: every chunk is good")
+    )
     if findings:
         raise DamageError("\n".join(findings))
 
@@ -295,7 +310,9 @@ def _fail(error: Exception) -> int:
         console.print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
         return 2
     console.print(
-        f"[red]failed:[/] {escape(f'{type(error).__name__}: {error}')}\nRun again as `dlm-ray --debug ...` for the traceback.", soft_wrap=True, highlight=False
+        f"[red]failed:[/] {escape(f'{type(error).__name__}: {error}')}\nRun again as `dlm-ray --debug ...` for the traceback.",
+        soft_wrap=True,
+        highlight=False,
     )
     return 1
 
@@ -324,7 +341,14 @@ def _bar(what: str) -> Iterator[Callable[[int, int], None]]:
 @contextmanager
 def _stage_bar() -> Iterator[Callable[[str, int, int], None]]:
     """A line for every stage that ends and a bar with the time left for the one that runs: the caller gets show(stage, done, total)."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, transient=True) as progress:
         tasks: dict[str, Any] = {}
 
@@ -357,7 +381,9 @@ def _print_splits(out: str, splits: dict[str, dict[str, int]]) -> None:
 
 def _print_described(described: dict[str, Any]) -> None:
     tokenizer = described["tokenizer"]
-    _say(f"rows of {described['row_tokens']} tokens; tokenizer {tokenizer['name']}, {tokenizer['vocab_size']} tokens, sha256 {tokenizer['sha256'][:12]}")
+    _say(
+        f"rows of {described['row_tokens']} tokens; tokenizer {tokenizer['name']}, {tokenizer['vocab_size']} tokens, sha256 {tokenizer['sha256'][:12]}"
+    )
     _print_splits(described["path"], described["splits"])
     for number, row in enumerate(described.get("first_rows", [])):
         _say(f"row {number} of train:")
@@ -373,7 +399,9 @@ def _print_bits(scored: dict[str, Any]) -> None:
         f"95 % over documents {low:.4f} to {high:.4f}"
     )
     if scored["ci95_draws"]:
-        _say(f"95 % over draws, given these rows: {scored['ci95_draws'][0]:.4f} to {scored['ci95_draws'][1]:.4f} ({scored['draws_per_row']} draws a row)")
+        _say(
+            f"95 % over draws, given these rows: {scored['ci95_draws'][0]:.4f} to {scored['ci95_draws'][1]:.4f} ({scored['draws_per_row']} draws a row)"
+        )
 
 
 def _print_quickstart(report: dict[str, Any], out: Path) -> None:
@@ -382,7 +410,9 @@ def _print_quickstart(report: dict[str, Any], out: Path) -> None:
         table.add_column(heading)
     for name in ("ar", "adapted", "scratch", "unadapted"):
         low, high = report[name]["ci95_documents"]
-        table.add_row(name, f"{report[name]['bits_per_byte']:.3f}", f"{low:.3f} to {high:.3f}", "bound" if report[name]["is_bound"] else "exact")
+        table.add_row(
+            name, f"{report[name]['bits_per_byte']:.3f}", f"{low:.3f} to {high:.3f}", "bound" if report[name]["is_bound"] else "exact"
+        )
     for name, baseline in (("unigram", "unigram_bits_per_byte"), ("xz -9", "xz_bits_per_byte")):
         table.add_row(name, f"{report[baseline]:.3f}", "", "baseline")
     Console().print(table)

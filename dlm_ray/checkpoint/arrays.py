@@ -39,7 +39,7 @@ def context() -> ts.Context:
 
 
 def key_value_store(path: str) -> dict[str, Any]:
-    """tensorstore's specification of a directory: local, s3:// or gs://. AWS_ENDPOINT_URL names another S3 endpoint.
+    """Tensorstore's specification of a directory: local, s3:// or gs://. AWS_ENDPOINT_URL names another S3 endpoint.
 
     Raises:
         UserError: for another scheme.
@@ -54,7 +54,12 @@ def key_value_store(path: str) -> dict[str, Any]:
     if scheme != "s3":
         raise UserError(f"{path}: {scheme}:// is not supported; use a local path, s3:// or gs://")
     # Few retries: a dead endpoint has to be an error within seconds.
-    spec = {"driver": "s3", "bucket": bucket, "path": inner, "s3_request_retries": {"max_retries": 3, "initial_delay": "100ms", "max_delay": "1s"}}
+    spec = {
+        "driver": "s3",
+        "bucket": bucket,
+        "path": inner,
+        "s3_request_retries": {"max_retries": 3, "initial_delay": "100ms", "max_delay": "1s"},
+    }
     if "AWS_ENDPOINT_URL" in os.environ:
         spec |= {"endpoint": os.environ["AWS_ENDPOINT_URL"], "aws_region": os.environ.get("AWS_REGION", "us-east-1")}
     if "AWS_ACCESS_KEY_ID" in os.environ:
@@ -153,7 +158,7 @@ async def read_region(spec: dict[str, Any], tensor: Tensor, offset: Sequence[int
 
 
 def explain(error: ValueError, what: str) -> UserError:
-    """tensorstore raises ValueError for everything, with the kind as a prefix; this is the error of ours that says what it means."""
+    """Tensorstore raises ValueError for everything, with the kind as a prefix; this is the error of ours that says what it means."""
     kind, cause = str(error).partition(":")[0], str(error).splitlines()[0]
     if kind == "RESOURCE_EXHAUSTED" or "No space left" in cause:
         return DamageError(f"{what}: no space left ({cause}); free some and run the same command again, the checkpoint before is intact")

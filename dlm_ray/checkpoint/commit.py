@@ -1,7 +1,8 @@
 """The commit: every rank writes its blocks into a database of its own, rank 0 merges them, and `manifest.json` comes last.
 
-No manifest, no checkpoint: whatever dies before it leaves nothing that is believed later. Ranks write blocks that tile each tensor on the borders of
-its chunks, which is proved before the merge; a reader takes the region it needs, whatever number of ranks wrote it.
+No manifest, no checkpoint: whatever dies before it leaves nothing that is believed later. Ranks write blocks that tile each
+tensor on the borders of its chunks, which is proved before the merge; a reader takes the region it needs, whatever number of
+ranks wrote it.
 """
 
 from __future__ import annotations
@@ -53,7 +54,9 @@ class Manifest(BaseModel):
     sha256: str
 
 
-def save(directory: str, tensors: Mapping[str, Tensor], manifest_fields: Mapping[str, Any], *, group: dist.ProcessGroup | None = None) -> Manifest:
+def save(
+    directory: str, tensors: Mapping[str, Tensor], manifest_fields: Mapping[str, Any], *, group: dist.ProcessGroup | None = None
+) -> Manifest:
     """Commits `tensors` under their names to `directory`. Collective, if torch.distributed is initialised.
 
     Args:
@@ -75,7 +78,10 @@ def save(directory: str, tensors: Mapping[str, Tensor], manifest_fields: Mapping
         shared, own = arrays.context(), arrays.below(base, f"ocdbt.process_{rank}")
         jobs = {
             name: arrays.write_region(
-                arrays.create_spec(arrays.database(own, name), block.shape, block.chunk, block.local.dtype), _on_host(block.local), block.offset, shared
+                arrays.create_spec(arrays.database(own, name), block.shape, block.chunk, block.local.dtype),
+                _on_host(block.local),
+                block.offset,
+                shared,
             )
             for name, block in blocks.items()
             if block.writes
@@ -88,7 +94,9 @@ def save(directory: str, tensors: Mapping[str, Tensor], manifest_fields: Mapping
 
     def finish() -> None:
         if rank == 0:
-            check_tiling({name: block.shape for name, block in blocks.items()}, {name: block.chunk for name, block in blocks.items()}, regions)
+            check_tiling(
+                {name: block.shape for name, block in blocks.items()}, {name: block.chunk for name, block in blocks.items()}, regions
+            )
             _merge(base, world_size)
             manifest[0] = _write_manifest(directory, base, manifest_fields, blocks)
 
@@ -107,7 +115,9 @@ def read_manifest(directory: str) -> Manifest:
     """
     content = _read(arrays.key_value_store(directory), MANIFEST, directory)
     if content is None:
-        raise DamageError(f"{directory} is not a checkpoint: it has no {MANIFEST} (a run that stopped while it saved leaves such a directory)")
+        raise DamageError(
+            f"{directory} is not a checkpoint: it has no {MANIFEST} (a run that stopped while it saved leaves such a directory)"
+        )
     try:
         fields = json.loads(content)
         if fields["format"] > FORMAT:
@@ -207,9 +217,9 @@ def _agree(act: Callable[[], Any], group: dist.ProcessGroup | None) -> list[Any]
     if dist.is_initialized():
         outcomes = [outcome] * dist.get_world_size(group)
         dist.all_gather_object(outcomes, (outcome[0], _sendable(outcome[1])), group=group)
-    for _, error in outcomes:
-        if error is not None:
-            raise error
+    for _, failure in outcomes:
+        if failure is not None:
+            raise failure
     return [result for result, _ in outcomes]
 
 
@@ -250,7 +260,8 @@ def _merge(base: dict[str, Any], world_size: int) -> None:
 
 def _write_manifest(directory: str, base: dict[str, Any], fields: Mapping[str, Any], blocks: Mapping[str, Block]) -> Manifest:
     entries = {
-        name: {"shape": list(block.shape), "dtype": arrays.DTYPES[block.local.dtype], "chunk": list(block.chunk)} for name, block in blocks.items()
+        name: {"shape": list(block.shape), "dtype": arrays.DTYPES[block.local.dtype], "chunk": list(block.chunk)}
+        for name, block in blocks.items()
     }
     content = {**fields, "format": FORMAT, "arrays": entries, "sha256": ""}
     content = json.loads(json.dumps(content))  # what a reader will get back: no tuples

@@ -96,7 +96,7 @@ def _write_weights(checkpoint: str, manifest: Manifest, prefix: str, folder: Pat
             filled = 0
         files[-1].append(name)
         filled += size
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, group in enumerate(files, start=1):
         file = "model.safetensors" if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
         tensors: dict[str, Tensor] = {name: commit.read_tensor(checkpoint, f"{prefix}.{name}") for name in group}
@@ -108,9 +108,13 @@ def _write_weights(checkpoint: str, manifest: Manifest, prefix: str, folder: Pat
 
 def _architecture(family: str) -> str:
     """The class name that stock transformers looks for in `architectures`."""
-    return {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "mistral": "MistralForCausalLM"}[
-        family
-    ]
+    return {
+        "gpt2": "GPT2LMHeadModel",
+        "llama": "LlamaForCausalLM",
+        "qwen2": "Qwen2ForCausalLM",
+        "qwen3": "Qwen3ForCausalLM",
+        "mistral": "MistralForCausalLM",
+    }[family]
 
 
 def _card(manifest: Manifest, prefix: str) -> str:

@@ -29,9 +29,11 @@ def resolve_folder(name_or_path: str) -> Path:
     if (folder / "config.json").is_file():
         return folder
     if folder.exists():
-        raise UserError(f"{name_or_path} is neither a checkpoint of ours (no step with a manifest.json) nor a Hugging Face folder (no config.json)")
+        raise UserError(
+            f"{name_or_path} is neither a checkpoint of ours (no step with a manifest.json) nor a Hugging Face folder (no config.json)"
+        )
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(name_or_path, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model"]))
@@ -112,7 +114,7 @@ def _locate(folder: Path) -> dict[str, str]:
         hint = f"; {legacy.name} is a pickle, which is never opened: convert it to safetensors" if legacy else ""
         raise UserError(f"{folder} has no model.safetensors{hint}")
     with safe_open(single, "pt") as archive:
-        return {name: str(single) for name in archive.keys()}
+        return {name: str(single) for name in archive.keys()}  # noqa: SIM118  (it is no mapping)
 
 
 def _match_names(located: Mapping[str, str], tensors: Mapping[str, Tensor], optional: Collection[str], folder: Path) -> dict[str, str]:
@@ -121,7 +123,9 @@ def _match_names(located: Mapping[str, str], tensors: Mapping[str, Tensor], opti
     prefixes = {name.partition(".")[0] + "." for name in tensors}
     stored = {}
     for name in tensors:
-        bare = next((name.removeprefix(prefix) for prefix in prefixes if name.startswith(prefix) and name.removeprefix(prefix) in have), name)
+        bare = next(
+            (name.removeprefix(prefix) for prefix in prefixes if name.startswith(prefix) and name.removeprefix(prefix) in have), name
+        )
         stored[name] = name if name in have else bare
     missing = sorted(name for name, found in stored.items() if found not in have)
     unwanted = sorted(have - set(stored.values()) - set(optional))
@@ -135,4 +139,6 @@ def _match_names(located: Mapping[str, str], tensors: Mapping[str, Tensor], opti
 
 def _check_shape(shape: tuple[int, ...], tensor: Tensor, name: str, folder: Path) -> None:
     if shape != tuple(tensor.shape):
-        raise UserError(f"{folder}: {name} has shape {list(shape)} where the network has {list(tensor.shape)}; is config.json the one of these weights?")
+        raise UserError(
+            f"{folder}: {name} has shape {list(shape)} where the network has {list(tensor.shape)}; is config.json the one of these weights?"
+        )

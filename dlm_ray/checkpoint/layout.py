@@ -70,9 +70,7 @@ def check_tiling(shapes: Mapping[str, Sequence[int]], chunks: Mapping[str, Seque
         assert elements == _volume(shape), f"{name}: the ranks wrote {elements} elements of {_volume(shape)}"
         for i, (offset, size) in enumerate(written):
             for other_offset, other_size in written[i + 1 :]:
-                apart = any(
-                    a + m <= b or b + n <= a for a, m, b, n in zip(offset, size, other_offset, other_size, strict=True)
-                )
+                apart = any(a + m <= b or b + n <= a for a, m, b, n in zip(offset, size, other_offset, other_size, strict=True))
                 assert apart or not _volume(size), f"{name}: two ranks wrote the same elements"
 
 

@@ -16,8 +16,12 @@ _LEAST_BYTES = 2 * 2**20
 _LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "pydoc_data"}
 
 
-def write_corpus(path: str) -> dict[str, Any]:
+def write_corpus(path: str, max_bytes: int | None = None) -> dict[str, Any]:
     """Writes a JSONL file of {"path", "text"} records, a module or a topic each.
+
+    Args:
+        path: of the file.
+        max_bytes: leaves out what comes after so many bytes; all of it if None.
 
     Returns:
         documents, bytes, and the sha256 of the file: two Pythons with the same fingerprint have the same corpus.
@@ -32,6 +36,8 @@ def write_corpus(path: str) -> dict[str, Any]:
             f"this Python has only {len(content):,} bytes of sources in {sysconfig.get_paths()['stdlib']} (a stripped or zipped installation?), and the "
             f"quickstart's corpus needs {_LEAST_BYTES:,}; use a Python with its standard library's .py files, or your own text with `dlm-ray data build`"
         )
+    while max_bytes is not None and len(content) > max_bytes:
+        content = content[: -len(lines.pop().encode())]
     storage.write(path, content)
     return {"documents": len(lines), "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
@@ -50,5 +56,5 @@ def _documents() -> Iterator[tuple[str, str]]:
         from pydoc_data.topics import topics
     except ImportError:
         return
-    for name in sorted(topics):
-        yield f"topic {name}", topics[name]
+    for topic in sorted(topics):
+        yield f"topic {topic}", topics[topic]

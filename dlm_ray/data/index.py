@@ -47,8 +47,6 @@ class Index(_Frozen):
     format: int
     row_tokens: int
     """L."""
-    row_stride_bytes: int
-    """Every row takes as many bytes of its shard, so that row i begins at i times this."""
     tokenizer: TokenizerIdentity
     splits: dict[str, Split]
     built_from: dict[str, Any]

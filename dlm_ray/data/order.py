@@ -1,8 +1,9 @@
 """The exact order of training rows: a pure function (seed, cursor) -> rows over a weighted list of sources.
 
-Which source the next row comes from is the one furthest behind its weight; so the counts by source in the cursor are all that seeking needs. Within
-a source every epoch permutes the shards, and the rows within windows of consecutive permuted shards: sequential reads, O(shards) memory plus one
-window. Every row comes exactly once an epoch. The order knows nothing of workers, so it is the same on 1 and on 64.
+Which source the next row comes from is the one furthest behind its weight; so the counts by source in the cursor are all that
+seeking needs. Within a source every epoch permutes the shards, and the rows within windows of consecutive permuted shards:
+sequential reads, O(shards) memory plus one window. Every row comes exactly once an epoch. The order knows nothing of workers, so
+it is the same on 1 and on 64.
 """
 
 from __future__ import annotations

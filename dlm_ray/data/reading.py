@@ -78,7 +78,7 @@ class ShardReader:
             self._check(source, number, path)
             with storage.open_input(path) as stream:
                 for place in sorted(places, key=lambda place: references[place].row):
-                    arrays = shards.read_row(stream, references[place].row, index.row_stride_bytes)
+                    arrays = shards.read_row(stream, references[place].row, index.row_tokens)
                     rows[place] = Row(**arrays, source=source, part=shard.part)
         return [row for row in rows if row is not None]
 
@@ -99,7 +99,9 @@ class ShardReader:
         self._checked.add((source, number))
 
 
-def shares(order: Order, cursor: Cursor, *, global_batch_rows: int, rank: int, world_size: int, num_steps: int) -> Iterator[tuple[list[list[RowReference]], list[Cursor]]]:
+def shares(
+    order: Order, cursor: Cursor, *, global_batch_rows: int, rank: int, world_size: int, num_steps: int
+) -> Iterator[tuple[list[list[RowReference]], list[Cursor]]]:
     """This rank's references of several steps at a time, and the cursor behind each step's global batch.
 
     A rank takes a contiguous share of every global batch; shares differ by a row at most.

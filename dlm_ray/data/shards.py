@@ -6,6 +6,8 @@ import hashlib
 import io
 import tarfile
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -28,23 +30,31 @@ def write_shard(folder: str, name: str, rows: Sequence[PackedRow]) -> dict[str, 
     return {"file": name, "rows": len(rows), "sha256": hashlib.sha256(content).hexdigest(), "size_bytes": len(content)}
 
 
-def row_stride_bytes(row_tokens: int) -> int:
-    """Bytes that one row takes in a shard: its arrays have fixed types and shapes, so that all rows take as many."""
-    blank = PackedRow(np.zeros(row_tokens, np.int32), np.zeros(row_tokens, np.int32), np.zeros(row_tokens, np.int32))
+@dataclass(frozen=True)
+class RowLayout:
+    """Where the arrays of a row lie: they have fixed types and shapes, so that every row of every shard is laid out alike."""
+
+    stride_bytes: int
+    offsets: dict[str, int]
+    """Of each array's numbers from the beginning of the row."""
+
+
+@cache
+def row_layout(row_tokens: int) -> RowLayout:
+    """The layout of rows of L tokens, read off a shard of two."""
+    blank = PackedRow(*(np.zeros(row_tokens, np.int32) for _ in FIELDS))
     with tarfile.open(fileobj=io.BytesIO(_tar("x", [blank, blank])), mode="r:") as archive:
-        return archive.getmembers()[len(FIELDS)].offset
+        members = archive.getmembers()
+    offsets = {member.name.split(".")[1]: member.offset_data + member.size - 4 * row_tokens for member in members[: len(FIELDS)]}
+    return RowLayout(members[len(FIELDS)].offset, offsets)
 
 
-def read_row(stream: BinaryIO, row: int, stride: int) -> dict[str, np.ndarray]:
-    """The arrays of row number `row` of a shard, by field."""
-    stream.seek(row * stride)
-    arrays = {}
-    with tarfile.open(fileobj=io.BytesIO(stream.read(stride)), mode="r:") as archive:
-        for member in archive:
-            content = archive.extractfile(member)
-            assert content is not None, f"{member.name} is no file"
-            arrays[member.name.split(".")[1]] = np.load(io.BytesIO(content.read()), allow_pickle=False)
-    return arrays
+def read_row(stream: BinaryIO, row: int, row_tokens: int) -> dict[str, np.ndarray]:
+    """The arrays [L] int32 of row number `row` of a shard, by field."""
+    layout = row_layout(row_tokens)
+    stream.seek(row * layout.stride_bytes)
+    content = stream.read(layout.stride_bytes)
+    return {field: np.frombuffer(content, np.dtype("<i4"), row_tokens, offset) for field, offset in layout.offsets.items()}
 
 
 def _tar(prefix: str, rows: Sequence[PackedRow]) -> bytes:

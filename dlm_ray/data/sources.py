@@ -83,7 +83,9 @@ def _files(inputs: Sequence[str]) -> Iterator[Path]:
         else:
             matches = sorted(glob.glob(given, recursive=True))
             if not matches:
-                raise UserError(f"{given!r} is no file, no folder, and no pattern that matches one; give text files, .jsonl, .parquet or folders")
+                raise UserError(
+                    f"{given!r} is no file, no folder, and no pattern that matches one; give text files, .jsonl, .parquet or folders"
+                )
             yield from (Path(match) for match in matches if Path(match).is_file())
 
 
@@ -148,7 +150,9 @@ def _parquet(piece: Piece, text_field: str) -> Iterator[str]:
 
     file = parquet.ParquetFile(piece.path)
     if text_field not in file.schema_arrow.names:
-        raise UserError(f"{piece.path} has no column {text_field!r} (there is: {', '.join(file.schema_arrow.names)}); name it with --text-field")
+        raise UserError(
+            f"{piece.path} has no column {text_field!r} (there is: {', '.join(file.schema_arrow.names)}); name it with --text-field"
+        )
     for group in range(piece.first, piece.last):
         for text in file.read_row_group(group, columns=[text_field])[text_field].to_pylist():
             if text:

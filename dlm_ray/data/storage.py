@@ -87,7 +87,7 @@ def names(folder: str) -> list[str]:
 
 
 def _remote(path: str) -> tuple[Any, str]:
-    """pyarrow's filesystem for a URL, and the path within it. AWS_ENDPOINT_URL names another S3 endpoint."""
+    """Pyarrow's filesystem for a URL, and the path within it. AWS_ENDPOINT_URL names another S3 endpoint."""
     from pyarrow import fs
 
     scheme, _, inner = path.partition("://")

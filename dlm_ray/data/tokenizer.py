@@ -70,7 +70,9 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedToke
         show_progress=False,
     )
     tokenizer.train_from_iterator(documents, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, clean_up_tokenization_spaces=False
+    )
 
 
 def identity(tokenizer: Any) -> TokenizerIdentity:
@@ -92,7 +94,8 @@ def identity(tokenizer: Any) -> TokenizerIdentity:
 def encode(tokenizer: Any, documents: list[str]) -> list[tuple[list[int], list[int]]]:
     """Token ids of each document, and how many raw UTF-8 bytes each token stands for; the bytes of a document sum up exactly.
 
-    The text of a special token inside a document is text like any other. Where several tokens share a character, the last one counts its bytes.
+    The text of a special token inside a document is text like any other. Where several tokens share a character, the last one
+    counts its bytes.
     """
     backend = tokenizer.backend_tokenizer
     backend.encode_special_tokens = True

@@ -16,7 +16,8 @@ from dlm_ray.diffusion.visibility import Visibility
 class Denoiser(Protocol):
     """A network that turns a partly masked row into hidden rows, and hidden rows into whatever of the logits is asked for."""
 
-    mask_id: int
+    mask_id: int | None
+    """None if it is autoregressive only."""
 
     def hidden(self, input_ids: Tensor, visibility: Visibility) -> Tensor:
         """[B, L] ids -> [B, L, D] final hidden states."""

@@ -1,7 +1,8 @@
 """The randomness of a batch: time t in strata over the global batch, and which tokens are masked.
 
-Every number is a pure function of (seed, stream, step, global row index), by numpy's counter-based Philox. So neither the number of workers nor the
-micro-batch nor a restart changes a mask, and the draws are made on the host, where the step needs no synchronisation to know their counts.
+Every number is a pure function of (seed, stream, step, global row index), by numpy's counter-based Philox. So neither the number
+of workers nor the micro-batch nor a restart changes a mask, and the draws are made on the host, where the step needs no
+synchronisation to know their counts.
 """
 
 from __future__ import annotations
@@ -95,9 +96,7 @@ def evaluation_times(seed: int, rows: Sequence[int], num_draws: int) -> np.ndarr
     return times
 
 
-def mask_draw(
-    seed: int, stream: int, keys: Sequence[tuple[int, int]], t: np.ndarray, maskable: np.ndarray, schedule: Schedule
-) -> Draw:
+def mask_draw(seed: int, stream: int, keys: Sequence[tuple[int, int]], t: np.ndarray, maskable: np.ndarray, schedule: Schedule) -> Draw:
     """q(x_t | x_0): every maskable token is masked with probability 1 - alpha(t), independently.
 
     Args:

@@ -1,7 +1,7 @@
 """The likelihood of rows: exact for an autoregressive model, a bound for a diffusion model; its sums, strata, and intervals.
 
-A diffusion model's value is the ELBO over the full range of t with alpha(0) = 1 and alpha(1) = 0, so there is no reconstruction or prior term to add,
-and whatever the training did to its schedule does not enter.
+A diffusion model's value is the ELBO over the full range of t with alpha(0) = 1 and alpha(1) = 0, so there is no reconstruction
+or prior term to add, and whatever the training did to its schedule does not enter.
 """
 
 from __future__ import annotations

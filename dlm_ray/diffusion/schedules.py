@@ -1,7 +1,8 @@
 """alpha(t), the probability that a token is still clean at time t, and what the objectives and samplers derive from it.
 
-Every function takes t in (0, 1] of any shape and returns float tensors of that shape. All schedules run from alpha(0) = 1 to alpha(1) = 0, so that
-the continuous-time bound has neither a reconstruction nor a prior term (MD4, arXiv 2406.04329, Eq. 5 and Table 4).
+Every function takes t in (0, 1] of any shape and returns float tensors of that shape. All schedules run from alpha(0) = 1 to
+alpha(1) = 0, so that the continuous-time bound has neither a reconstruction nor a prior term (MD4, arXiv 2406.04329, Eq. 5 and
+Table 4).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ class Schedule(Protocol):
         """alpha(t)."""
 
     def alpha_prime(self, t: Tensor) -> Tensor:
-        """d alpha / dt, at most 0."""
+        """D alpha / dt, at most 0."""
 
     def mask_probability(self, t: Tensor) -> Tensor:
         """1 - alpha(t)."""
@@ -45,11 +46,11 @@ class Polynomial:
         return -self.exponent * t ** (self.exponent - 1)
 
     def mask_probability(self, t: Tensor) -> Tensor:
-        """t ** w."""
+        """T ** w."""
         return t**self.exponent
 
     def weight(self, t: Tensor) -> Tensor:
-        """w / t."""
+        """W / t."""
         return self.exponent / t
 
 

@@ -1,7 +1,8 @@
 """Who may attend to whom, as one predicate of (row, query position, key position).
 
-From the predicate come a dense mask, a FlexAttention BlockMask, or the knowledge that a fused kernel needs no mask at all. Annealing (DiffuLLaMA,
-arXiv 2410.17891, section 3.3) is a hash of (query, key, step): the kernel evaluates it and no L x L matrix is stored.
+From the predicate come a dense mask, a FlexAttention BlockMask, or the knowledge that a fused kernel needs no mask at all.
+Annealing (DiffuLLaMA, arXiv 2410.17891, section 3.3) is a hash of (query, key, step): the kernel evaluates it and no L x L matrix
+is stored.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The attention function that is registered with transformers: it computes the visibility it is handed, and nothing that the model assumes.
 
-A Denoiser prepares a Visibility once a micro-batch and hands it through the model's keyword arguments. No mask function is registered under the same
-name, so transformers makes no mask of its own (and does not look for packed sequences in the position ids).
+A Denoiser prepares a Visibility once a micro-batch and hands it through the model's keyword arguments. No mask function is
+registered under the same name, so transformers makes no mask of its own (and does not look for packed sequences in the position
+ids).
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ class HuggingFaceDenoiser(nn.Module):
     @property
     def layers(self) -> nn.ModuleList:
         """The transformer blocks, in order."""
-        body = self.network.base_model
+        body: Any = self.network.base_model
         return body.h if hasattr(body, "h") else body.layers
 
     def vocabulary_names(self) -> set[str]:
@@ -61,7 +61,7 @@ class HuggingFaceDenoiser(nn.Module):
         return positions - 1 if self.shift else positions
 
     def reduce_logits(self, rows: Tensor, fn: Callable[..., Any], *row_arguments: Tensor) -> Any:
-        """fn over the logits of `rows` [N, D], in chunks that are computed again in the backward pass: [N, V] never exists.
+        """Fn over the logits of `rows` [N, D], in chunks that are computed again in the backward pass: [N, V] never exists.
 
         Args:
             rows: [N, D] hidden states.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -62,7 +62,7 @@ def read_config(fields: dict[str, Any]) -> PreTrainedConfig:
 def architecture_of(config: PreTrainedConfig) -> Architecture:
     """The architecture of a configuration: the same network from scratch."""
     return Architecture(
-        family=config.model_type,
+        family=cast(Any, config.model_type),  # checked when the configuration was read
         width=config.hidden_size,
         num_layers=config.num_hidden_layers,
         num_heads=config.num_attention_heads,

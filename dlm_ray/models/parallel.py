@@ -1,7 +1,8 @@
 """A network that is larger than one device: meta build, activation checkpointing, compile, FSDP2, in that order; then memory and numbers.
 
-Called by training and serving. The root is the module whose `forward` runs the whole objective, because FSDP2 gathers and reduces parameters in
-hooks of `forward`; embedding, final norm and head are the root's own group and stay gathered between forward and backward.
+Called by training and serving. The root is the module whose `forward` runs the whole objective, because FSDP2 gathers and reduces
+parameters in hooks of `forward`; embedding, final norm and head are the root's own group and stay gathered between forward and
+backward.
 """
 
 from __future__ import annotations
@@ -20,7 +21,13 @@ from dlm_ray.models.denoiser import HuggingFaceDenoiser
 
 
 def build(
-    config: PreTrainedConfig, mask_id: int | None, shift: bool, attention_kernel: str = "auto", *, remat: bool = False, compiled: bool = False
+    config: PreTrainedConfig,
+    mask_id: int | None,
+    shift: bool,
+    attention_kernel: str = "auto",
+    *,
+    remat: bool = False,
+    compiled: bool = False,
 ) -> HuggingFaceDenoiser:
     """A denoiser on the meta device: shapes without memory."""
     with torch.device("meta"):

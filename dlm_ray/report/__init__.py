@@ -1,6 +1,6 @@
 """A self-contained HTML page from tables, figures and text; every verb that draws uses it."""
 
 from dlm_ray.report.figures import curves, intervals
-from dlm_ray.report.page import Code, Figure, Numbers, Paragraph, Table, page
+from dlm_ray.report.page import Block, Code, Figure, Numbers, Paragraph, Table, page
 
-__all__ = ["Code", "Figure", "Numbers", "Paragraph", "Table", "curves", "intervals", "page"]
+__all__ = ["Block", "Code", "Figure", "Numbers", "Paragraph", "Table", "curves", "intervals", "page"]

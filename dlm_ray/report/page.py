@@ -77,7 +77,10 @@ class Code:
         return f"<figure><figcaption>{escape(self.caption)}</figcaption><pre>{text}</pre></figure>"
 
 
-def page(title: str, blocks: Sequence[Paragraph | Numbers | Table | Figure | Code]) -> str:
+Block = Paragraph | Numbers | Table | Figure | Code
+
+
+def page(title: str, blocks: Sequence[Block]) -> str:
     """The page: `title` and the blocks below it."""
     return _PAGE.format(title=escape(title), body="\n".join(block.html() for block in blocks))
 

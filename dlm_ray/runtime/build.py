@@ -15,9 +15,9 @@ from dlm_ray.runtime import cluster  # first of all: it sets what Ray reads when
 import ray
 import ray.data
 
-from dlm_ray.config.errors import UserError
+from dlm_ray.config.errors import DamageError, UserError
 from dlm_ray.data import index as indexes
-from dlm_ray.data import shards, sources, storage
+from dlm_ray.data import sources, storage
 from dlm_ray.data.build import SPLITS, Settings, build_part
 from dlm_ray.data.tokenizer import identity, load_tokenizer, train_tokenizer
 
@@ -39,7 +39,8 @@ def build(
 ) -> indexes.Index:
     """Text -> tokens -> packed rows -> shards in `out`, with an index that is written last.
 
-    The same inputs give the same bytes. A build that was interrupted goes on where it stopped: parts whose inputs and settings are the same are kept.
+    The same inputs give the same bytes. A build that was interrupted goes on where it stopped: parts whose inputs and settings
+    are the same are kept.
 
     Args:
         inputs: text files, .jsonl, .jsonl.gz, .parquet, folders or patterns.
@@ -85,7 +86,6 @@ def build(
         {
             "format": indexes.FORMAT,
             "row_tokens": row_tokens,
-            "row_stride_bytes": shards.row_stride_bytes(row_tokens),
             "tokenizer": {**own.as_dict(), "name": Path(name).name},
             "splits": splits,
             "built_from": built_from,
@@ -104,13 +104,18 @@ def _run(parts: Sequence[sources.Part], tokenizer_folder: str, settings: Setting
         def task(item: dict[str, Any]) -> dict[str, Any]:
             part = parts[item["id"]]
             try:
-                return {"part": part.number, "result": json.dumps(build_part(part, tokenizer_folder, settings, out)), "error": "", "kind": ""}
+                return {
+                    "part": part.number,
+                    "result": json.dumps(build_part(part, tokenizer_folder, settings, out)),
+                    "error": "",
+                    "kind": "",
+                }
             except UserError as error:
                 return {"part": part.number, "result": "", "error": str(error), "kind": type(error).__name__}
 
         for row in ray.data.range(len(parts), override_num_blocks=len(parts)).map(task).iter_rows():
             if row["kind"]:
-                raise {kind.__name__: kind for kind in (UserError, *UserError.__subclasses__())}[row["kind"]](row["error"])
+                raise (DamageError if row["kind"] == "DamageError" else UserError)(row["error"])
             yield row["part"], json.loads(row["result"])
 
 
@@ -136,7 +141,9 @@ def _refuse_other_settings(out: str, built_from: dict[str, Any]) -> None:
         return
     before = json.loads(storage.read(name))["built_from"]
     changed = [
-        f"{key} was {before['settings'].get(key)}, asked {value}" for key, value in built_from["settings"].items() if before["settings"].get(key) != value
+        f"{key} was {before['settings'].get(key)}, asked {value}"
+        for key, value in built_from["settings"].items()
+        if before["settings"].get(key) != value
     ]
     changed += [f"inputs were {before['inputs']}, asked {built_from['inputs']}"] if before["inputs"] != built_from["inputs"] else []
     if changed:

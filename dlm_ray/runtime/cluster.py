@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,12 +24,14 @@ from dlm_ray.config.recipe import Parallelism  # noqa: E402
 @contextmanager
 def session() -> Iterator[None]:
     """A Ray cluster within the context: one that is connected already, RAY_ADDRESS's, or a local one that ends with the context."""
+    for chatty in ("ray.data", "ray.train"):
+        logging.getLogger(chatty).setLevel(logging.ERROR)
     if ray.is_initialized():
         yield
         return
     address = os.environ.get("RAY_ADDRESS")
     if address:
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     else:
         # The dashboard stays on: Ray Train asks its State API whether a controller has died, and leaks placement groups without an answer.
         ray.init(
@@ -37,7 +40,7 @@ def session() -> Iterator[None]:
             dashboard_host="127.0.0.1",
             object_store_memory=256 * 2**20,
             log_to_driver=False,
-            logging_level="ERROR",
+            logging_level=logging.ERROR,
         )
     try:
         yield

@@ -39,6 +39,7 @@ Show = Callable[[str, int, int], None]
 class Size:
     """How much of everything; a smoke test runs the same code with less."""
 
+    corpus_bytes: int | None = None
     vocab_size: int = 4096
     row_tokens: int = 256
     held_out: float = 0.03
@@ -50,7 +51,18 @@ class Size:
     infill_tokens: int = 24
 
 
-SMOKE = Size(vocab_size=512, row_tokens=64, evaluation_rows=24, draws_per_row=2, num_samples=8, sample_tokens=32, sample_steps=8, infill_tokens=8)
+SMOKE = Size(
+    corpus_bytes=1_500_000,
+    vocab_size=512,
+    row_tokens=64,
+    held_out=0.1,
+    evaluation_rows=400,
+    draws_per_row=2,
+    num_samples=8,
+    sample_tokens=32,
+    sample_steps=8,
+    infill_tokens=8,
+)
 _SMOKE_OVERRIDES = [
     "training.steps=8",
     "training.global_batch_rows=8",
@@ -63,13 +75,16 @@ _SMOKE_OVERRIDES = [
 ]
 
 
-def quickstart(out: Path, *, smoke: bool = False, overrides: Sequence[str] = (), show: Show = lambda what, done, total: None) -> dict[str, Any]:
+def quickstart(
+    out: Path, *, smoke: bool = False, overrides: Sequence[str] = (), show: Show = lambda what, done, total: None
+) -> dict[str, Any]:
     """Does the main job in `out` and writes report.json and report.html there. The same call goes on where an interrupted one stopped.
 
     Args:
         out: gets corpus.jsonl, data/, runs/, export/ and the report.
         smoke: a few steps of everything.
-        overrides: of the recipe of the adaptation, such as `curriculum.annealing.pattern=window`; those of `training`, `optimizer`, `parallelism`
+        overrides: of the recipe of the adaptation, such as `curriculum.annealing.pattern=window`; those of `training`,
+        `optimizer`, `parallelism`
             and `seed` hold for the base and the control, too. `model.base=NAME` starts from a real checkpoint instead of training a base.
         show: told of progress.
 
@@ -86,7 +101,7 @@ def quickstart(out: Path, *, smoke: bool = False, overrides: Sequence[str] = (),
     with cluster.session():
         cluster.check_fits(recipes["adapted"].parallelism)
         with stages.timed("corpus"):
-            corpus = write_corpus(str(out / "corpus.jsonl"))
+            corpus = write_corpus(str(out / "corpus.jsonl"), size.corpus_bytes)
         base = recipes["adapted"].model.base
         own_base = base is None
         with stages.timed("data"):
@@ -118,13 +133,16 @@ def quickstart(out: Path, *, smoke: bool = False, overrides: Sequence[str] = (),
     report = {
         "date": datetime.date.today().isoformat(),
         "smoke": smoke,
-        "hardware": {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__, "python": platform.python_version()},
+        "hardware": {
+            "machine": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
         "corpus": corpus,
         "base": "trained here" if own_base else str(base),
         **{name: score.as_dict() for name, score in scored.items()},
-        "paired": {
-            f"adapted_minus_{other}": scored["adapted"].minus(scored[other]) for other in ("scratch", "unadapted", "ar")
-        },
+        "paired": {f"adapted_minus_{other}": scored["adapted"].minus(scored[other]) for other in ("scratch", "unadapted", "ar")},
         **_baselines(out, size),
         "train": _training(runs),
     }

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dlm_ray.report import Code, Figure, Numbers, Paragraph, Table, curves, intervals, page
+from dlm_ray.report import Block, Code, Figure, Numbers, Paragraph, Table, curves, intervals, page
 
 INFILL_PREFIX = '''def read_lines(path):
     """Return the lines of a text file."""
@@ -28,7 +28,7 @@ def write_report(report: dict[str, Any], run_dirs: dict[str, Path], out: Path) -
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     difference = report["paired"]["adapted_minus_scratch"]
     low, high = difference["ci95_documents_paired"]
-    blocks = [
+    blocks: list[Block] = [
         Paragraph(
             f"A small autoregressive model ({report['base']}) was adapted to a masked diffusion model with annealed attention and shift, beside the same "
             f"network from scratch on the same tokens. Text: source code and documentation of Python {report['hardware']['python']}, "
@@ -48,7 +48,10 @@ def write_report(report: dict[str, Any], run_dirs: dict[str, Path], out: Path) -
             "How well each model knows held-out text",
         ),
         Figure(
-            intervals([(label, report[name]["bits_per_byte"], *report[name]["ci95_documents"]) for name, label in _LABELS.items()], "bits per byte (lower is better)"),
+            intervals(
+                [(label, report[name]["bits_per_byte"], *report[name]["ci95_documents"]) for name, label in _LABELS.items()],
+                "bits per byte (lower is better)",
+            ),
             "Bits per byte on held-out documents with 95 % bootstrap intervals over documents",
         ),
         Table(
@@ -56,7 +59,12 @@ def write_report(report: dict[str, Any], run_dirs: dict[str, Path], out: Path) -
             ["model", "bits per byte", "95 % over documents", "95 % over draws"],
             [
                 *(
-                    [label, f"{report[name]['bits_per_byte']:.3f}", _range(report[name]["ci95_documents"]), _range(report[name]["ci95_draws"])]
+                    [
+                        label,
+                        f"{report[name]['bits_per_byte']:.3f}",
+                        _range(report[name]["ci95_documents"]),
+                        _range(report[name]["ci95_draws"]),
+                    ]
                     for name, label in _LABELS.items()
                 ),
                 ["unigram frequencies of tokens", f"{report['unigram_bits_per_byte']:.3f}", "", ""],
@@ -73,7 +81,10 @@ def write_report(report: dict[str, Any], run_dirs: dict[str, Path], out: Path) -
             ["model", "share of 4-grams in held-out text", "distinct-2"],
             [[name, f"{one['held_out_4grams']:.3f}", f"{one['distinct_2']:.3f}"] for name, one in report["samples"].items()],
         ),
-        *(Code(f"Text from nothing, adapted, number {number}", [(text, False)]) for number, text in enumerate(report["samples"]["adapted"]["texts"], 1)),
+        *(
+            Code(f"Text from nothing, adapted, number {number}", [(text, False)])
+            for number, text in enumerate(report["samples"]["adapted"]["texts"], 1)
+        ),
         Table("Seconds by stage", ["stage", "seconds"], [[stage, f"{seconds:.1f}"] for stage, seconds in report["seconds"].items()]),
     ]
     (out / "report.html").write_text(page("From autoregressive to diffusion", blocks))

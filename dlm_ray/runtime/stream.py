@@ -1,7 +1,8 @@
 """Training rows through Ray Data: the same rows in the same order as `data.reading.iterate_rows`, read by tasks of the cluster ahead of the step.
 
-Ray Data has no iterator that resumes. So every rank makes a dataset of its own from where the cursor stands: one task for several steps of this rank,
-in order. The tasks ask for no CPU, because the workers may hold all of them; reading a few rows a second takes next to none.
+Ray Data has no iterator that resumes. So every rank makes a dataset of its own from where the cursor stands: one task for several
+steps of this rank, in order. The tasks ask for no CPU, because the workers may hold all of them; reading a few rows a second
+takes next to none.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ def ray_data_stream(sources: Sequence[Source], order: Order, cursor: Cursor, **s
         if group["error"]:
             raise DamageError(group["error"])
         rows = [
-            Row(*arrays, source=source, part=part)
-            for *arrays, source, part in zip(
+            Row(input_ids, document_ids, num_bytes, source, part)
+            for input_ids, document_ids, num_bytes, source, part in zip(
                 group["input_ids"], group["document_ids"], group["num_bytes"], group["source"].tolist(), group["part"].tolist(), strict=True
             )
         ]

@@ -82,13 +82,17 @@ def fit(recipe: Recipe, out: str | Path = "runs", *, fresh: bool = False, on_eve
 
 def _trainer(recipe: Recipe, run_dir: Path) -> TorchTrainer:
     parallelism = recipe.parallelism
-    use_gpu = parallelism.device == "cuda" or (parallelism.device == "auto" and ray.cluster_resources().get("GPU", 0) >= parallelism.workers)
+    use_gpu = parallelism.device == "cuda" or (
+        parallelism.device == "auto" and ray.cluster_resources().get("GPU", 0) >= parallelism.workers
+    )
     return TorchTrainer(
         _worker,
         train_loop_config={"recipe": recipe.model_dump(mode="json"), "run_dir": str(run_dir), "device": "cuda" if use_gpu else "cpu"},
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=parallelism.workers, use_gpu=use_gpu, resources_per_worker={"CPU": parallelism.cpus_per_worker, "GPU": float(use_gpu)}
+            num_workers=parallelism.workers,
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": parallelism.cpus_per_worker, "GPU": float(use_gpu)},
         ),
         run_config=ray.train.RunConfig(
             name=run_dir.name,
@@ -112,7 +116,7 @@ def _worker(config: dict[str, Any]) -> None:
         # Every rank has written its part where it belongs: Ray has nothing to copy.
         ray.train.report(
             metrics,
-            checkpoint=ray.train.Checkpoint(directory) if is_first else None,
+            checkpoint=ray.train.Checkpoint(directory) if is_first and directory else None,
             checkpoint_dir_name=Path(str(directory)).name,
             checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
         )

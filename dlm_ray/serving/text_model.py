@@ -156,7 +156,9 @@ class TextModel:
         start = 1 + len(before)
         return [self._text(row[start : start + length_tokens].tolist()) for row in sampled.ids]
 
-    def bits_per_byte(self, data: str, *, split: str = "held_out", max_rows: int | None = None, draws_per_row: int = 16, seed: int = 0) -> dict[str, Any]:
+    def bits_per_byte(
+        self, data: str, *, split: str = "held_out", max_rows: int | None = None, draws_per_row: int = 16, seed: int = 0
+    ) -> dict[str, Any]:
         """Bits per byte of a split of a data folder: exact for an autoregressive model, an upper bound for a diffusion model.
 
         Returns:
@@ -221,7 +223,9 @@ class TextModel:
 
     def _check_room(self, length: int, given: int, what: str) -> None:
         if length < 1:
-            raise UserError(f"--length is {length} tokens with {given} of {what}; the context of {self.row_tokens} needs room for at least 1")
+            raise UserError(
+                f"--length is {length} tokens with {given} of {what}; the context of {self.row_tokens} needs room for at least 1"
+            )
         if 1 + given + length > self.row_tokens:
             raise UserError(
                 f"{given} tokens of {what} and --length {length} need {1 + given + length} positions, and the model was trained on rows of "
@@ -326,7 +330,9 @@ def as_unadapted(base: TextModel, pattern: Literal["causal", "bidirectional"], *
 
 def _load_huggingface(name: str, weights_kind: str | None, device: torch.device) -> TextModel:
     if weights_kind is not None:
-        raise UserError(f"--weights {weights_kind} chooses between the weights of a checkpoint of ours, and {name} is a Hugging Face folder; leave it out")
+        raise UserError(
+            f"--weights {weights_kind} chooses between the weights of a checkpoint of ours, and {name} is a Hugging Face folder; leave it out"
+        )
     folder = huggingface.resolve_folder(name)
     fields = json.loads((Path(folder) / "config.json").read_text())
     denoiser = _network(fields, fields.get("mask_token_id"), fields.get("shift", True), device)

@@ -10,7 +10,7 @@ from dlm_ray.diffusion.visibility import Visibility, annealed, documents_apart
 
 
 def annealing_ratio(recipe: Recipe, step: int) -> float:
-    """r = min(1, (step + 1) / annealing steps): the visible share of the future (DiffuLLaMA, arXiv 2410.17891, section 3.3)."""
+    """R = min(1, (step + 1) / annealing steps): the visible share of the future (DiffuLLaMA, arXiv 2410.17891, section 3.3)."""
     annealing = recipe.curriculum.annealing
     if annealing.pattern == "none":
         return 1.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -41,5 +41,5 @@ class Ema:
             average.copy_(kept)
 
     @staticmethod
-    def _local(tensors: dict[str, Tensor]) -> list[Tensor]:
+    def _local(tensors: Mapping[str, Tensor]) -> list[Tensor]:
         return [tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach() for tensor in tensors.values()]

@@ -104,7 +104,7 @@ class _Run:
         self.optimizer = optimization.build(self.recipe.optimizer, self.root)
         self.ema = Ema(self.root, self.recipe.ema.decay) if self.recipe.ema else None
         self.step, self.cursor = 0, Cursor.start(len(self.indexes))
-        if manifest is not None:
+        if manifest is not None and self.checkpoint is not None:
             commit.load(self.checkpoint, state.tensors(self.root, self.optimizer, self.ema))
             optimization.set_step(self.optimizer, manifest.step)
             self.step, self.cursor = manifest.step, Cursor.from_dict(manifest.cursor)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from dlm_ray.checkpoint import commit, huggingface, weights
@@ -80,9 +79,7 @@ def resolve(recipe: Recipe, is_causal: bool, tokenizer: TokenizerIdentity) -> Ne
     return Network(_finished(config, is_causal, mask_id, shift), mask_id, shift, is_causal, base=base, base_has_mask_row=not appended)
 
 
-def build(
-    recipe: Recipe, network: Network, objective: nn.Module, mesh: DeviceMesh, device: torch.device
-) -> tuple[Trainee, HuggingFaceDenoiser]:
+def build(recipe: Recipe, network: Network, objective: Any, mesh: DeviceMesh, device: torch.device) -> tuple[Trainee, HuggingFaceDenoiser]:
     """The sharded root, and the denoiser in it, with memory but without numbers."""
     denoiser = parallel.build(
         families.read_config(network.config),

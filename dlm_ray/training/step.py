@@ -21,10 +21,10 @@ from dlm_ray.training import curriculum
 class Trainee(nn.Module):
     """The root that FSDP2 wraps: its forward runs the whole objective, so that every collective is issued in one order on all ranks."""
 
-    def __init__(self, denoiser: nn.Module, objective: nn.Module):
+    def __init__(self, denoiser: nn.Module, objective: Any):
         super().__init__()
         self.denoiser = denoiser
-        self.objective = objective
+        self.objective: Any = objective
 
     def forward(self, batch: Batch, score_only: bool = False) -> Any:
         """LossSum of the micro-batch, or with `score_only` the [R] nats of its scored positions."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,7 +32,8 @@ def validate(
     draws = 1 if objective.is_causal else DRAWS_PER_ROW
     pairs = [(row, number) for row in range(len(rows)) for number in range(draws)]
     mine = np.array_split(np.arange(len(pairs)), world_size)[rank]
-    num_batches = -(-(-(-len(pairs) // world_size)) // recipe.training.micro_batch_rows)
+    most = math.ceil(len(pairs) / world_size)
+    num_batches = math.ceil(most / recipe.training.micro_batch_rows)
     times = evaluation_times(recipe.seed, range(len(rows)), draws)
     sums = torch.zeros(1 + 2 * TIME_BINS, dtype=torch.float64, device=device)  # nats; nll by bin; count by bin
     with torch.no_grad():
@@ -59,7 +61,10 @@ def validate(
     dist.all_reduce(sums)
     nats = sums[0].item() / draws
     num_bytes = sum(int(row.num_bytes.sum()) for row in rows)
-    result = {"nats_per_token": nats / int(maskable_positions(document_ids).sum()), "bits_per_byte": bits_per_byte(nats, num_bytes)}
+    result: dict[str, Any] = {
+        "nats_per_token": nats / int(maskable_positions(document_ids).sum()),
+        "bits_per_byte": bits_per_byte(nats, num_bytes),
+    }
     if not objective.is_causal:
         means = sums[1 : 1 + TIME_BINS] / sums[1 + TIME_BINS :].clamp(min=1)
         result["masked_nll_by_t"] = means.tolist()

@@ -107,7 +107,12 @@ def test_confidence_follows_the_schedule_and_never_calls_the_network_for_nothing
     left = []
     rule = Confidence(Polynomial(), canvas.is_masked.sum(1))
     done = sample(
-        TableDenoiser(), canvas, rule, FULL, num_steps=num_steps, on_step=lambda step, steps, now: left.append((step, now.is_masked.sum(1).tolist()))
+        TableDenoiser(),
+        canvas,
+        rule,
+        FULL,
+        num_steps=num_steps,
+        on_step=lambda step, steps, now: left.append((step, now.is_masked.sum(1).tolist())),
     )
     for step, counts in left:
         assert counts == [math.floor(LENGTH * (1 - step / num_steps) + 1e-9)] * 6

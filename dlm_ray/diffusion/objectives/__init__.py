@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import importlib
-
-from torch import nn
+from typing import Any
 
 from dlm_ray.diffusion.objectives.autoregressive import Autoregressive
 from dlm_ray.diffusion.objectives.masked import Masked
@@ -13,7 +12,7 @@ from dlm_ray.diffusion.schedules import Schedule
 NAMES = ("masked", "autoregressive")
 
 
-def build(name: str, schedule: Schedule, normalize_by: str) -> nn.Module:
+def build(name: str, schedule: Schedule, normalize_by: str) -> Any:
     """The objective `name`: one of NAMES, or `package.module:Class`, which is called with (schedule, normalize_by).
 
     Raises:

@@ -27,7 +27,7 @@ class Masked(nn.Module):
         self.normalize_by = normalize_by
 
     def draw(self, key: DrawKey, maskable: np.ndarray) -> Draw:
-        """t in strata over the global batch, masks by Bernoulli(1 - alpha(t)), weights -alpha'/(1 - alpha)."""
+        """T in strata over the global batch, masks by Bernoulli(1 - alpha(t)), weights -alpha'/(1 - alpha)."""
         return mask_draw(key.seed, MASK, [(key.step, row) for row in key.rows], stratified_times(key), maskable, self.schedule)
 
     def evaluation_draw(self, seed: int, keys: Sequence[tuple[int, int]], t: np.ndarray, maskable: np.ndarray) -> Draw:
@@ -40,6 +40,7 @@ class Masked(nn.Module):
 
     def token_nll(self, denoiser: Denoiser, batch: Batch) -> Tensor:
         """[R] nats: -log p(x_0^n | x_t) at the masked positions n."""
+        assert denoiser.mask_id is not None, "masked diffusion needs a network with a mask token"
         x_t = torch.where(batch.draw.is_masked, denoiser.mask_id, batch.x_0)  # [B, L]
         return score(denoiser, x_t, batch)
 

@@ -1,7 +1,7 @@
 """What one denoising step reveals: a rule takes a canvas from time t to an earlier time s.
 
-A rule asks `propose` for tokens at the positions it wants and at no others, so that nobody computes logits that nobody needs. Revealed tokens never
-change. Positions are flat indices into the canvas [B, L].
+A rule asks `propose` for tokens at the positions it wants and at no others, so that nobody computes logits that nobody needs.
+Revealed tokens never change. Positions are flat indices into the canvas [B, L].
 """
 
 from __future__ import annotations

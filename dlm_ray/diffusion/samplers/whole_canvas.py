@@ -41,9 +41,9 @@ def sample(
 ) -> Sampled:
     """Reveals every masked position of `canvas` in `num_steps` steps of equal length from t = 1 to 0.
 
-    Tokens are drawn by inverting the cumulative distribution in float64 with one uniform number a token. That is the law of float64 Gumbel-max, without
-    the truncated tails that float32 Gumbel noise gives (which lower the entropy and flatter the text), and a row's numbers depend on
-    (seed, row, step) alone, never on its neighbours.
+    Tokens are drawn by inverting the cumulative distribution in float64 with one uniform number a token. That is the law of
+    float64 Gumbel-max, without the truncated tails that float32 Gumbel noise gives (which lower the entropy and flatter the
+    text), and a row's numbers depend on (seed, row, step) alone, never on its neighbours.
 
     Args:
         denoiser: the network.
