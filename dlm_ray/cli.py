@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
-from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
 from dlm_ray.config.errors import DamageError, UserError
+from dlm_ray.console import (
+    bar,
+    console,
+    print_bits,
+    print_described,
+    print_mapping,
+    print_quickstart,
+    print_splits,
+    say,
+    show_result,
+    stage_bar,
+)
+
+# The parser's own complaint, whichever copy of click typer brings.
+_Usage: Any = typer.BadParameter.__mro__[1]
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -29,9 +38,6 @@ data_app = typer.Typer(no_args_is_help=True, help="Build folders of shards from 
 checkpoint_app = typer.Typer(no_args_is_help=True, help="List, verify and prune the checkpoints of a run.")
 app.add_typer(data_app, name="data")
 app.add_typer(checkpoint_app, name="checkpoint")
-
-# People read stderr: progress and messages. Stdout has the result alone, so that it can be piped.
-console = Console(stderr=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Checkpoint = Annotated[str, typer.Argument(help="A step directory, a run directory (its last step), a Hugging Face folder or a hub name.")]
@@ -54,9 +60,9 @@ def quickstart(
     """The whole main job on this machine: data, an AR base, its adaptation, the bound, samples, infilling, export, a report."""
     from dlm_ray.runtime.quickstart import quickstart as run
 
-    with _stage_bar() as show:
+    with stage_bar() as show:
         report = run(out, smoke=smoke, overrides=overrides or [], show=show)
-    _result(report, as_json, lambda: _print_quickstart(report, out))
+    show_result(report, as_json, lambda: print_quickstart(report, out))
 
 
 @data_app.command("build")
@@ -77,7 +83,7 @@ def data_build(
     """Text -> tokens -> packed rows -> webdataset shards with an index. The same input gives the same bytes; an interrupted build goes on."""
     from dlm_ray.runtime.build import build
 
-    with _bar("parts") as update:
+    with bar("parts") as update:
         index = build(
             sources,
             out,
@@ -89,7 +95,7 @@ def data_build(
             progress=update,
         )
     splits = {name: {"rows": split.rows, "documents": split.documents, "tokens": split.tokens} for name, split in index.splits.items()}
-    _result({"out": out, "splits": splits}, as_json, lambda: _print_splits(out, splits))
+    show_result({"out": out, "splits": splits}, as_json, lambda: print_splits(out, splits))
 
 
 @data_app.command("inspect")
@@ -98,7 +104,7 @@ def data_inspect(path: Annotated[str, typer.Argument(help="A folder that `data b
     from dlm_ray.data.inspect import describe
 
     described = describe(path)
-    _result(described, as_json, lambda: _print_described(described))
+    show_result(described, as_json, lambda: print_described(described))
 
 
 @app.command()
@@ -118,18 +124,18 @@ def train(
         import yaml
 
         whole = checked.model_dump(mode="json")
-        return _result(whole, as_json, lambda: sys.stdout.write(yaml.safe_dump(whole, sort_keys=False)))
+        return show_result(whole, as_json, lambda: sys.stdout.write(yaml.safe_dump(whole, sort_keys=False)))
     from dlm_ray.runtime.train import fit
 
-    with _bar("steps") as update:
+    with bar("steps") as update:
         result = fit(checked, out, fresh=fresh, on_event=lambda event: update(event["step"], checked.training.steps))
     fields = {**vars(result), "run_dir": str(result.run_dir)}
     what = "was finished before" if result.already_finished else "is finished"
     bits = result.metrics.get("validation", {}).get("bits_per_byte")
-    _result(
+    show_result(
         fields,
         as_json,
-        lambda: _say(f"{checked.name} {what}: {result.checkpoint}" + (f", {bits:.3f} bits per byte on held-out rows" if bits else "")),
+        lambda: say(f"{checked.name} {what}: {result.checkpoint}" + (f", {bits:.3f} bits per byte on held-out rows" if bits else "")),
     )
 
 
@@ -167,14 +173,14 @@ def sample(
         "top_p": top_p,
         "seed": seed,
     }
-    with _bar("denoising") as update:
+    with bar("denoising") as update:
         options["on_step"] = lambda step, steps, canvas: update(step, steps)
         if prefix is not None:
             written = model.infill(prefix, suffix or "", length_tokens=length or 0, **options)
         else:
             written = model.sample(prompt, length_tokens=length, **options)
     texts = [f"{prefix if prefix is not None else prompt}{text}{suffix or ''}" for text in written]
-    _result({"written": written, "texts": texts}, as_json, lambda: sys.stdout.write("\n---\n".join(texts) + "\n"))
+    show_result({"written": written, "texts": texts}, as_json, lambda: sys.stdout.write("\n---\n".join(texts) + "\n"))
 
 
 @app.command("eval")
@@ -182,7 +188,7 @@ def evaluate(
     checkpoint: Checkpoint,
     data: Annotated[str, typer.Option(help="A folder that `data build` wrote with the checkpoint's tokenizer.")],
     split: Annotated[str, typer.Option(help="Of the folder.")] = "held_out",
-    max_rows: Annotated[int | None, typer.Option(help="The first rows only.")] = None,
+    max_rows: Annotated[int | None, typer.Option(help="So many rows, evenly spaced.")] = None,
     draws: Annotated[int, typer.Option(help="Draws of (t, mask) a row; an autoregressive model needs one.")] = 16,
     weights: Weights = None,
     as_json: Json = False,
@@ -191,9 +197,9 @@ def evaluate(
     from dlm_ray.serving.text_model import load
 
     model = load(checkpoint, weights)
-    with _bar("rows x draws") as update:
+    with bar("rows x draws") as update:
         scored = model.score(data, split=split, max_rows=max_rows, draws_per_row=draws, progress=update).as_dict()
-    _result(scored, as_json, lambda: _print_bits(scored))
+    show_result(scored, as_json, lambda: print_bits(scored))
 
 
 @app.command()
@@ -207,7 +213,7 @@ def export(
     from dlm_ray.checkpoint.export import export as run
 
     written = run(checkpoint, str(folder), weights=weights)
-    _result({"folder": str(written)}, as_json, lambda: _say(f"exported to {written}"))
+    show_result({"folder": str(written)}, as_json, lambda: say(f"exported to {written}"))
 
 
 @checkpoint_app.command("list")
@@ -216,7 +222,7 @@ def checkpoint_list(path: Annotated[str, typer.Argument(help="A run directory.")
     from dlm_ray.checkpoint.listing import committed_steps
 
     steps = committed_steps(path)
-    _result({"steps": steps}, as_json, lambda: sys.stdout.write("".join(f"{step}\n" for step in steps)))
+    show_result({"steps": steps}, as_json, lambda: sys.stdout.write("".join(f"{step}\n" for step in steps)))
 
 
 @checkpoint_app.command("verify")
@@ -229,8 +235,8 @@ def checkpoint_verify(
 
     directory = our_checkpoint(path) or path
     findings = verify(directory)
-    _result(
-        {"directory": directory, "findings": findings}, as_json, lambda: None if findings else _say(f"{directory}: every chunk is good")
+    show_result(
+        {"directory": directory, "findings": findings}, as_json, lambda: None if findings else say(f"{directory}: every chunk is good")
     )
     if findings:
         raise DamageError("\n".join(findings))
@@ -246,7 +252,7 @@ def checkpoint_prune(
     from dlm_ray.checkpoint.listing import prune
 
     removed = prune(path, keep_last)
-    _result({"removed": removed}, as_json, lambda: _say(f"removed steps {removed}" if removed else "nothing to remove"))
+    show_result({"removed": removed}, as_json, lambda: say(f"removed steps {removed}" if removed else "nothing to remove"))
 
 
 @app.command()
@@ -278,7 +284,7 @@ def doctor(as_json: Json = False) -> None:
     found["cuda"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or "no device"
     found["memory_gib"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
     found["free_disk_gib"] = round(shutil.disk_usage(".").free / 2**30, 1)
-    _result(found, as_json, lambda: _print_mapping("this machine", found))
+    show_result(found, as_json, lambda: print_mapping("this machine", found))
 
 
 def main() -> None:
@@ -288,12 +294,12 @@ def main() -> None:
     try:
         outcome = app([argument for argument in arguments if argument != "--debug"], standalone_mode=False)
         sys.exit(outcome if isinstance(outcome, int) else 0)
-    except click.exceptions.Exit as error:
+    except typer.Exit as error:
         sys.exit(error.exit_code)
-    except click.ClickException as error:
+    except _Usage as error:
         error.show()
         sys.exit(2)
-    except (KeyboardInterrupt, click.exceptions.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
     except Exception as error:  # the last place where anything can be said
         if debug:
@@ -315,106 +321,3 @@ def _fail(error: Exception) -> int:
         highlight=False,
     )
     return 1
-
-
-def _result(fields: dict[str, Any], as_json: bool, show: Callable[[], Any]) -> None:
-    """The result of a verb: JSON on stdout, or for people."""
-    if as_json:
-        sys.stdout.write(json.dumps(fields, default=str) + "\n")
-    else:
-        show()
-
-
-def _say(message: str) -> None:
-    console.print(escape(message), soft_wrap=True, highlight=False)
-
-
-@contextmanager
-def _bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on stderr: the caller gets update(done, total)."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(what, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
-
-
-@contextmanager
-def _stage_bar() -> Iterator[Callable[[str, int, int], None]]:
-    """A line for every stage that ends and a bar with the time left for the one that runs: the caller gets show(stage, done, total)."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as progress:
-        tasks: dict[str, Any] = {}
-
-        def show(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                for task in tasks.values():
-                    progress.update(task, visible=False)
-                tasks[stage] = progress.add_task(f"{len(tasks) + 1:>2}. {stage}", total=None)
-                progress.print(f"{len(tasks):>2}. {stage} ...")
-            progress.update(tasks[stage], completed=done, total=total)
-
-        yield show
-
-
-def _print_mapping(title: str, fields: dict[str, Any]) -> None:
-    table = Table(title=title, show_header=False)
-    for name, value in fields.items():
-        table.add_row(str(name), escape(str(value)))
-    Console().print(table)
-
-
-def _print_splits(out: str, splits: dict[str, dict[str, int]]) -> None:
-    table = Table(title=out)
-    for heading in ("split", "rows", "documents", "tokens"):
-        table.add_column(heading, justify="left" if heading == "split" else "right")
-    for name, split in splits.items():
-        table.add_row(name, *(f"{split[heading]:,}" for heading in ("rows", "documents", "tokens")))
-    Console().print(table)
-
-
-def _print_described(described: dict[str, Any]) -> None:
-    tokenizer = described["tokenizer"]
-    _say(
-        f"rows of {described['row_tokens']} tokens; tokenizer {tokenizer['name']}, {tokenizer['vocab_size']} tokens, sha256 {tokenizer['sha256'][:12]}"
-    )
-    _print_splits(described["path"], described["splits"])
-    for number, row in enumerate(described.get("first_rows", [])):
-        _say(f"row {number} of train:")
-        for segment in row:
-            _say(f"  document {segment['document']}, {segment['tokens']} tokens: {segment['text'][:200]!r}")
-
-
-def _print_bits(scored: dict[str, Any]) -> None:
-    low, high = scored["ci95_documents"]
-    what = "at most (a bound)" if scored["is_bound"] else "exactly"
-    _say(
-        f"{what} {scored['bits_per_byte']:.4f} bits per byte on {scored['documents']} documents, {scored['bytes']:,} bytes; "
-        f"95 % over documents {low:.4f} to {high:.4f}"
-    )
-    if scored["ci95_draws"]:
-        _say(
-            f"95 % over draws, given these rows: {scored['ci95_draws'][0]:.4f} to {scored['ci95_draws'][1]:.4f} ({scored['draws_per_row']} draws a row)"
-        )
-
-
-def _print_quickstart(report: dict[str, Any], out: Path) -> None:
-    table = Table(title="held-out text, bits per byte")
-    for heading in ("model", "bits per byte", "95 % over documents", ""):
-        table.add_column(heading)
-    for name in ("ar", "adapted", "scratch", "unadapted"):
-        low, high = report[name]["ci95_documents"]
-        table.add_row(
-            name, f"{report[name]['bits_per_byte']:.3f}", f"{low:.3f} to {high:.3f}", "bound" if report[name]["is_bound"] else "exact"
-        )
-    for name, baseline in (("unigram", "unigram_bits_per_byte"), ("xz -9", "xz_bits_per_byte")):
-        table.add_row(name, f"{report[baseline]:.3f}", "", "baseline")
-    Console().print(table)
-    _say(f"the report: {out / 'report.html'}   its numbers: {out / 'report.json'}")
-    _say(f"go on: dlm-ray sample {report['checkpoint']} --prompt 'def '")

@@ -162,6 +162,6 @@ def explain(error: ValueError, what: str) -> UserError:
     kind, cause = str(error).partition(":")[0], str(error).splitlines()[0]
     if kind == "RESOURCE_EXHAUSTED" or "No space left" in cause:
         return DamageError(f"{what}: no space left ({cause}); free some and run the same command again, the checkpoint before is intact")
-    if kind in ("UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "UNAUTHENTICATED") or "NoSuchBucket" in cause:
+    if kind in ("ABORTED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "UNAUTHENTICATED") or "NoSuchBucket" in cause:
         return UserError(f"{what}: the storage does not answer as it should ({cause}); check the path, the endpoint and the credentials")
     return DamageError(f"{what}: damaged or incomplete ({cause})")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from dlm_ray.data import packing, shards, sources, storage
-from dlm_ray.data.tokenizer import encode, identity, load_tokenizer
+from dlm_ray.data.index import FORMAT, NAME, Index
+from dlm_ray.data.tokenizer import TokenizerIdentity, encode, identity, load_tokenizer
 
 SPLITS = ("train", "held_out")
 _ENCODE_DOCUMENTS = 64
@@ -55,6 +56,21 @@ def build_part(part: sources.Part, tokenizer_folder: str, settings: Settings, ou
     marker = {"inputs": _fingerprint(part, settings), "result": result}
     storage.write(_marker(part, out), json.dumps(marker, sort_keys=True).encode())
     return result
+
+
+def write_index(
+    out: str, results: Sequence[dict[str, Any]], row_tokens: int, tokenizer: TokenizerIdentity, built_from: dict[str, Any]
+) -> Index:
+    """Writes index.json, which makes `out` a data folder, from the results of all parts in their order."""
+    splits = {}
+    for split in SPLITS:
+        parts = [result[split] for result in results]
+        sums = {key: sum(part[key] for part in parts) for key in ("rows", "tokens", "bytes", "documents")}
+        splits[split] = {**sums, "shards": [shard for part in parts for shard in part["shards"]]}
+    fields = {"format": FORMAT, "row_tokens": row_tokens, "tokenizer": tokenizer.as_dict(), "splits": splits, "built_from": built_from}
+    index = Index.model_validate(fields)
+    storage.write(storage.join(out, NAME), json.dumps(index.model_dump(), indent=1, sort_keys=True).encode())
+    return index
 
 
 def finished_part(part: sources.Part, settings: Settings, out: str) -> dict[str, Any] | None:

@@ -135,7 +135,12 @@ def by_step(rows: Sequence[Row], references: Sequence[Sequence[RowReference]]) -
 
 
 def read_split(path: str, split: str, max_rows: int | None = None) -> list[Row]:
-    """The first rows of a split in the order of its files.
+    """The rows of a split in the order of its files.
+
+    Args:
+        path: a data folder.
+        split: train or held_out.
+        max_rows: evenly spaced ones if there are more, so that they stand for all documents.
 
     Raises:
         UserError: if there is no such split.
@@ -144,4 +149,6 @@ def read_split(path: str, split: str, max_rows: int | None = None) -> list[Row]:
     if split not in index.splits:
         raise UserError(f"{path} has no split {split!r}; it has {', '.join(index.splits)}")
     references = [RowReference(0, number, row) for number, shard in enumerate(index.splits[split].shards) for row in range(shard.rows)]
-    return ShardReader([path], [index], split).read(references[:max_rows])
+    if max_rows is not None and max_rows < len(references):
+        references = [references[len(references) * place // max_rows] for place in range(max_rows)]
+    return ShardReader([path], [index], split).read(references)

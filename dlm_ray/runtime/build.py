@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import ray.data
 from dlm_ray.config.errors import DamageError, UserError
 from dlm_ray.data import index as indexes
 from dlm_ray.data import sources, storage
-from dlm_ray.data.build import SPLITS, Settings, build_part
+from dlm_ray.data.build import Settings, build_part, write_index
 from dlm_ray.data.tokenizer import identity, load_tokenizer, train_tokenizer
 
 # A byte-pair encoding of a few thousand pieces does not change with more text than this.
@@ -67,8 +67,7 @@ def build(
     with tempfile.TemporaryDirectory() as folder:
         chosen = load_tokenizer(tokenizer) if tokenizer is not None else _trained(parts, text_field, train_tokenizer_vocab or 0)
         chosen.save_pretrained(folder)
-        own = identity(load_tokenizer(folder))
-        name = tokenizer or "trained"
+        own = replace(identity(load_tokenizer(folder)), name=Path(tokenizer or "trained").name)
         settings = Settings(own.sha256, row_tokens, held_out, text_field, rows_per_shard)
         built_from = {"settings": asdict(settings), "inputs": [Path(one).name for one in inputs], "parts": len(parts)}
         _refuse_other_settings(out, built_from)
@@ -79,20 +78,9 @@ def build(
             results[number] = result
             if progress is not None:
                 progress(len(results), len(parts))
-    splits = {split: _merged([results[part.number][split] for part in parts]) for split in SPLITS}
-    if not sum(split["rows"] for split in splits.values()):
+    if not any(split["rows"] for result in results.values() for split in result.values()):
         raise UserError(f"no text in {', '.join(inputs)}: nothing to build; check the paths and --text-field")
-    index = indexes.Index.model_validate(
-        {
-            "format": indexes.FORMAT,
-            "row_tokens": row_tokens,
-            "tokenizer": {**own.as_dict(), "name": Path(name).name},
-            "splits": splits,
-            "built_from": built_from,
-        }
-    )
-    storage.write(storage.join(out, indexes.NAME), json.dumps(index.model_dump(), indent=1, sort_keys=True).encode())
-    return index
+    return write_index(out, [results[part.number] for part in parts], row_tokens, own, built_from)
 
 
 def _run(parts: Sequence[sources.Part], tokenizer_folder: str, settings: Settings, out: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -148,9 +136,3 @@ def _refuse_other_settings(out: str, built_from: dict[str, Any]) -> None:
     changed += [f"inputs were {before['inputs']}, asked {built_from['inputs']}"] if before["inputs"] != built_from["inputs"] else []
     if changed:
         raise UserError(f"{out} holds data that was built otherwise ({'; '.join(changed)}); choose another --out, or remove that folder")
-
-
-def _merged(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The sums and the shards of one split over all parts."""
-    merged: dict[str, Any] = {key: sum(result[key] for result in results) for key in ("rows", "tokens", "bytes", "documents")}
-    return {**merged, "shards": [shard for result in results for shard in result["shards"]]}

@@ -161,7 +161,7 @@ class _Run:
         return {"step": self.step, "checkpoint": self.checkpoint, **metrics}
 
     def _held_out_rows(self) -> list[Row]:
-        """The first held-out rows of every source, as many of each."""
+        """Held-out rows of every source, as many of each."""
         per_source = -(-self.recipe.validation.rows // len(self.indexes))
         rows: list[Row] = []
         if per_source:

@@ -1,0 +1,5 @@
+"""`python -m dlm_ray`: the same as `dlm-ray`."""
+
+from dlm_ray.cli import main
+
+main()

@@ -1,0 +1,88 @@
+"""Hugging Face folders in: the numbers of from_pretrained, a new row for the mask token, and clear refusals."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+
+from dlm_ray.checkpoint.huggingface import load_safetensors, resolve_folder
+from dlm_ray.config.errors import UserError
+
+CONFIGS = {
+    "llama": LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2),
+    "llama-tied": LlamaConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, tie_word_embeddings=True
+    ),
+    "gpt2": GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0),
+}
+
+
+@pytest.fixture(params=CONFIGS)
+def folder(request, tmp_path):
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(CONFIGS[request.param]).save_pretrained(tmp_path, max_shard_size="8KB")
+    return tmp_path
+
+
+def parameters(config):
+    return dict(AutoModelForCausalLM.from_config(config).named_parameters())
+
+
+def test_the_numbers_are_those_of_from_pretrained(folder):
+    stock = AutoModelForCausalLM.from_pretrained(folder)
+    ours = parameters(stock.config)
+    load_safetensors(folder, {name: parameter.data for name, parameter in ours.items()}, optional={"lm_head.weight"})
+    for name, parameter in stock.named_parameters():
+        assert torch.equal(ours[name], parameter), name
+
+
+def test_gpt2_files_without_the_models_prefix_and_with_old_buffers(tmp_path):
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS["gpt2"])
+    old = {name.removeprefix("transformer."): p.detach().clone() for name, p in model.named_parameters()}
+    save_file({**old, "h.0.attn.bias": torch.ones(1, 1, 4, 4)}, tmp_path / "model.safetensors")
+    ours = parameters(CONFIGS["gpt2"])
+    load_safetensors(tmp_path, {name: parameter.data for name, parameter in ours.items()})
+    assert all(torch.equal(ours[name], parameter) for name, parameter in model.named_parameters())
+
+
+def test_the_mask_row_is_the_mean_with_noise_and_the_rest_is_untouched(folder):
+    stock = AutoModelForCausalLM.from_pretrained(folder)
+    config = stock.config.__class__(**{**stock.config.to_dict(), "vocab_size": 51})
+    ours = parameters(config)
+    embedding = next(name for name, parameter in ours.items() if parameter.shape[0] == 51)
+    extra = {name for name, parameter in ours.items() if parameter.shape[0] == 51}
+    norms = load_safetensors(folder, {name: p.data for name, p in ours.items()}, optional={"lm_head.weight"}, extra_rows=extra, seed=3)
+    old = dict(stock.named_parameters())[embedding]
+    assert torch.equal(ours[embedding][:50], old)
+    noise = ours[embedding][50] - old.mean(0)
+    assert 0.3 < noise.norm() < 2.0  # N(0, 1/D) over D numbers
+    assert norms[embedding] == pytest.approx(ours[embedding][50].norm().item(), rel=1e-5)
+
+
+def test_what_does_not_fit_is_listed(folder):
+    stock = AutoModelForCausalLM.from_pretrained(folder)
+    ours = {name: parameter.data for name, parameter in parameters(stock.config).items()}
+    with pytest.raises(UserError, match=r"missing \['no.such.weight'\]"):
+        load_safetensors(folder, {**ours, "no.such.weight": torch.zeros(1)}, optional={"lm_head.weight"})
+    name, tensor = next(iter(ours.items()))
+    with pytest.raises(UserError, match="not wanted"):
+        load_safetensors(folder, {other: t for other, t in ours.items() if other != name}, optional={"lm_head.weight"})
+    with pytest.raises(UserError, match="has shape"):
+        load_safetensors(folder, {**ours, name: torch.zeros(tensor.shape[0] + 3, *tensor.shape[1:])}, optional={"lm_head.weight"})
+
+
+def test_pickles_are_never_opened_and_nowhere_is_said_to_be_nowhere(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
+    with pytest.raises(UserError, match="convert it to safetensors"):
+        load_safetensors(tmp_path, {"a": torch.zeros(1)})
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="neither a checkpoint of ours"):
+        resolve_folder(str(tmp_path / "empty"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="the hub gave nothing"):
+        resolve_folder("nobody/nothing-of-that-name")

@@ -1,0 +1,130 @@
+"""Recipes: every mistake at once, with the nearest name and the key to change; and what a recipe's name depends on."""
+
+import json
+
+import pytest
+
+from dlm_ray.config.errors import UserError
+from dlm_ray.config.load import all_keys, dump, load_recipe, recipe_hash, run_name, shipped
+from dlm_ray.config.recipe import Recipe
+
+GOOD = """
+name: test
+model: {architecture: {family: llama, width: 32, num_layers: 2, num_heads: 2}}
+data: {sources: [{path: somewhere}]}
+training: {steps: 10, global_batch_rows: 4, micro_batch_rows: 2}
+"""
+
+
+@pytest.fixture
+def recipe_file(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(GOOD)
+    return str(path)
+
+
+@pytest.mark.parametrize("name", sorted(shipped()))
+def test_every_shipped_recipe_loads(name):
+    assert load_recipe(name).name
+
+
+def test_overrides_are_yaml_and_reach_into_lists(recipe_file):
+    recipe = load_recipe(
+        recipe_file,
+        ["optimizer.learning_rate=1e-4", "data.sources.0.path=other", "data.sources.1={path: more, weight: 2}", "ema.decay=0.9"],
+    )
+    assert recipe.optimizer.learning_rate == 1e-4
+    assert [source.path for source in recipe.data.sources] == ["other", "more"]
+    assert recipe.ema is not None and load_recipe(recipe_file, ["ema.decay=0.9", "ema=null"]).ema is None
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.stps=3", "training.stps is unknown; did you mean training.steps?"),
+        ("learning_rate=3", "learning_rate is unknown; did you mean optimizer.learning_rate?"),
+        ("qqq=1", "qqq is unknown; allowed here are name, seed, model"),
+        ("training.steps=many", "training.steps='many': input should be a valid integer"),
+        ("training.steps=0", "training.steps=0: input should be greater than 0"),
+        ("model.architecture.family=lama", "model.architecture.family='lama'; allowed are 'gpt2', 'llama'"),
+        ("model.mask_token=-3", "model.mask_token"),
+        ("name=a b", "name='a b': string should match pattern"),
+        ("data.sources.5.path=x", "there is no '5' to set something in"),
+        ("steps", "is not of the form key=value"),
+        ("training.steps=[", "the value is not YAML"),
+        ("data.sources=[]", "data.sources"),
+    ],
+)
+def test_a_wrong_override_says_what_is_allowed(recipe_file, override, message):
+    with pytest.raises(UserError) as error:
+        load_recipe(recipe_file, [override])
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.base=gpt2"], "exactly one of model.base and model.architecture is needed, both are set"),
+        (["model.architecture=null"], "neither is set"),
+        (["model.architecture.width=33"], "not divisible by model.architecture.num_heads"),
+        (["model.architecture.num_key_value_heads=3"], "not a multiple"),
+        (["model.architecture.family=gpt2", "model.architecture.num_key_value_heads=1"], "not for family gpt2"),
+        (["objective.schedule.name=polynomial"], "objective.schedule.exponent=None"),
+        (["objective.name=autoregressive", "objective.shift=false"], "objective.shift=false is impossible"),
+        (["curriculum.annealing.pattern=bernoulli"], "set steps > 0 with a pattern"),
+        (["curriculum.annealing={pattern: window, steps: 99}"], "exceeds training.steps=10"),
+        (["curriculum.annealing={pattern: window, steps: 9}", "objective.name=autoregressive"], "stays causal"),
+        (["optimizer.rate=warmup_stable_decay"], "optimizer.decay_steps=0"),
+        (["optimizer.warmup_steps=11"], "exceed training.steps=10"),
+        (["parallelism.workers=5"], "a worker would have no row"),
+        (["seed=4294967296"], "below 2**32"),
+    ],
+)
+def test_keys_that_contradict_each_other_come_with_the_fix(recipe_file, overrides, message):
+    with pytest.raises(UserError) as error:
+        load_recipe(recipe_file, overrides)
+    assert message in str(error.value)
+
+
+def test_all_mistakes_are_reported_at_once(recipe_file):
+    with pytest.raises(UserError, match="3 mistakes") as error:
+        load_recipe(recipe_file, ["training.stps=1", "optimizer.learning_rate=-1", "objective.schedule.name=lin"])
+    assert str(error.value).count("\n  - ") == 3
+    with pytest.raises(UserError, match="2 mistakes"):
+        load_recipe(recipe_file, ["model.architecture.width=33", "optimizer.warmup_steps=11"])
+
+
+def test_yaml_that_is_none_or_says_a_thing_twice(tmp_path):
+    path = tmp_path / "bad.yaml"
+    for text, message in [("a: [1", "not YAML"), ("name: a\nname: b", "'name' stands twice"), ("- 1", "a recipe is a mapping")]:
+        path.write_text(text)
+        with pytest.raises(UserError, match=message):
+            load_recipe(str(path))
+    with pytest.raises(UserError, match="near: quickstart"):
+        load_recipe("quikstart")
+
+
+def test_a_dumped_recipe_is_the_same_recipe(tmp_path):
+    for name in shipped():
+        recipe = load_recipe(name, ["optimizer.betas=[0.8, 0.9]"])
+        (tmp_path / "again.yaml").write_text(dump(recipe))
+        assert load_recipe(str(tmp_path / "again.yaml")) == recipe
+
+
+def test_the_hash_follows_the_result_and_nothing_else(recipe_file):
+    plain = load_recipe(recipe_file)
+    assert run_name(plain).startswith("test-") and len(recipe_hash(plain)) == 8
+    for same in ("parallelism.workers=2", "tracking.wandb=offline", "checkpoint.every_steps=7"):
+        assert recipe_hash(load_recipe(recipe_file, [same])) == recipe_hash(plain)
+    for other in ("seed=1", "training.steps=11", "data.sources.0.path=x"):
+        assert recipe_hash(load_recipe(recipe_file, [other])) != recipe_hash(plain)
+
+
+def test_a_recipe_cannot_be_changed_behind_ones_back(recipe_file):
+    with pytest.raises(ValueError, match="frozen"):
+        load_recipe(recipe_file).training.steps = 3
+
+
+def test_the_schema_has_every_key():
+    text = json.dumps(Recipe.model_json_schema())
+    assert all(f'"{key.rpartition(".")[2]}"' in text for key in all_keys())

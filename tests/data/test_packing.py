@@ -1,0 +1,47 @@
+"""Packing loses nothing: the segments of a document, put together, are its tokens."""
+
+from collections import defaultdict
+
+import numpy as np
+import pytest
+
+from dlm_ray.data.packing import pack
+from dlm_ray.diffusion.draws import maskable_positions
+
+START, END = 1000, 1001
+
+
+def documents(lengths):
+    return [(number, list(range(number * 100, number * 100 + length)), [1] * length) for number, length in enumerate(lengths)]
+
+
+@pytest.mark.parametrize("row_tokens", [3, 4, 7, 64])
+def test_every_token_stands_once_and_in_order(row_tokens):
+    given = documents([1, 2, 30, 5, 90, 6, 1])
+    rows = list(pack(given, row_tokens, START, END))
+    found, num_bytes = defaultdict(list), defaultdict(int)
+    for row in rows:
+        assert len(row.input_ids) == len(row.document_ids) == len(row.num_bytes) == row_tokens
+        assert row.input_ids[0] == START
+        scored = maskable_positions(row.document_ids[None])[0]
+        for token, document, size in zip(row.input_ids[scored], row.document_ids[scored], row.num_bytes[scored], strict=True):
+            found[int(document)].append(int(token))
+            num_bytes[int(document)] += int(size)
+        starts = ~scored & (row.document_ids >= 0)
+        assert (row.input_ids[starts] == START).all() and (row.num_bytes[starts] == 0).all()
+    for number, tokens, sizes in given:
+        assert found[number] == [*tokens, END]
+        assert num_bytes[number] == sum(sizes)
+
+
+def test_padding_is_marked_and_scores_nothing():
+    [row] = pack(documents([2]), 8, START, END)
+    assert row.document_ids.tolist() == [0, 0, 0, 0, -1, -1, -1, -1]
+    assert not maskable_positions(row.document_ids[None])[0][4:].any()
+
+
+def test_no_segment_is_a_start_token_alone():
+    for row in pack(documents([3, 3, 3, 3, 3]), 6, START, END):
+        ids = row.document_ids
+        for document in np.unique(ids[ids >= 0]):
+            assert (ids == document).sum() >= 2

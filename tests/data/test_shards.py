@@ -1,0 +1,150 @@
+"""Shards: plain webdataset reads them, the same input gives the same bytes, and damage is never believed."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from conftest import make_data, make_documents
+
+from dlm_ray.config.errors import DamageError, UserError
+from dlm_ray.config.recipe import Source
+from dlm_ray.data.build import split_of
+from dlm_ray.data.index import load_index
+from dlm_ray.data.inspect import describe
+from dlm_ray.data.order import Cursor, Order
+from dlm_ray.data.reading import ShardReader, iterate_rows, open_sources, read_split
+from dlm_ray.data.sources import documents, list_parts
+from dlm_ray.data.tokenizer import load_tokenizer
+
+
+def tars(folder):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(Path(folder).glob("*.tar"))}
+
+
+def test_plain_webdataset_reads_what_we_read(data_folder):
+    index = load_index(data_folder)
+    rows = read_split(data_folder, "train")
+    files = [f"{data_folder}/{shard.file}" for shard in index.splits["train"].shards]
+    samples = list(webdataset.WebDataset(files, shardshuffle=False).decode())
+    assert len(samples) == len(rows) == index.splits["train"].rows > 100
+    for sample, row in zip(samples, rows, strict=True):
+        for field in ("input_ids", "document_ids", "num_bytes"):
+            assert (sample[f"{field}.npy"] == getattr(row, field)).all()
+
+
+def test_the_held_out_documents_are_there_byte_for_byte_and_in_no_other_split(data_folder):
+    tokenizer = load_tokenizer(f"{data_folder}/tokenizer")
+    texts = {split: [text for text in make_documents() if split_of(text, 0.2) == split] for split in ("train", "held_out")}
+    assert texts["held_out"] and texts["train"]
+    for split, expected in texts.items():
+        pieces = {}
+        for row in read_split(data_folder, split):
+            for document in np.unique(row.document_ids[row.document_ids >= 0]):
+                ids = row.input_ids[row.document_ids == document][1:]
+                pieces.setdefault((row.part, int(document)), []).extend(ids.tolist())
+        assert sorted(tokenizer.decode(ids, skip_special_tokens=True) for ids in pieces.values()) == sorted(expected)
+        index = load_index(data_folder).splits[split]
+        assert index.bytes == sum(len(text.encode()) for text in expected)
+        assert index.documents == len(expected)
+
+
+def test_the_same_input_gives_the_same_bytes(data_folder, tmp_path):
+    assert tars(make_data(tmp_path / "again")) == tars(data_folder)
+
+
+def test_a_flipped_byte_names_the_shard_and_both_hashes(data_folder, tmp_path):
+    folder = tmp_path / "damaged"
+    shutil.copytree(data_folder, folder)
+    victim = sorted(folder.glob("train-*.tar"))[0]
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    with pytest.raises(DamageError, match=rf"{victim.name} is damaged: expected sha256 \w+, found {hashlib.sha256(content).hexdigest()}"):
+        read_split(str(folder), "train")
+    victim.unlink()
+    with pytest.raises(DamageError, match=f"{victim.name} is missing"):
+        read_split(str(folder), "train")
+
+
+def test_two_sources_must_agree_in_tokenizer_and_row_length(data_folder, tmp_path):
+    other_tokenizer = make_data(tmp_path / "tokenizer", vocab=320)
+    with pytest.raises(UserError, match="was made with tokenizer"):
+        open_sources([Source(path=data_folder), Source(path=other_tokenizer)])
+    other_rows = make_data(tmp_path / "rows", row_tokens=16, tokenizer=load_tokenizer(f"{data_folder}/tokenizer"))
+    with pytest.raises(UserError, match="rows of 16 tokens"):
+        open_sources([Source(path=data_folder), Source(path=other_rows)])
+
+
+def test_a_folder_without_an_index_and_a_newer_format_are_refused(data_folder, tmp_path):
+    with pytest.raises(UserError, match="dlm-ray data build"):
+        load_index(str(tmp_path))
+    fields = json.loads(Path(data_folder, "index.json").read_text())
+    (tmp_path / "index.json").write_text(json.dumps({**fields, "format": 9}))
+    with pytest.raises(UserError, match="format 9"):
+        load_index(str(tmp_path))
+    (tmp_path / "index.json").write_text(json.dumps({**fields, "splits": 3}))
+    with pytest.raises(DamageError, match="cannot be read"):
+        load_index(str(tmp_path))
+
+
+def test_the_stream_gives_the_ordered_rows_and_resumes(data_folder):
+    index = load_index(data_folder)
+    share = {"global_batch_rows": 10, "rank": 0, "world_size": 1}
+
+    def stream(cursor, num_steps):
+        order = Order([index], [1.0], 0, 2)
+        return list(iterate_rows(ShardReader([data_folder], [index]), order, cursor, num_steps=num_steps, **share))
+
+    whole = stream(Cursor.start(1), 40)
+    after = stream(whole[24][1], 15)
+    for (rows, cursor), (again, cursor_again) in zip(whole[25:], after, strict=True):
+        assert cursor == cursor_again
+        assert all((one.input_ids == two.input_ids).all() for one, two in zip(rows, again, strict=True))
+
+
+def test_inspect_shows_what_is_there(data_folder):
+    described = describe(data_folder)
+    assert described["splits"]["train"]["documents"] > described["splits"]["held_out"]["documents"] > 0
+    assert any("Document" in segment["text"] for segment in described["first_rows"][0])
+
+
+def test_jsonl_lines_are_read_once_wherever_the_file_is_cut(tmp_path, monkeypatch):
+    monkeypatch.setattr("dlm_ray.data.sources.PART_BYTES", 50)
+    texts = [f"text number {i} " + "x" * (i % 37) for i in range(40)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    parts = list_parts([str(tmp_path / "a.jsonl")])
+    assert len(parts) > 5
+    assert [text for part in parts for text in documents(part, "text")] == texts
+
+
+def test_parquet_folders_and_patterns_are_sources(tmp_path):
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    (tmp_path / "in").mkdir()
+    parquet.write_table(pyarrow.table({"body": ["one", "two"]}), tmp_path / "in" / "b.parquet")
+    (tmp_path / "in" / "a.txt").write_text("zero")
+    (tmp_path / "in" / ".hidden").write_text("never")
+    [part] = list_parts([str(tmp_path / "in")])
+    assert list(documents(part, "body")) == ["zero", "one", "two"]
+    with pytest.raises(UserError, match="no column 'text'"):
+        list(documents(part, "text"))
+    with pytest.raises(UserError, match="no file, no folder"):
+        list_parts([str(tmp_path / "nothing*.txt")])
+
+
+def test_shards_on_s3_are_the_same_shards(s3, data_folder, tmp_path):
+    from dlm_ray.data import storage
+
+    for path in sorted(Path(data_folder).rglob("*")):
+        if path.is_file():
+            storage.write(f"{s3}/copy/{path.relative_to(data_folder)}", path.read_bytes())
+    assert load_index(f"{s3}/copy") == load_index(data_folder)
+    ours, theirs = read_split(f"{s3}/copy", "train", 40), read_split(data_folder, "train", 40)
+    assert all((one.input_ids == two.input_ids).all() for one, two in zip(ours, theirs, strict=True))
+    with pytest.raises(UserError, match="no data folder"):
+        load_index(f"{s3}/nothing")

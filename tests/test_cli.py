@@ -1,0 +1,69 @@
+"""What is typed: fast help without heavy imports, exit codes, one JSON object, messages without tracebacks."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import python_module
+
+
+def run(*arguments, **options):
+    return python_module("dlm_ray", *arguments, **options)
+
+
+def test_help_comes_in_under_a_second_and_imports_nothing_heavy():
+    program = "import sys; sys.argv = ['dlm-ray', '--help']; from dlm_ray.cli import main\ntry: main()\nexcept SystemExit: pass\n"
+    program += "print([name for name in ('torch', 'ray', 'transformers', 'matplotlib', 'tensorstore') if name in sys.modules])"
+    seconds = []
+    for _ in range(3):  # the machine may be busy once
+        started = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+        seconds.append(time.perf_counter() - started)
+        assert done.stdout.strip().endswith("[]")
+        if seconds[-1] < 1:
+            break
+    assert min(seconds) < 1
+    for verb in ("quickstart", "train", "sample", "eval", "export", "data", "checkpoint", "schema", "doctor"):
+        assert verb in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["train", "quickstart", "training.stps=3"], 2, "did you mean training.steps?"),
+        (["train", "no-such-recipe"], 2, "there is no recipe"),
+        (["trian"], 2, "No such command"),
+        (["sample", "/nowhere", "--prefix", "a"], 2, "go together"),
+        (["sample", "/nowhere", "--prefix", "a", "--suffix", "b"], 2, "--length is missing"),
+        (["data", "inspect", "/nowhere"], 2, "is no data folder"),
+        (["data", "build", "/nowhere", "--out", "/tmp/never", "--train-tokenizer", "300"], 2, "no file, no folder"),
+        (["data", "build", "/nowhere", "--out", "/tmp/never"], 2, "one of --tokenizer"),
+        (["export", "/nowhere", "/tmp/never"], 2, "is no checkpoint of ours"),
+        (["checkpoint", "verify", "/nowhere"], 1, "is not a checkpoint"),
+        (["schema", "sweep"], 2, "allowed is recipe"),
+    ],
+)
+def test_mistakes_exit_with_their_code_and_one_message(arguments, code, message):
+    done = run(*arguments)
+    assert done.returncode == code, done.stderr
+    assert message in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr and not done.stdout
+
+
+def test_debug_shows_the_traceback():
+    assert "Traceback" in run("--debug", "data", "inspect", "/nowhere").stderr
+
+
+def test_json_is_one_object_on_stdout():
+    whole = json.loads(run("train", "quickstart_base", "--dry-run", "--json").stdout)
+    assert whole["objective"]["name"] == "autoregressive"
+    assert json.loads(run("schema", "recipe").stdout)["title"] == "Recipe"
+    assert json.loads(run("doctor", "--json").stdout)["cores"] >= 1
+
+
+def test_an_unknown_family_is_named_with_the_known_ones(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bloom"}))
+    done = run("eval", str(tmp_path), "--data", "x")
+    assert done.returncode == 2 and "supported families are gpt2, llama, qwen2, qwen3, mistral" in " ".join(done.stderr.split())
