@@ -1,0 +1,169 @@
+"""The gates of every supported family: leak, causal logits, meta build, export, and the base's own loss."""
+
+import copy
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM
+
+from dlm_ray.config.errors import UserError
+from dlm_ray.config.recipe import FAMILIES, Architecture
+from dlm_ray.diffusion.denoiser import Batch
+from dlm_ray.diffusion.draws import maskable_positions
+from dlm_ray.diffusion.objectives import Autoregressive
+from dlm_ray.diffusion.objectives.autoregressive import exact_draw
+from dlm_ray.diffusion.visibility import Visibility, annealed
+from dlm_ray.models import families, parallel
+from dlm_ray.models.denoiser import HuggingFaceDenoiser
+
+VOCAB, LENGTH = 61, 24
+
+
+def architecture(family, tied=False):
+    grouped = None if family == "gpt2" else 2
+    return Architecture(
+        family=family, width=32, num_layers=2, num_heads=4, num_key_value_heads=grouped, max_positions=LENGTH, tie_embeddings=tied
+    )
+
+
+def build(family, mask_id=VOCAB, shift=True, tied=False):
+    config = families.scratch_config(architecture(family, tied), VOCAB + 1, 0, 0)
+    denoiser = parallel.build(config, mask_id, shift)
+    parallel.materialize(denoiser, torch.device("cpu"))
+    parallel.initialize(denoiser, seed=1)
+    return denoiser.eval(), config
+
+
+def stock(denoiser, config, is_causal=True):
+    config = copy.deepcopy(config)
+    if not is_causal:
+        config.is_causal = False
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.load_state_dict(denoiser.network.state_dict())
+    return model
+
+
+def logits(denoiser, ids, visibility):
+    return denoiser.network.get_output_embeddings()(denoiser.hidden(ids, visibility))
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    return request.param
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(1, VOCAB, (3, LENGTH), generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def test_position_0_sees_the_last_position_if_and_only_if_it_may(family, ids):
+    denoiser, _ = build(family)
+    other = ids.clone()
+    other[:, -1] = (other[:, -1] + 1) % VOCAB
+    for visibility, leaks in [
+        (Visibility("bidirectional"), True),
+        (Visibility("causal"), False),
+        (annealed("window", 0.2, 0, LENGTH, None), False),
+    ]:
+        difference = (denoiser.hidden(ids, visibility)[:, 0] - denoiser.hidden(other, visibility)[:, 0]).abs().max()
+        assert (difference > 1e-6) == leaks, visibility.pattern
+
+
+@torch.no_grad()
+def test_causal_logits_are_the_untouched_models(family, ids):
+    denoiser, config = build(family)
+    assert torch.equal(logits(denoiser, ids, Visibility("causal")), stock(denoiser, config)(ids).logits)
+
+
+@torch.no_grad()
+def test_documents_do_not_see_each_other(family, ids):
+    denoiser, _ = build(family)
+    documents = torch.tensor([[0] * 10 + [1] * (LENGTH - 10)]).expand(3, -1)
+    other = ids.clone()
+    other[:, :10] = (other[:, :10] + 1) % VOCAB
+    for pattern in ("causal", "bidirectional"):
+        visibility = Visibility(pattern, document_ids=documents)
+        assert torch.equal(denoiser.hidden(ids, visibility)[:, 10:], denoiser.hidden(other, visibility)[:, 10:])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_meta_build_is_the_eager_build_buffers_included(family, tied):
+    meta, config = build(family, tied=tied)
+    eager = HuggingFaceDenoiser(config, VOCAB, True)
+    parallel.initialize(eager, seed=1)
+    ours, theirs = (dict(d.named_parameters()) | dict(d.named_buffers()) for d in (meta, eager))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    head, embedding = meta.network.get_output_embeddings().weight, meta.network.get_input_embeddings().weight
+    assert (head is embedding) == tied
+
+
+@torch.no_grad()
+def test_stock_transformers_gives_the_bidirectional_logits_of_our_configuration(family, ids):
+    denoiser, config = build(family)
+    ours = logits(denoiser, ids, Visibility("bidirectional"))
+    assert torch.allclose(ours, stock(denoiser, config, is_causal=False)(ids).logits, atol=1e-6)
+
+
+@torch.no_grad()
+def test_clean_causal_shifted_cross_entropy_is_the_models_own_loss(family, ids):
+    denoiser, config = build(family)
+    model = stock(denoiser, config)
+    maskable = maskable_positions(torch.zeros(3, LENGTH, dtype=torch.int32).numpy())
+    batch = Batch(ids, exact_draw(maskable), Visibility("causal"))
+    loss = Autoregressive()(denoiser, batch).weighted_sum / maskable.sum()
+    # The model's own loss gives the mask token, which it does not know as such, a share of the probability; ours gives it none.
+    scores = model(ids).logits[:, :-1]
+    scores[..., VOCAB] = float("-inf")
+    assert loss.item() == pytest.approx(F.cross_entropy(scores.flatten(0, 1), ids[:, 1:].flatten()).item(), rel=1e-6)
+    plain = HuggingFaceDenoiser(config, None, True)
+    plain.load_state_dict(denoiser.state_dict())
+    loss = Autoregressive()(plain.eval(), batch).weighted_sum / maskable.sum()
+    assert loss.item() == pytest.approx(model(ids, labels=ids).loss.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("mask_id", [VOCAB, 7])
+def test_the_mask_token_gets_no_probability(mask_id):
+    denoiser, _ = build("llama", mask_id=mask_id)
+    rows = torch.randn(5, 32)
+    log_probs = denoiser.reduce_logits(rows, lambda logits: logits.log_softmax(-1))
+    full = denoiser.network.lm_head(rows)
+    full[:, mask_id] = float("-inf")
+    assert torch.allclose(log_probs.exp().sum(-1), torch.ones(5))
+    assert torch.allclose(log_probs, full.log_softmax(-1)[:, : log_probs.shape[1]], atol=1e-6)
+
+
+def test_logits_in_chunks_are_the_same_numbers_and_gradients(monkeypatch):
+    results = []
+    for elements in (2**25, (VOCAB + 1) * 4):
+        monkeypatch.setattr("dlm_ray.models.denoiser.CHUNK_ELEMENTS", elements)
+        denoiser, _ = build("llama")
+        rows = torch.randn(10, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        targets = torch.arange(10)
+        denoiser.reduce_logits(rows, lambda logits, target: F.cross_entropy(logits, target, reduction="none"), targets).sum().backward()
+        results.append((rows.grad, denoiser.network.lm_head.weight.grad))
+    for one, two in zip(*results, strict=True):
+        assert torch.allclose(one, two, atol=1e-6)
+
+
+def test_rows_know_about_the_shift():
+    positions = torch.tensor([1, 5])
+    assert build("llama", shift=True)[0].rows_for(positions).tolist() == [0, 4]
+    assert build("llama", shift=False)[0].rows_for(positions).tolist() == [1, 5]
+
+
+def test_sliding_windows_are_overridden_and_other_families_refused():
+    fields = {"model_type": "mistral", "sliding_window": 4, "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
+    assert families.read_config(fields).sliding_window is None
+    with pytest.raises(UserError, match="'bloom' is not supported; supported families are gpt2"):
+        families.read_config(json.loads('{"model_type": "bloom"}'))
+
+
+def test_an_architecture_is_read_back_from_its_configuration(family):
+    config = families.scratch_config(architecture(family), VOCAB, 0, 0)
+    again = families.scratch_config(families.architecture_of(config), VOCAB, 0, 0)
+    assert again.to_dict() == config.to_dict()

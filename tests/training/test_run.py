@@ -1,0 +1,149 @@
+"""A run in one process: it learns, resumes bit for bit, and does not depend on how its batch is cut."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_data, tiny_recipe
+
+from dlm_ray.checkpoint import commit, listing
+from dlm_ray.config.errors import DamageError, UserError
+from dlm_ray.data.reading import read_split
+from dlm_ray.diffusion.objectives import Masked
+from dlm_ray.diffusion.schedules import Polynomial
+from dlm_ray.training import loop
+from dlm_ray.training.curriculum import annealing_ratio
+from dlm_ray.training.step import micro_batches, num_micro_steps
+
+
+def losses(run_dir):
+    lines = [json.loads(line) for line in Path(run_dir, "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+def tensors(run_dir):
+    directory = listing.latest(str(run_dir))
+    return {name: commit.read_tensor(directory, name) for name in commit.read_manifest(directory).arrays}
+
+
+@pytest.fixture(scope="module")
+def base(data_folder, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("runs") / "base"
+    metrics = loop.fit(tiny_recipe(data_folder, "base", objective__name="autoregressive", training__steps=60), run_dir)
+    return run_dir, metrics
+
+
+def test_an_autoregressive_run_learns(base):
+    run_dir, metrics = base
+    curve = losses(run_dir)
+    assert curve[60] < curve[1] - 1.0
+    assert metrics["validation"]["nats_per_token"] < curve[1] - 0.5
+    assert metrics["checkpoint"] == listing.latest(str(run_dir))
+
+
+def test_adaptation_starts_from_the_base_and_anneals(base, data_folder, tmp_path):
+    recipe = tiny_recipe(
+        data_folder,
+        "adapted",
+        model__architecture=None,
+        model__base=str(base[0]),
+        curriculum__annealing={"pattern": "bernoulli", "steps": 4},
+    )
+    metrics = loop.fit(recipe, tmp_path / "run")
+    visible = [json.loads(line)["visible_future"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines() if '"loss"' in line]
+    assert visible == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0]
+    assert len(metrics["validation"]["masked_nll_by_t"]) == 5
+    manifest = commit.read_manifest(metrics["checkpoint"])
+    assert manifest.model["mask_id"] == manifest.model["config"]["vocab_size"] - 1
+    assert manifest.capabilities["infill"] and manifest.capabilities["likelihood"] == "bound"
+
+
+def test_an_interrupted_run_is_the_run_that_was_not_bit_for_bit(data_folder, tmp_path):
+    recipe = tiny_recipe(data_folder, checkpoint__keep_last=5)
+    loop.fit(recipe, tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut/step_00000008")  # as if it had died after its fourth step
+    loop.fit(recipe, tmp_path / "cut")
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    one, two = tensors(tmp_path / "cut"), tensors(tmp_path / "whole")
+    assert one.keys() == two.keys() and any(name.startswith("ema.") for name in one)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_accumulation_changes_no_mask_and_the_loss_by_rounding_only(data_folder, tmp_path):
+    for micro in (12, 3):
+        loop.fit(tiny_recipe(data_folder, training__micro_batch_rows=micro), tmp_path / f"m{micro}")
+    whole, parts = losses(tmp_path / "m12"), losses(tmp_path / "m3")
+    assert all(parts[step] == pytest.approx(whole[step], rel=2e-5) for step in whole)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+@pytest.mark.parametrize("micro", [1, 2, 4])
+def test_draws_of_a_global_batch_do_not_depend_on_workers_or_micro_batches(data_folder, world_size, micro):
+    recipe = tiny_recipe(data_folder, training__global_batch_rows=7, training__micro_batch_rows=micro)
+    objective, rows = Masked(Polynomial()), read_split(data_folder, "train", 7)
+    [whole] = micro_batches(
+        tiny_recipe(data_folder, training__global_batch_rows=7, training__micro_batch_rows=7), objective, rows, 5, 0, 1, torch.device("cpu")
+    )
+    masks, ids, counts = [], [], 0
+    for rank, share in enumerate(np.array_split(np.arange(7), world_size)):
+        batches = micro_batches(recipe, objective, [rows[i] for i in share], 5, rank, world_size, torch.device("cpu"))
+        assert len(batches) == num_micro_steps(recipe, world_size)  # every rank runs equally many
+        for batch in batches:
+            counts += objective.count(batch.draw)
+            if objective.count(batch.draw):
+                masks.append(batch.draw.is_masked)
+                ids.append(batch.x_0)
+    assert torch.equal(torch.cat(ids), whole.x_0)
+    assert torch.equal(torch.cat(masks), whole.draw.is_masked)
+    assert counts == objective.count(whole.draw)
+
+
+def test_annealing_is_the_papers(data_folder):
+    recipe = tiny_recipe(data_folder, curriculum__annealing={"pattern": "bernoulli", "steps": 5})
+    assert [annealing_ratio(recipe, step) for step in (0, 3, 4, 7)] == [0.2, 0.8, 1.0, 1.0]
+
+
+def test_bf16_and_an_untied_gpt2_without_shift_train(data_folder, tmp_path):
+    recipe = tiny_recipe(
+        data_folder,
+        training__precision="bf16",
+        model__architecture__family="gpt2",
+        model__architecture__tie_embeddings=False,
+        objective__shift=False,
+    )
+    loop.fit(recipe, tmp_path / "run")
+    curve = losses(tmp_path / "run")
+    assert curve[8] < curve[1]
+    assert all(tensor.dtype == torch.float32 for tensor in tensors(tmp_path / "run").values())
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_saved(data_folder, tmp_path):
+    with pytest.raises(FloatingPointError, match="the last checkpoint is good"):
+        loop.fit(tiny_recipe(data_folder, "explodes", optimizer__learning_rate=1e30, optimizer__warmup_steps=0), tmp_path / "run")
+    latest = listing.latest(str(tmp_path / "run"))
+    assert latest is None or commit.verify(latest) == []
+
+
+def test_a_damaged_checkpoint_and_other_data_are_refused(data_folder, base, tmp_path):
+    recipe = tiny_recipe(data_folder)
+    loop.fit(recipe, tmp_path / "run")
+    other = make_data(tmp_path / "other", vocab=310)
+    with pytest.raises(UserError, match="was trained with tokenizer"):
+        loop.fit(tiny_recipe(other, training__steps=9), tmp_path / "run")
+    with pytest.raises(UserError, match="was made with tokenizer"):
+        loop.fit(tiny_recipe(other, model__architecture=None, model__base=str(base[0])), tmp_path / "new")
+    victim = max(Path(listing.latest(str(tmp_path / "run"))).glob("ocdbt.process_0/d/*"), key=lambda path: path.stat().st_size)
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 4
+    victim.write_bytes(content)
+    with pytest.raises(DamageError, match="damaged"):
+        loop.fit(tiny_recipe(data_folder, training__steps=9), tmp_path / "run")
+
+
+def test_wandb_offline_writes_its_file(data_folder, tmp_path):
+    loop.fit(tiny_recipe(data_folder, tracking__wandb="offline", training__steps=2), tmp_path / "run")
+    assert list((tmp_path / "run").rglob("*.wandb"))
