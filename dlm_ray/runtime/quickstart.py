@@ -43,8 +43,8 @@ class Size:
     vocab_size: int = 4096
     row_tokens: int = 256
     held_out: float = 0.03
-    evaluation_rows: int = 320
-    draws_per_row: int = 8
+    evaluation_rows: int = 240
+    draws_per_row: int = 6
     num_samples: int = 100
     sample_tokens: int = 128
     sample_steps: int = 32

@@ -1,0 +1,202 @@
+"""`python -m dlm_ray.evaluation.speed train --shape quickstart|bd3-small`: what the masked objective costs beside AR, as ratios in one run.
+
+Both objectives train the same network with the same head, optimizer and data; AR attends causally without a mask. Steps are interleaved, so that whatever
+else the machine does hits both; the ratio that FLOPs allow says what could be expected, and the matrix-product peak of this machine what was left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from dlm_ray.config.load import validate
+from dlm_ray.config.recipe import Recipe
+from dlm_ray.diffusion import objectives, schedules
+from dlm_ray.models import families, parallel
+from dlm_ray.training import optimizer as optimization
+from dlm_ray.training.metrics import flops_per_token
+from dlm_ray.training.step import Trainee, micro_batches, train_step
+
+REPETITIONS = 7
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A network and a batch."""
+
+    width: int
+    num_layers: int
+    num_heads: int
+    row_tokens: int
+    vocab_size: int
+    rows: int
+    tie_embeddings: bool
+
+
+SHAPES = {
+    "quickstart": Shape(width=256, num_layers=4, num_heads=4, row_tokens=256, vocab_size=4096, rows=16, tie_embeddings=True),
+    # BD3-LM's small network on LM1B (arXiv 2503.09573, appendix C), with a gated feed-forward of the same size.
+    "bd3-small": Shape(width=768, num_layers=12, num_heads=12, row_tokens=128, vocab_size=30_522, rows=8, tie_embeddings=False),
+}
+
+
+class _Row(NamedTuple):
+    """What `micro_batches` wants of a row."""
+
+    input_ids: np.ndarray
+    document_ids: np.ndarray
+
+
+def measure(shape_name: str, repetitions: int = REPETITIONS) -> dict[str, Any]:
+    """Tokens a second of AR and masked training steps on this machine, and their ratio beside what FLOPs allow.
+
+    A step is everything between rows and updated weights: draws, forward, backward, clipping, AdamW, in one FSDP2 process.
+    """
+    shape = SHAPES[shape_name]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        steps = {name: _stepper(shape, name, device) for name in ("autoregressive", "masked")}
+        seconds: dict[str, list[float]] = {name: [] for name in steps}
+        for repetition in range(repetitions + 1):
+            for name, step in steps.items():
+                elapsed = _timed(lambda run=step, number=repetition: run(number), device)
+                if repetition:  # the first pays for warming up
+                    seconds[name].append(elapsed)
+        peak = _matrix_product_flops(device)
+    finally:
+        dist.destroy_process_group()
+    return _summary(shape_name, shape, device, seconds, peak)
+
+
+def _stepper(shape: Shape, name: str, device: torch.device) -> Callable[[int], None]:
+    """A function that runs training step number n."""
+    recipe = _recipe(shape, name)
+    objective = objectives.build(name, schedules.build("linear"), "all_tokens")
+    mask_id = None if objective.is_causal else shape.vocab_size
+    assert recipe.model.architecture is not None, "the recipe is from scratch"
+    config = families.scratch_config(recipe.model.architecture, shape.vocab_size + (mask_id is not None), 0, 0)
+    denoiser = parallel.build(config, mask_id, shift=True)
+    root = Trainee(denoiser, objective)
+    parallel.shard(root, denoiser, init_device_mesh(device.type, (1,)), recipe.training.precision)
+    parallel.materialize(denoiser, device)
+    parallel.initialize(denoiser, 0)
+    optimizer = optimization.build(recipe.optimizer, root)
+    random = np.random.default_rng(0)
+    documents = np.zeros(shape.row_tokens, dtype=np.int32)
+    rows = [_Row(random.integers(0, shape.vocab_size, shape.row_tokens), documents) for _ in range(shape.rows)]
+
+    def step(number: int) -> None:
+        batches = micro_batches(recipe, objective, rows, number, 0, 1, device)
+        train_step(root, objective, optimizer, batches, 1.0, None)
+
+    return step
+
+
+def _recipe(shape: Shape, name: str) -> Recipe:
+    architecture = {
+        "width": shape.width,
+        "num_layers": shape.num_layers,
+        "num_heads": shape.num_heads,
+        "max_positions": shape.row_tokens,
+        "tie_embeddings": shape.tie_embeddings,
+    }
+    tree = {
+        "name": f"speed-{name}",
+        "model": {"architecture": architecture},
+        "data": {"sources": [{"path": "none"}]},
+        "objective": {"name": name},
+        "training": {
+            "steps": 1,
+            "global_batch_rows": shape.rows,
+            "micro_batch_rows": shape.rows,
+            "precision": "bf16" if torch.cuda.is_available() else "fp32",
+        },
+    }
+    return validate(tree, tree["name"])
+
+
+def _timed(act: Callable[[], Any], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    act()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def _matrix_product_flops(device: torch.device) -> float:
+    """FLOPs a second of a large matrix product, the best of 7, in the precision of the steps."""
+    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (2048, torch.float32)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return 2 * size**3 / min(_timed(lambda: a @ b, device) for _ in range(7))
+
+
+def _summary(shape_name: str, shape: Shape, device: torch.device, seconds: dict[str, list[float]], peak: float) -> dict[str, Any]:
+    gated = -(-8 * shape.width // 3 // 64) * 64
+    body = shape.num_layers * (4 * shape.width**2 + 3 * shape.width * gated)
+    sizes = {
+        "body_parameters": body,
+        "width": shape.width,
+        "num_layers": shape.num_layers,
+        "num_positions": shape.row_tokens,
+        "vocab_size": shape.vocab_size,
+    }
+    scored = (shape.row_tokens - 1) / shape.row_tokens  # the start token is not
+    flops = {
+        "autoregressive": flops_per_token(**sizes, scored_share=scored, visible_share=0.5),
+        "masked": flops_per_token(**sizes, scored_share=scored / 2, visible_share=1.0),
+    }
+    tokens = shape.rows * shape.row_tokens
+    rate = {name: tokens / statistics.median(times) for name, times in seconds.items()}
+    ratio, allowed = rate["masked"] / rate["autoregressive"], flops["autoregressive"] / flops["masked"]
+    return {
+        "what": f"training step, shape {shape_name}",
+        "date": datetime.date.today().isoformat(),
+        "hardware": torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "command": f"python -m dlm_ray.evaluation.speed train --shape {shape_name}",
+        "repetitions": len(seconds["masked"]),
+        "tokens_per_second": {name: round(value, 1) for name, value in rate.items()},
+        "seconds": {name: [round(one, 4) for one in times] for name, times in seconds.items()},
+        "ratio_masked_to_ar": round(ratio, 3),
+        "ratio_that_flops_allow": round(allowed, 3),
+        "share_of_the_allowed_ratio": round(ratio / allowed, 3),
+        "matrix_product_gflops": round(peak / 1e9, 1),
+        "fraction_of_matrix_product_peak": {name: round(rate[name] * flops[name] / peak, 3) for name in rate},
+    }
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m dlm_ray.evaluation.speed", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("what", choices=["train"])
+    parser.add_argument("--shape", choices=list(SHAPES), required=True)
+    parser.add_argument("--repetitions", type=int, default=REPETITIONS)
+    parser.add_argument("--out", type=Path, help="also write the result to this file")
+    arguments = parser.parse_args()
+    torch.set_num_threads(os.cpu_count() or 1)
+    text = json.dumps(measure(arguments.shape, arguments.repetitions), indent=2) + "\n"
+    if arguments.out:
+        arguments.out.write_text(text)
+    sys.stdout.write(text)
+
+
+if __name__ == "__main__":
+    main()
