@@ -2,7 +2,6 @@
 PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
-export RAY_AUTH_MODE ?= disabled
 
 .PHONY: setup quickstart test check lint clean
 

@@ -19,6 +19,8 @@ from transformers import PreTrainedConfig
 
 from dlm_ray.models.denoiser import HuggingFaceDenoiser
 
+STAYS_GATHERED_BYTES = 2**30
+
 
 def build(
     config: PreTrainedConfig,
@@ -43,8 +45,10 @@ def build(
 def shard(root: nn.Module, denoiser: HuggingFaceDenoiser, mesh: DeviceMesh, precision: str) -> None:
     """FSDP2 over `mesh`, a group a layer and the rest with the root; gathered weights and activations in `precision`, sums in float32."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if precision == "bf16" else MixedPrecisionPolicy()
+    # What fits many times over stays gathered until the backward pass has used it: one collective less a layer and micro-batch.
+    is_large = sum(parameter.numel() for parameter in root.parameters()) * 4 > STAYS_GATHERED_BYTES
     for layer in denoiser.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
+        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=is_large)
     fully_shard(root, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
 
 

@@ -1,14 +1,16 @@
-"""Training rows through Ray Data: the same rows in the same order as `data.reading.iterate_rows`, read by tasks of the cluster ahead of the step.
+"""Training rows through Ray Data: the rows of `data.reading.iterate_rows`, in the same order, read ahead of the step by the cluster.
 
-Ray Data has no iterator that resumes. So every rank makes a dataset of its own from where the cursor stands: one task for several
-steps of this rank, in order. The tasks ask for no CPU, because the workers may hold all of them; reading a few rows a second
-takes next to none.
+Ray Data has no iterator that resumes. So every rank makes datasets of its own from where the cursor stands, of one item for several
+steps of this rank, in order. The actor that reads asks for no CPU, because the workers may hold all of them; reading takes next to none.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
+
+import numpy as np
 
 from dlm_ray.runtime import cluster  # noqa: F401  first of all: it sets what Ray reads when it is imported
 
@@ -20,7 +22,8 @@ from dlm_ray.config.recipe import Source
 from dlm_ray.data.order import Cursor, Order, RowReference
 from dlm_ray.data.reading import Row, ShardReader, by_step, shares
 
-_TASKS_AT_ONCE = 2
+# A run is streamed in spans of so many items, so that its whole order never has to be in memory.
+_SPAN_ITEMS = 512
 
 
 def ray_data_stream(sources: Sequence[Source], order: Order, cursor: Cursor, **share: int) -> Iterator[tuple[list[Row], Cursor]]:
@@ -35,36 +38,33 @@ def ray_data_stream(sources: Sequence[Source], order: Order, cursor: Cursor, **s
     Raises:
         DamageError: if a shard is missing or damaged.
     """
-    planned = list(shares(order, cursor, **share))
-    if not planned:
-        return
-    reader = _Reader([source.path for source in sources], order)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
-    items = [{"references": [(one.source, one.shard, one.row) for step in references for one in step]} for references, _ in planned]
-    dataset = ray.data.from_items(items, override_num_blocks=len(items)).map(reader, num_cpus=0, concurrency=_TASKS_AT_ONCE)
-    for (references, cursors), group in zip(planned, dataset.iter_rows(), strict=True):
-        if group["error"]:
-            raise DamageError(group["error"])
-        rows = [
-            Row(input_ids, document_ids, num_bytes, source, part)
-            for input_ids, document_ids, num_bytes, source, part in zip(
-                group["input_ids"], group["document_ids"], group["num_bytes"], group["source"].tolist(), group["part"].tolist(), strict=True
-            )
-        ]
-        yield from zip(by_step(rows, references), cursors, strict=True)
+    groups = shares(order, cursor, **share)
+    while span := list(islice(groups, _SPAN_ITEMS)):
+        items = [{"references": [(one.source, one.shard, one.row) for step in references for one in step]} for references, _ in span]
+        dataset = ray.data.from_items(items, override_num_blocks=len(items)).map(
+            _Reader, fn_constructor_args=([source.path for source in sources], order), num_cpus=0, concurrency=1
+        )
+        for (references, cursors), group in zip(span, dataset.iter_rows(), strict=True):
+            if group["error"]:
+                raise DamageError(group["error"])
+            yield from zip(by_step(_rows(group), references), cursors, strict=True)
+
+
+def _rows(group: dict[str, Any]) -> list[Row]:
+    arrays = (group["input_ids"], group["document_ids"], group["num_bytes"], group["source"].tolist(), group["part"].tolist())
+    return [Row(*fields) for fields in zip(*arrays, strict=True)]
 
 
 class _Reader:
-    """What a task runs: references -> the arrays of their rows, stacked."""
+    """The actor: references -> the arrays of their rows, stacked. It checks each shard once."""
 
     def __init__(self, paths: Sequence[str], order: Order):
         self._reader = ShardReader(paths, order.indexes)
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
-        import numpy as np
-
         try:
             rows = self._reader.read([RowReference(*reference) for reference in item["references"]])
         except DamageError as error:

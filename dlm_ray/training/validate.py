@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
 
 from dlm_ray.config.recipe import Recipe
 from dlm_ray.diffusion.draws import evaluation_times, maskable_positions
@@ -56,8 +57,10 @@ def validate(
             bins = (batch.draw.t[batch.draw.scored // x_0.shape[1]] * TIME_BINS).long().clamp(max=TIME_BINS - 1)
             sums[1 : 1 + TIME_BINS].index_add_(0, bins, is_scored * nll)
             sums[1 + TIME_BINS :].index_add_(0, bins, is_scored)
-    # Without a backward pass the root's group would stay gathered, and the next forward would use these weights again.
-    root.reshard()
+    # Without a backward pass what stays gathered would stay so, and the next forward would use these weights again.
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
     dist.all_reduce(sums)
     nats = sums[0].item() / draws
     num_bytes = sum(int(row.num_bytes.sum()) for row in rows)
