@@ -7,9 +7,8 @@ import math
 
 import numpy as np
 
-from dlm_ray.data.index import load_index
+from dlm_ray.data.index import load_data_tokenizer, load_index
 from dlm_ray.data.reading import read_split
-from dlm_ray.data.tokenizer import load_tokenizer
 from dlm_ray.diffusion.draws import maskable_positions
 
 
@@ -30,7 +29,7 @@ def unigram_bits_per_byte(data: str, max_rows: int | None = None) -> float:
 
 def xz_bits_per_byte(data: str, max_rows: int | None = None) -> float:
     """`xz -9` of the held-out text, in bits per byte."""
-    tokenizer = load_tokenizer(f"{data}/tokenizer")
+    tokenizer = load_data_tokenizer(data)
     tokens = [row.input_ids[maskable_positions(row.document_ids[None])[0]] for row in read_split(data, "held_out", max_rows)]
     text = tokenizer.decode(np.concatenate(tokens).tolist(), skip_special_tokens=True).encode()
     return 8 * len(lzma.compress(text, preset=9)) / len(text)

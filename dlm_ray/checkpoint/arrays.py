@@ -5,9 +5,12 @@ Every chunk carries a crc32c, chunks of zeros are written too, and a missing chu
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import ml_dtypes
 import numpy as np
@@ -24,13 +27,25 @@ DTYPES = {
     torch.float64: "float64",
     torch.int64: "int64",
     torch.int32: "int32",
+    torch.int16: "int16",
+    torch.int8: "int8",
     torch.uint8: "uint8",
     torch.bool: "bool",
 }
 TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 
 CHUNK_BYTES = 4 * 2**20
+# A storage that has not answered one small request by then is not there.
+ANSWER_SECONDS = 30
 _DATABASE = {"manifest_kind": "single", "max_inline_value_bytes": 1024, "max_decoded_node_bytes": 100_000_000}
+
+Result = TypeVar("Result")
+
+
+def wait(work: Coroutine[Any, Any, Result]) -> Result:
+    """Runs `work` to its end, also where the caller's own thread runs an event loop (as a server's does)."""
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        return thread.submit(asyncio.run, work).result()
 
 
 def context() -> ts.Context:
@@ -96,6 +111,12 @@ def chunk_shape(write_shape: Sequence[int], itemsize: int) -> list[int]:
     return chunk
 
 
+def keys(name: str, shape: Sequence[int], chunk: Sequence[int]) -> set[str]:
+    """The keys of an array in its database: the metadata and every chunk."""
+    grid = [range(-(-size // part)) for size, part in zip(shape, chunk, strict=True)]
+    return {f"{name}/zarr.json"} | {"/".join([name, "c", *map(str, index)]) for index in itertools.product(*grid)}
+
+
 def create_spec(store: dict[str, Any], shape: Sequence[int], chunk: Sequence[int], dtype: torch.dtype) -> dict[str, Any]:
     """An array that is created if it is not there."""
     return {
@@ -157,11 +178,29 @@ async def read_region(spec: dict[str, Any], tensor: Tensor, offset: Sequence[int
     await ts.array(as_numpy(tensor)).write(source)
 
 
-def explain(error: ValueError, what: str) -> UserError:
+def explain(error: ValueError | TimeoutError, what: str) -> UserError:
     """Tensorstore raises ValueError for everything, with the kind as a prefix; this is the error of ours that says what it means."""
-    kind, cause = str(error).partition(":")[0], str(error).splitlines()[0]
-    if kind == "RESOURCE_EXHAUSTED" or "No space left" in cause:
-        return DamageError(f"{what}: no space left ({cause}); free some and run the same command again, the checkpoint before is intact")
-    if kind in ("ABORTED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "UNAUTHENTICATED") or "NoSuchBucket" in cause:
-        return UserError(f"{what}: the storage does not answer as it should ({cause}); check the path, the endpoint and the credentials")
-    return DamageError(f"{what}: damaged or incomplete ({cause})")
+    kind = str(error).partition(":")[0]
+    is_out_of_reach = kind in ("ABORTED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "UNAUTHENTICATED")
+    if _is_full(error) or is_out_of_reach or isinstance(error, TimeoutError) or "NoSuchBucket" in str(error):
+        return refusal(error, what)
+    return DamageError(f"{what}: damaged or incomplete ({_cause(error)})")
+
+
+def refusal(error: ValueError | TimeoutError, what: str) -> UserError:
+    """The error of ours for a storage that does not take what is written to it, or does not answer at all."""
+    if _is_full(error):
+        return DamageError(
+            f"{what}: no space left ({_cause(error)}); free some and run the same command again, the checkpoint before is intact"
+        )
+    return UserError(
+        f"{what}: the storage does not answer as it should ({_cause(error)}); check the path, the endpoint and the credentials"
+    )
+
+
+def _is_full(error: Exception) -> bool:
+    return str(error).startswith("RESOURCE_EXHAUSTED") or "No space left" in str(error)
+
+
+def _cause(error: Exception) -> str:
+    return (str(error) or f"no answer within {ANSWER_SECONDS} seconds").splitlines()[0]

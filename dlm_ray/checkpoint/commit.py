@@ -25,8 +25,8 @@ from dlm_ray.config.errors import DamageError, UserError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-# At most so many tensors are read at once: their buffers are what loading needs beside the tensors themselves.
-_READS_AT_ONCE = 8
+# At most so many tensors are on their way at once: their buffers are what saving and loading need beside the tensors themselves.
+_TENSORS_AT_ONCE = 32
 
 
 class ArrayEntry(BaseModel):
@@ -75,36 +75,22 @@ def save(
     blocks = {name: block_of(tensor) for name, tensor in tensors.items()}
 
     def write() -> dict[str, Any]:
-        shared, own = arrays.context(), arrays.below(base, f"ocdbt.process_{rank}")
-        jobs = {
-            name: arrays.write_region(
-                arrays.create_spec(arrays.database(own, name), block.shape, block.chunk, block.local.dtype),
-                _on_host(block.local),
-                block.offset,
-                shared,
-            )
-            for name, block in blocks.items()
-            if block.writes
-        }
-        _run(jobs, directory)
-        return {name: (block.offset, tuple(block.local.shape)) for name, block in blocks.items() if block.writes}
+        own = {name: block for name, block in blocks.items() if block.writes}
+        _write_blocks(directory, arrays.below(base, f"ocdbt.process_{rank}"), own)
+        return {name: (block.offset, tuple(block.local.shape)) for name, block in own.items()}
 
     regions = _agree(write, group)
-    manifest: list[Any] = [None]
 
-    def finish() -> None:
-        if rank == 0:
-            check_tiling(
-                {name: block.shape for name, block in blocks.items()}, {name: block.chunk for name, block in blocks.items()}, regions
-            )
-            _merge(base, world_size)
-            manifest[0] = _write_manifest(directory, base, manifest_fields, blocks)
+    def finish() -> Manifest | None:
+        if rank != 0:
+            return None
+        check_tiling({name: block.shape for name, block in blocks.items()}, {name: block.chunk for name, block in blocks.items()}, regions)
+        _merge(directory, base, world_size, blocks)
+        return _write_manifest(directory, base, manifest_fields, blocks)
 
-    _agree(finish, group)
-    if world_size > 1:
-        dist.broadcast_object_list(manifest, src=0, group=group)
-    assert isinstance(manifest[0], Manifest), "rank 0 has written the manifest"
-    return manifest[0]
+    manifest = _agree(finish, group)[0]
+    assert isinstance(manifest, Manifest), "rank 0 has written the manifest"
+    return manifest
 
 
 def read_manifest(directory: str) -> Manifest:
@@ -142,53 +128,81 @@ def load(directory: str, tensors: Mapping[str, Tensor]) -> Manifest:
         DamageError: if a name is missing, a shape differs, or a chunk is damaged; naming tensor and cause.
     """
     manifest = read_manifest(directory)
-    missing = sorted(set(tensors) - set(manifest.arrays))
-    if missing:
-        raise DamageError(f"{directory} has no {', '.join(missing[:5])}{' and more' if len(missing) > 5 else ''}")
-    base, shared, limit = arrays.key_value_store(directory), arrays.context(), asyncio.Semaphore(_READS_AT_ONCE)
-
-    async def fill(name: str, tensor: Tensor) -> None:
-        entry, block = manifest.arrays[name], block_of(tensor)
-        if block.shape != entry.shape:
-            raise DamageError(f"{directory}: {name} has shape {list(entry.shape)}, and {list(block.shape)} is needed")
-        stored = arrays.TORCH_DTYPES[entry.dtype]
-        if stored != block.local.dtype and not (stored.is_floating_point and block.local.is_floating_point()):
-            raise DamageError(f"{directory}: {name} is stored as {entry.dtype}, and {block.local.dtype} is needed")
-        async with limit:
-            in_place = block.local.device.type == "cpu" and stored == block.local.dtype and block.local.is_contiguous()
-            buffer = block.local.detach() if in_place else torch.empty(block.local.shape, dtype=stored)
-            await arrays.read_region(arrays.open_spec(arrays.database(base, name)), buffer, block.offset, shared)
-            if not in_place:
-                block.local.detach().copy_(buffer)
-
-    _run({name: fill(name, tensor) for name, tensor in tensors.items()}, directory)
+    _fill(directory, manifest, tensors)
     return manifest
 
 
 def read_tensor(directory: str, name: str) -> Tensor:
     """One whole tensor, without a process group."""
-    entry = read_manifest(directory).arrays.get(name)
-    if entry is None:
+    manifest = read_manifest(directory)
+    if name not in manifest.arrays:
         raise DamageError(f"{directory} has no {name}")
-    tensor = torch.empty(entry.shape, dtype=arrays.TORCH_DTYPES[entry.dtype])
-    spec = arrays.open_spec(arrays.database(arrays.key_value_store(directory), name))
-    _run({name: arrays.read_region(spec, tensor, (0,) * tensor.dim(), arrays.context())}, directory)
-    return tensor
+    return _whole(directory, manifest, name)
 
 
 def verify(directory: str) -> list[str]:
     """Reads every chunk of every array; what is wrong, one line each. Empty means that the whole checkpoint is good."""
+    findings = []
     try:
         manifest = read_manifest(directory)
     except DamageError as error:
         return [str(error)]
-    findings = []
     for name in manifest.arrays:
         try:
-            read_tensor(directory, name)
-        except UserError as error:
+            _whole(directory, manifest, name)
+        except DamageError as error:
             findings.append(str(error))
     return findings
+
+
+def _whole(directory: str, manifest: Manifest, name: str) -> Tensor:
+    entry = manifest.arrays[name]
+    tensor = torch.empty(entry.shape, dtype=arrays.TORCH_DTYPES[entry.dtype])
+    _fill(directory, manifest, {name: tensor})
+    return tensor
+
+
+def _fill(directory: str, manifest: Manifest, tensors: Mapping[str, Tensor]) -> None:
+    """Reads this rank's block of every tensor, once all of them are known to fit."""
+    missing = sorted(set(tensors) - set(manifest.arrays))
+    if missing:
+        raise DamageError(f"{directory} has no {', '.join(missing[:5])}{' and more' if len(missing) > 5 else ''}")
+    blocks = {name: block_of(tensor) for name, tensor in tensors.items()}
+    for name, block in blocks.items():
+        _check_fit(directory, name, block, manifest.arrays[name])
+    base, shared, limit = arrays.key_value_store(directory), arrays.context(), asyncio.Semaphore(_TENSORS_AT_ONCE)
+
+    async def fill(name: str, block: Block) -> None:
+        local, stored = block.local.detach(), arrays.TORCH_DTYPES[manifest.arrays[name].dtype]
+        async with limit:
+            in_place = local.device.type == "cpu" and stored == local.dtype and local.is_contiguous()
+            buffer = local if in_place else torch.empty(local.shape, dtype=stored)
+            await arrays.read_region(arrays.open_spec(arrays.database(base, name)), buffer, block.offset, shared)
+            if not in_place:
+                local.copy_(buffer)
+
+    _run({name: fill(name, block) for name, block in blocks.items()}, directory)
+
+
+def _check_fit(directory: str, name: str, block: Block, entry: ArrayEntry) -> None:
+    if block.shape != entry.shape:
+        raise DamageError(f"{directory}: {name} has shape {list(entry.shape)}, and {list(block.shape)} is needed")
+    stored, wanted = arrays.TORCH_DTYPES[entry.dtype], block.local.dtype
+    if stored != wanted and not (stored.is_floating_point and wanted.is_floating_point):
+        raise DamageError(f"{directory}: {name} is stored as {entry.dtype}, and {wanted} is needed")
+
+
+def _write_blocks(directory: str, own: dict[str, Any], blocks: Mapping[str, Block]) -> None:
+    """Writes this rank's blocks into its own database; copies of what is on an accelerator are made a few at a time."""
+    shared, limit = arrays.context(), asyncio.Semaphore(_TENSORS_AT_ONCE)
+
+    async def write(name: str, block: Block) -> None:
+        assert block.local.dtype in arrays.DTYPES, f"{name} is {block.local.dtype}, and a checkpoint holds {', '.join(arrays.TORCH_DTYPES)}"
+        spec = arrays.create_spec(arrays.database(own, name), block.shape, block.chunk, block.local.dtype)
+        async with limit:
+            await arrays.write_region(spec, block.local.detach().cpu().contiguous(), block.offset, shared)
+
+    _run({name: write(name, block) for name, block in blocks.items()}, directory)
 
 
 def _run(jobs: Mapping[str, Coroutine[Any, Any, Any]], directory: str) -> None:
@@ -197,7 +211,7 @@ def _run(jobs: Mapping[str, Coroutine[Any, Any, Any]], directory: str) -> None:
     async def all_of_them() -> list[Any]:
         return await asyncio.gather(*jobs.values(), return_exceptions=True)
 
-    for name, result in zip(jobs, asyncio.run(all_of_them()), strict=True):
+    for name, result in zip(jobs, arrays.wait(all_of_them()), strict=True):
         if isinstance(result, UserError):
             raise result
         if isinstance(result, ValueError):
@@ -236,17 +250,16 @@ def _prepare(directory: str, base: dict[str, Any]) -> None:
         raise UserError(f"{directory} holds a checkpoint already; it is not overwritten")
     try:
         store = ts.KvStore.open(base).result()
+        store.write("probe", b"").result(timeout=arrays.ANSWER_SECONDS)
         store.delete_range(ts.KvStore.KeyRange()).result()
-        store.write("probe", b"").result(timeout=30)
-        store.delete_range(ts.KvStore.KeyRange()).result()
-    except ValueError as error:
-        raise arrays.explain(error, directory) from error
+    except (ValueError, TimeoutError) as error:
+        raise arrays.refusal(error, directory) from error
 
 
-def _merge(base: dict[str, Any], world_size: int) -> None:
-    """One database over those of all ranks; their data files stay where they are."""
+def _merge(directory: str, base: dict[str, Any], world_size: int, blocks: Mapping[str, Block]) -> None:
+    """One database over those of all ranks, whose data files stay where they are; every chunk has to be listed in it."""
 
-    async def merge() -> None:
+    async def merge() -> set[str]:
         shared = arrays.context()
         parent = await ts.KvStore.open(arrays.database(base), context=shared)
         transaction = ts.Transaction(atomic=True)
@@ -254,8 +267,14 @@ def _merge(base: dict[str, Any], world_size: int) -> None:
             child = await ts.KvStore.open(arrays.database(arrays.below(base, f"ocdbt.process_{rank}")), context=shared)
             await child.experimental_copy_range_to(parent.with_transaction(transaction))
         await transaction.commit_async()
+        return {key.decode() for key in await parent.list()}
 
-    asyncio.run(merge())
+    try:
+        listed = arrays.wait(merge())
+    except ValueError as error:
+        raise arrays.explain(error, directory) from error
+    expected: set[str] = set().union(*(arrays.keys(name, block.shape, block.chunk) for name, block in blocks.items()))
+    assert listed == expected, f"{directory}: the merged database differs from what was saved in {sorted(listed ^ expected)[:5]}"
 
 
 def _write_manifest(directory: str, base: dict[str, Any], fields: Mapping[str, Any], blocks: Mapping[str, Block]) -> Manifest:
@@ -280,11 +299,7 @@ def _digest(fields: Mapping[str, Any]) -> str:
 
 def _read(base: dict[str, Any], name: str, directory: str) -> bytes | None:
     try:
-        found = ts.KvStore.open(base).result().read(name).result(timeout=30)
-    except ValueError as error:
+        found = ts.KvStore.open(base).result().read(name).result(timeout=arrays.ANSWER_SECONDS)
+    except (ValueError, TimeoutError) as error:
         raise arrays.explain(error, directory) from error
     return bytes(found.value) if found.state == "value" else None
-
-
-def _on_host(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().contiguous()

@@ -8,11 +8,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import tensorstore as ts
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dlm_ray.checkpoint import commit
-from dlm_ray.checkpoint.arrays import TORCH_DTYPES
+from dlm_ray.checkpoint import arrays, commit
 from dlm_ray.checkpoint.commit import Manifest
 from dlm_ray.checkpoint.weights import our_checkpoint, weight_prefix
 from dlm_ray.config.errors import UserError
@@ -65,12 +65,11 @@ def export(checkpoint_dir: str, out: str, *, weights: str | None = None) -> Path
     partial.mkdir(parents=True)
     try:
         architecture = _architecture(manifest.model["config"]["model_type"])
-        config = {**manifest.model["config"], "architectures": [architecture], "dtype": "float32"}
+        dtype = next(entry.dtype for name, entry in manifest.arrays.items() if name.startswith(f"{prefix}."))
+        config = {**manifest.model["config"], "architectures": [architecture], "dtype": dtype}
         (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         _write_weights(checkpoint, manifest, prefix, partial)
-        tokenizer = Path(checkpoint).parent / "tokenizer"
-        for file in sorted(tokenizer.iterdir()) if tokenizer.is_dir() else []:
-            shutil.copy(file, partial / file.name)
+        _copy_tokenizer(checkpoint, partial)
         (partial / "README.md").write_text(_card(manifest, prefix))
         if target.exists():
             target.rmdir()
@@ -81,6 +80,14 @@ def export(checkpoint_dir: str, out: str, *, weights: str | None = None) -> Path
     return target
 
 
+def _copy_tokenizer(checkpoint: str, folder: Path) -> None:
+    """The files of `tokenizer/` beside the step, wherever the run lies."""
+    run_dir = checkpoint.rstrip("/").rpartition("/")[0] or "."
+    store = ts.KvStore.open(arrays.below(arrays.key_value_store(run_dir), "tokenizer")).result()
+    for key in store.list().result():
+        (folder / key.decode()).write_bytes(store.read(key).result().value)
+
+
 def _write_weights(checkpoint: str, manifest: Manifest, prefix: str, folder: Path) -> None:
     """model.safetensors, or several files of FILE_BYTES with their index."""
     names = [name.removeprefix(f"{prefix}.") for name in manifest.arrays if name.startswith(f"{prefix}.")]
@@ -88,7 +95,7 @@ def _write_weights(checkpoint: str, manifest: Manifest, prefix: str, folder: Pat
     filled = 0
     for name in names:
         entry = manifest.arrays[f"{prefix}.{name}"]
-        size = TORCH_DTYPES[entry.dtype].itemsize
+        size = arrays.TORCH_DTYPES[entry.dtype].itemsize
         for length in entry.shape:
             size *= length
         if files[-1] and filled + size > FILE_BYTES:

@@ -9,11 +9,12 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from dlm_ray.checkpoint.arrays import region
 from dlm_ray.checkpoint.layout import block_of
-from dlm_ray.config.errors import UserError
+from dlm_ray.config.errors import DamageError, UserError
 
 # Buffers that older files of GPT-2 and Llama carry, and that the networks compute themselves.
 _BUFFERS = re.compile(r".*\.(attn\.(masked_)?bias|rotary_emb\.inv_freq)")
@@ -62,12 +63,13 @@ def load_safetensors(
 
     Raises:
         UserError: if a name is missing or not wanted, or a shape differs.
+        DamageError: if a file is missing or cut short (safetensors files carry no checksum: a flipped bit in them is not noticed).
     """
     located = _locate(folder)
     stored = _match_names(located, tensors, optional, folder)
     norms = {}
     for file in sorted({located[name] for name in stored.values()}):
-        with safe_open(file, "pt") as archive:
+        with _opened(file) as archive:
             for name, tensor in tensors.items():
                 if located[stored[name]] != file:
                     continue
@@ -80,8 +82,7 @@ def load_safetensors(
                 _check_shape(shape, tensor, name, folder)
                 block = block_of(tensor)
                 if block.local.numel():
-                    region = tuple(slice(start, start + size) for start, size in zip(block.offset, block.local.shape, strict=True))
-                    block.local.copy_(part[region])
+                    block.local.copy_(part[region(block.offset, block.local.shape)])
     return norms
 
 
@@ -93,27 +94,40 @@ def fill_with_extra_row(tensor: Tensor, rows: Tensor, name: str, seed: int) -> f
     """
     digest = hashlib.sha256(f"{seed}/{name}/mask".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-    width = rows.shape[1]
-    new = rows.float().mean(0) + torch.randn(width, generator=generator) / width**0.5
-    whole = torch.cat([rows.float(), new[None]])
+    num_rows, width = rows.shape
+    new = rows.mean(0, dtype=torch.float32) + torch.randn(width, generator=generator) / width**0.5
     block = block_of(tensor)
-    start = block.offset[0]
-    block.local.copy_(whole[start : start + block.local.shape[0]])
+    assert block.local.shape[1:] == tensor.shape[1:], f"{name} is sharded in another dimension than its rows"
+    if block.local.numel():
+        own = rows[block.offset[0] : block.offset[0] + block.local.shape[0]]  # the new row, behind the file's last, is not among them
+        block.local[: len(own)].copy_(own)
+        if block.offset[0] + block.local.shape[0] > num_rows:
+            block.local[-1].copy_(new)
     return float(new.norm())
+
+
+def _opened(file: str | Path) -> safe_open:
+    try:
+        return safe_open(file, "pt")
+    except (SafetensorError, OSError) as error:
+        raise DamageError(f"{file} is missing or damaged: {error}; fetch the folder again") from error
 
 
 def _locate(folder: Path) -> dict[str, str]:
     """The file of every tensor in the folder."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        weight_map = json.loads(index.read_text())["weight_map"]
+        try:
+            weight_map = json.loads(index.read_text())["weight_map"]
+        except (ValueError, KeyError) as error:
+            raise DamageError(f"{index} is damaged: {error}; fetch the folder again") from error
         return {name: str(folder / file) for name, file in weight_map.items()}
     single = folder / "model.safetensors"
     if not single.is_file():
         legacy = next(folder.glob("*.bin"), None)
         hint = f"; {legacy.name} is a pickle, which is never opened: convert it to safetensors" if legacy else ""
         raise UserError(f"{folder} has no model.safetensors{hint}")
-    with safe_open(single, "pt") as archive:
+    with _opened(single) as archive:
         return {name: str(single) for name in archive.keys()}  # noqa: SIM118  (it is no mapping)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
@@ -39,9 +40,11 @@ def block_of(tensor: Tensor) -> Block:
     coordinate = mesh.get_coordinate()
     assert coordinate is not None, "this rank is not in the tensor's mesh"
     block = list(tensor.shape)
-    writes = local.numel() > 0
+    is_empty = tensor.numel() == 0  # its first rank creates the array
+    writes = local.numel() > 0 or is_empty
     for dimension, placement in enumerate(tensor.placements):
-        if isinstance(placement, Shard):
+        assert not placement.is_partial(), "a partial sum is no tensor yet: redistribute it before it is saved"
+        if isinstance(placement, Shard) and not is_empty:
             block[placement.dim] = -(-block[placement.dim] // mesh.size(dimension))
         else:
             writes = writes and coordinate[dimension] == 0
@@ -61,21 +64,15 @@ def check_tiling(shapes: Mapping[str, Sequence[int]], chunks: Mapping[str, Seque
         AssertionError: naming the tensor.
     """
     for name, shape in shapes.items():
-        written = [rank[name] for rank in regions if name in rank]
-        for offset, size in written:
+        times_written = np.zeros([-(-size // chunk) for size, chunk in zip(shape, chunks[name], strict=True)], dtype=np.int64)
+        for offset, size in (rank[name] for rank in regions if name in rank):
+            covered = []
             for start, length, chunk, total in zip(offset, size, chunks[name], shape, strict=True):
-                is_aligned = start % chunk == 0 and ((start + length) % chunk == 0 or start + length == total)
-                assert is_aligned, f"{name}: rows {start} to {start + length} do not lie on the chunk grid of {chunk}"
-        elements = sum(_volume(size) for _, size in written)
-        assert elements == _volume(shape), f"{name}: the ranks wrote {elements} elements of {_volume(shape)}"
-        for i, (offset, size) in enumerate(written):
-            for other_offset, other_size in written[i + 1 :]:
-                apart = any(a + m <= b or b + n <= a for a, m, b, n in zip(offset, size, other_offset, other_size, strict=True))
-                assert apart or not _volume(size), f"{name}: two ranks wrote the same elements"
-
-
-def _volume(shape: Sequence[int]) -> int:
-    volume = 1
-    for size in shape:
-        volume *= size
-    return volume
+                end = start + length
+                is_aligned = start % chunk == 0 and (end % chunk == 0 or end == total)
+                assert is_aligned, f"{name}: a rank wrote {start} to {end} of {total}, which is not on the chunk grid of {chunk}"
+                covered.append(slice(start // chunk, -(-end // chunk)))
+            times_written[tuple(covered)] += 1
+        num_missing, num_repeated = int((times_written == 0).sum()), int((times_written > 1).sum())
+        assert not num_missing, f"{name}: no rank wrote {num_missing} of its {times_written.size} chunks"
+        assert not num_repeated, f"{name}: two ranks wrote the same {num_repeated} of its {times_written.size} chunks"

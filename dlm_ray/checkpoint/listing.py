@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import tensorstore as ts
@@ -19,21 +20,23 @@ def step_directory(run_dir: str, step: int) -> str:
 
 
 def is_committed(path: str) -> bool:
-    """Whether `path` is a checkpoint directory with a manifest."""
+    """Whether `path` is a checkpoint directory with a manifest.
+
+    Raises:
+        UserError: if a remote storage does not answer.
+    """
     if "://" not in path:
         return (Path(path) / MANIFEST).is_file()
-    found = ts.KvStore.open(arrays.key_value_store(path)).result().read(MANIFEST).result(timeout=30)
-    return bool(found.state == "value")
+    return MANIFEST in _remote_keys(path, MANIFEST)
 
 
 def committed_steps(run_dir: str) -> list[int]:
-    """Steps with a manifest, in order."""
-    steps = set()
-    for key in _keys(run_dir, "step_"):
-        name, _, rest = key.partition("/")
-        if rest == MANIFEST and (match := _STEP.fullmatch(name)):
-            steps.add(int(match[1]))
-    return sorted(steps)
+    """Steps with a manifest, in order.
+
+    Raises:
+        UserError: if a remote storage does not answer.
+    """
+    return [step for step, has_manifest in _steps(run_dir).items() if has_manifest]
 
 
 def latest(run_dir: str) -> str | None:
@@ -43,22 +46,49 @@ def latest(run_dir: str) -> str | None:
 
 
 def prune(run_dir: str, keep_last: int) -> list[int]:
-    """Removes all committed steps but the last `keep_last`, each manifest first, so that half a removal leaves nothing that is believed.
+    """Removes every step before the last `keep_last` committed ones, also what half a save or half a removal left of it.
+
+    Each manifest goes first, so that half a removal leaves nothing that is believed.
 
     Returns:
         The steps that were removed.
     """
     assert keep_last >= 1, "the last checkpoint is never pruned"
-    removed = committed_steps(run_dir)[:-keep_last]
+    kept = committed_steps(run_dir)[-keep_last:]
+    removed = [step for step in _steps(run_dir) if kept and step < kept[0]]
     for step in removed:
-        store = ts.KvStore.open(arrays.key_value_store(step_directory(run_dir, step))).result()
-        store.delete_range(ts.KvStore.KeyRange(MANIFEST, MANIFEST + "\0")).result()
-        store.delete_range(ts.KvStore.KeyRange()).result()
+        _remove(step_directory(run_dir, step))
     return removed
 
 
-def _keys(path: str, prefix: str) -> list[str]:
-    if "://" not in path:
-        return [f"{one.parent.name}/{one.name}" for one in Path(path).glob(f"{prefix}*/{MANIFEST}")]
-    store = ts.KvStore.open(arrays.key_value_store(path)).result()
-    return [key.decode() for key in store.list(ts.KvStore.KeyRange(prefix, prefix[:-1] + chr(ord(prefix[-1]) + 1))).result(timeout=30)]
+def _steps(run_dir: str) -> dict[int, bool]:
+    """Whether it has a manifest, of every step that there is something of, in order."""
+    if "://" in run_dir:
+        keys = _remote_keys(run_dir, "step_")
+    else:
+        keys = [f"{path.name}/{MANIFEST if is_committed(str(path)) else ''}" for path in Path(run_dir).glob("step_*")]
+    steps: dict[int, bool] = {}
+    for key in keys:
+        name, _, rest = key.partition("/")
+        if match := _STEP.fullmatch(name):
+            steps[int(match[1])] = steps.get(int(match[1]), False) or rest == MANIFEST
+    return dict(sorted(steps.items()))
+
+
+def _remove(directory: str) -> None:
+    store = ts.KvStore.open(arrays.key_value_store(directory)).result()
+    store.write(MANIFEST, None).result()
+    if "://" in directory:
+        store.delete_range(ts.KvStore.KeyRange()).result()
+    else:
+        shutil.rmtree(directory)
+
+
+def _remote_keys(path: str, prefix: str) -> list[str]:
+    """The keys in a directory that begin with `prefix`."""
+    try:
+        store = ts.KvStore.open(arrays.key_value_store(path)).result()
+        keys = store.list(ts.KvStore.KeyRange(prefix, prefix[:-1] + chr(ord(prefix[-1]) + 1))).result(timeout=arrays.ANSWER_SECONDS)
+    except (ValueError, TimeoutError) as error:
+        raise arrays.refusal(error, path) from error
+    return [key.decode() for key in keys]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import tempfile
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dlm_ray.config.errors import DamageError, UserError
 from dlm_ray.data import storage
-from dlm_ray.data.tokenizer import TokenizerIdentity
+from dlm_ray.data.tokenizer import TokenizerIdentity, load_tokenizer
 
 FORMAT = 1
 NAME = "index.json"
@@ -69,3 +71,14 @@ def load_index(path: str) -> Index:
         return Index.model_validate(fields)
     except (ValidationError, json.JSONDecodeError) as error:
         raise DamageError(f"{name} cannot be read: {str(error).splitlines()[0]}; build the data again") from error
+
+
+def load_data_tokenizer(path: str) -> Any:
+    """The tokenizer that a data folder was made with, which lies in the folder, local or remote."""
+    folder = storage.join(path, "tokenizer")
+    if not storage.is_remote(folder):
+        return load_tokenizer(folder)
+    with tempfile.TemporaryDirectory() as copy:
+        for name in storage.names(folder):
+            Path(copy, name).write_bytes(storage.read(storage.join(folder, name)))
+        return load_tokenizer(copy)

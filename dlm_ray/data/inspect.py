@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from dlm_ray.data import storage
-from dlm_ray.data.index import load_index
+from dlm_ray.data.index import load_data_tokenizer, load_index
 from dlm_ray.data.reading import Row, read_split
-from dlm_ray.data.tokenizer import load_tokenizer
 
 
 def describe(path: str, num_rows: int = 2) -> dict[str, Any]:
@@ -23,8 +21,8 @@ def describe(path: str, num_rows: int = 2) -> dict[str, Any]:
             "bytes_per_token": round(split.bytes / split.tokens, 3) if split.tokens else None,
             "shards": len(split.shards),
         }
-    if not storage.is_remote(path) and index.splits["train"].rows:
-        tokenizer = load_tokenizer(storage.join(path, "tokenizer"))
+    if index.splits["train"].rows:
+        tokenizer = load_data_tokenizer(path)
         described["first_rows"] = [_segments(row, tokenizer) for row in read_split(path, "train", num_rows)]
     return described
 

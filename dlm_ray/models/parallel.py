@@ -35,7 +35,7 @@ def build(
     with torch.device("meta"):
         denoiser = HuggingFaceDenoiser(config, mask_id, shift, attention_kernel)
     if remat:
-        denoiser.network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        denoiser.network.gradient_checkpointing_enable({"use_reentrant": False})
     if compiled:
         for layer in denoiser.layers:
             layer.compile()

@@ -43,11 +43,11 @@ class Size:
     vocab_size: int = 4096
     row_tokens: int = 256
     held_out: float = 0.03
-    evaluation_rows: int = 240
+    evaluation_rows: int = 200
     draws_per_row: int = 6
     num_samples: int = 100
     sample_tokens: int = 128
-    sample_steps: int = 32
+    sample_steps: int = 24
     infill_tokens: int = 24
 
 

@@ -24,6 +24,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 from ray.train.v2.api.report_config import CheckpointUploadMode
 
+from dlm_ray.data import storage
 from dlm_ray.data.reading import open_sources
 from dlm_ray.diffusion import objectives, schedules
 from dlm_ray.runtime.stream import ray_data_stream
@@ -87,7 +88,11 @@ def _trainer(recipe: Recipe, run_dir: Path) -> TorchTrainer:
     )
     return TorchTrainer(
         _worker,
-        train_loop_config={"recipe": recipe.model_dump(mode="json"), "run_dir": str(run_dir), "device": "cuda" if use_gpu else "cpu"},
+        train_loop_config={
+            "recipe": _anchored(recipe).model_dump(mode="json"),
+            "run_dir": str(run_dir),
+            "device": "cuda" if use_gpu else "cpu",
+        },
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
             num_workers=parallelism.workers,
@@ -100,6 +105,17 @@ def _trainer(recipe: Recipe, run_dir: Path) -> TorchTrainer:
             failure_config=ray.train.FailureConfig(max_failures=parallelism.max_failures),
         ),
     )
+
+
+def _anchored(recipe: Recipe) -> Recipe:
+    """The same recipe with absolute paths: workers run in folders of their own. The run's name keeps to what was typed."""
+    sources = tuple(
+        source if storage.is_remote(source.path) else source.model_copy(update={"path": str(Path(source.path).absolute())})
+        for source in recipe.data.sources
+    )
+    base = recipe.model.base
+    model = recipe.model.model_copy(update={"base": str(Path(base).absolute())}) if base and Path(base).exists() else recipe.model
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"sources": sources}), "model": model})
 
 
 def _worker(config: dict[str, Any]) -> None:

@@ -18,9 +18,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from dlm_ray.checkpoint import commit, listing
 from dlm_ray.config.errors import UserError
 from dlm_ray.config.recipe import Recipe, Source
+from dlm_ray.data.index import load_data_tokenizer
 from dlm_ray.data.order import Cursor, Order
 from dlm_ray.data.reading import Row, ShardReader, iterate_rows, open_sources, read_split
-from dlm_ray.data.tokenizer import load_tokenizer
 from dlm_ray.diffusion import objectives, schedules
 from dlm_ray.training import optimizer as optimization
 from dlm_ray.training import start, state
@@ -81,7 +81,7 @@ class _Run:
         self.checkpoint: str | None = latest[0]
         if self.rank == 0:
             run_dir.mkdir(parents=True, exist_ok=True)
-            load_tokenizer(f"{recipe.data.sources[0].path}/tokenizer").save_pretrained(str(run_dir / "tokenizer"))
+            load_data_tokenizer(recipe.data.sources[0].path).save_pretrained(str(run_dir / "tokenizer"))
         self._build()
 
     def _build(self) -> None:

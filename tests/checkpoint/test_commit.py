@@ -1,18 +1,22 @@
 """A checkpoint is what was saved or it is refused: round trips, any number of ranks, and every kind of damage."""
 
+import asyncio
 import json
 import random
 import shutil
 from pathlib import Path
 
 import pytest
+import tensorstore as ts
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from dlm_ray.checkpoint import arrays, commit, listing
-from dlm_ray.checkpoint.layout import check_tiling
+from dlm_ray.checkpoint.huggingface import fill_with_extra_row
+from dlm_ray.checkpoint.layout import block_of, check_tiling
 from dlm_ray.config.errors import DamageError, UserError
 
 FIELDS = {"step": 3, "recipe": {"name": "r"}, "tokenizer": {}, "model": {}, "capabilities": {}, "cursor": {"rows": 7}, "extra": {}}
@@ -28,6 +32,9 @@ def state():
         "optimizer.step": torch.tensor(17.0),
         "counts": torch.arange(9),
         "bytes": torch.arange(200, dtype=torch.uint8),
+        "signed": torch.arange(-100, 100, dtype=torch.int8),
+        "short": torch.arange(-100, 100, dtype=torch.int16),
+        "int": torch.arange(5, dtype=torch.int32).reshape(5, 1),
         "flags": torch.tensor([True, False, True]),
         "wide": torch.randn(3, 5, generator=generator, dtype=torch.float64),
         "empty": torch.zeros(0, 4),
@@ -52,6 +59,27 @@ def test_every_dtype_and_shape_comes_back_bit_for_bit(saved):
     assert manifest.cursor == {"rows": 7} and manifest.step == 3
     assert torch.equal(commit.read_tensor(saved, "model.b"), state()["model.b"])
     assert commit.verify(saved) == []
+
+
+def test_a_server_whose_thread_runs_an_event_loop_can_read(saved):
+    async def handler():
+        return commit.read_tensor(saved, "counts")
+
+    assert torch.equal(asyncio.run(handler()), state()["counts"])
+
+
+def test_a_tensor_that_is_no_block_of_rows_in_memory_is_saved_and_filled_alike(tmp_path):
+    strided = torch.arange(12.0).reshape(3, 4).T
+    commit.save(str(tmp_path / "step"), {"a": strided}, FIELDS)
+    target = torch.zeros(3, 4).T
+    commit.load(str(tmp_path / "step"), {"a": target})
+    assert torch.equal(target, strided)
+
+
+def test_a_type_that_cannot_be_stored_is_named_and_nothing_is_committed(tmp_path):
+    with pytest.raises(AssertionError, match=r"a is torch.complex64, and a checkpoint holds float32"):
+        commit.save(str(tmp_path / "step"), {"a": torch.zeros(2, dtype=torch.complex64)}, FIELDS)
+    assert not listing.is_committed(str(tmp_path / "step"))
 
 
 def test_floating_types_are_converted_and_others_refused(saved):
@@ -132,12 +160,15 @@ def test_damage_anywhere_is_found_by_verify_and_by_loading(saved, tmp_path, kind
     assert found >= 5
 
 
-def test_zeros_are_stored_so_that_their_loss_is_noticed(saved):
-    """By default all-zero chunks are left out, and a chunk that is missing reads as zeros."""
-    import tensorstore as ts
-
-    keys = ts.KvStore.open(arrays.database(arrays.key_value_store(saved))).result().list().result()
-    assert any(key.startswith(b"model.zeros/c/") for key in keys)
+def test_a_chunk_that_is_not_there_is_never_read_as_zeros(saved):
+    """Tensorstore's defaults would leave chunks of zeros out, and read missing chunks as zeros: a loss could not be told from a value."""
+    database = ts.KvStore.open(arrays.database(arrays.key_value_store(saved))).result()
+    assert database.read("model.zeros/c/0/0").result().state == "value"
+    database.write("model.zeros/c/0/0", None).result()
+    with pytest.raises(DamageError, match=r"model\.zeros: damaged or incomplete"):
+        commit.load(saved, blank(state()))
+    [finding] = commit.verify(saved)
+    assert "model.zeros" in finding
 
 
 def test_what_a_failed_attempt_left_is_removed_and_a_checkpoint_is_not_overwritten(saved):
@@ -154,8 +185,9 @@ def test_blocks_must_tile_each_tensor_on_its_chunk_grid():
     check_tiling(shapes, chunks, [{"w": ((0, 0), (4, 4))}, {"w": ((4, 0), (4, 4))}])
     for regions, message in [
         ([{"w": ((0, 0), (2, 4))}, {"w": ((2, 0), (6, 4))}], "chunk grid"),
-        ([{"w": ((0, 0), (4, 4))}], "16 elements of 32"),
-        ([{"w": ((0, 0), (4, 4))}, {"w": ((0, 0), (4, 4))}], "same elements"),
+        ([{"w": ((0, 0), (4, 4))}], "w: no rank wrote 1 of its 2 chunks"),
+        ([{"w": ((0, 0), (8, 4))}, {"w": ((4, 0), (4, 4))}], "w: two ranks wrote the same 1 of its 2 chunks"),
+        ([{"w": ((0, 0), (4, 4))}, {"w": ((0, 0), (4, 4))}], "no rank wrote"),
     ]:
         with pytest.raises(AssertionError, match=message):
             check_tiling(shapes, chunks, regions)
@@ -171,14 +203,50 @@ def test_chunks_divide_the_block_and_are_a_few_megabytes(shape):
     assert volume <= arrays.CHUNK_BYTES
 
 
-def test_pruning_removes_the_manifest_first(tmp_path, monkeypatch):
-    run = str(tmp_path)
+def test_unaligned_writers_are_refused_because_merging_them_would_lose_rows(tmp_path):
+    """What the check of the grid protects from: two databases that each hold half of one chunk; the merge keeps one half, without a word."""
+    base = arrays.key_value_store(str(tmp_path))
+    for rank in (0, 1):
+        spec = arrays.create_spec(arrays.database(arrays.below(base, f"ocdbt.process_{rank}"), "w"), [4, 2], [4, 2], torch.float32)
+        arrays.wait(arrays.write_region(spec, torch.full((2, 2), rank + 1.0), (2 * rank, 0), arrays.context()))
+    whole = block_of(torch.zeros(4, 2))
+    commit._merge(str(tmp_path), base, 2, {"w": whole})
+    merged = torch.zeros(4, 2)
+    arrays.wait(arrays.read_region(arrays.open_spec(arrays.database(base, "w")), merged, (0, 0), arrays.context()))
+    assert sorted(set(merged[:, 0].tolist())) != [1.0, 2.0]
+    with pytest.raises(AssertionError, match="chunk grid of 4"):
+        check_tiling({"w": whole.shape}, {"w": whole.chunk}, [{"w": ((0, 0), (2, 2))}, {"w": ((2, 0), (2, 2))}])
+
+
+@pytest.fixture
+def three_steps(tmp_path):
+    run = str(tmp_path / "run")
     for step in (1, 2, 3):
         commit.save(listing.step_directory(run, step), {"a": torch.ones(2)}, {**FIELDS, "step": step})
-    assert listing.prune(run, keep_last=2) == [1]
-    assert listing.committed_steps(run) == [2, 3]
-    assert not list(Path(run, "step_00000001").rglob("*.*"))
-    assert listing.latest(run).endswith("step_00000003")
+    return run
+
+
+def test_pruning_keeps_the_last_steps_and_nothing_of_the_others(three_steps):
+    assert listing.prune(three_steps, keep_last=2) == [1]
+    assert listing.committed_steps(three_steps) == [2, 3] and listing.latest(three_steps).endswith("step_00000003")
+    assert sorted(path.name for path in Path(three_steps).iterdir()) == ["step_00000002", "step_00000003"]
+    assert listing.prune(three_steps, keep_last=5) == []
+
+
+def test_a_crash_while_pruning_leaves_a_step_that_is_not_believed_and_that_the_next_pruning_removes(three_steps, monkeypatch):
+    def crash(path):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", crash)
+        listing.prune(three_steps, keep_last=2)
+    first = Path(listing.step_directory(three_steps, 1))
+    assert any(path.is_file() for path in first.rglob("*")) and listing.committed_steps(three_steps) == [2, 3]
+    half_a_save = Path(listing.step_directory(three_steps, 4), "ocdbt.process_0/d/data")  # a later step may be on its way: it stays
+    half_a_save.parent.mkdir(parents=True)
+    half_a_save.write_bytes(b"data")
+    assert listing.prune(three_steps, keep_last=2) == [1]
+    assert not first.exists() and half_a_save.exists()
 
 
 def test_s3_holds_the_same_checkpoints(s3):
@@ -188,6 +256,9 @@ def test_s3_holds_the_same_checkpoints(s3):
     commit.load(directory, loaded)
     assert all(torch.equal(loaded[name], tensor) for name, tensor in state().items())
     assert listing.latest(f"{s3}/run") == directory and listing.is_committed(directory)
+    with pytest.raises(UserError, match="holds a checkpoint already"):
+        commit.save(directory, state(), FIELDS)
+    assert commit.verify(directory) == []
     commit.save(listing.step_directory(f"{s3}/run", 6), {"a": torch.ones(2)}, FIELDS)
     assert listing.prune(f"{s3}/run", 1) == [5] and listing.committed_steps(f"{s3}/run") == [6]
 
@@ -198,6 +269,22 @@ def test_a_missing_bucket_and_a_dead_endpoint_fail_within_seconds(s3, monkeypatc
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     with pytest.raises(UserError, match="storage does not answer"):
         commit.save(f"{s3}/run/step_00000001", {"a": torch.ones(2)}, FIELDS)
+    with pytest.raises(UserError, match="storage does not answer"):
+        listing.latest(f"{s3}/run")
+    with pytest.raises(UserError, match="storage does not answer"):
+        listing.is_committed(f"{s3}/run/step_00000001")
+
+
+def test_a_path_that_cannot_be_a_folder_is_the_users_mistake(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="check the path") as failure:
+        commit.save(str(tmp_path / "file/step_00000001"), {"a": torch.ones(2)}, FIELDS)
+    assert not isinstance(failure.value, DamageError)
+
+
+def test_a_full_disk_is_said_to_be_full():
+    said = arrays.explain(ValueError("RESOURCE_EXHAUSTED: Error writing: No space left on device [os_error_code='28']"), "step: model.a")
+    assert isinstance(said, DamageError) and "step: model.a: no space left" in str(said) and "the checkpoint before is intact" in str(said)
 
 
 def two_linear_layers():
@@ -209,8 +296,14 @@ def rank_saves_and_loads(rank, folder):
     """Two ranks save an unevenly sharded module, load what one rank saved, and agree on a failure."""
     dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
     module = two_linear_layers()
-    fully_shard(module, mesh=init_device_mesh("cpu", (2,)))
+    mesh = init_device_mesh("cpu", (2,))
+    fully_shard(module, mesh=mesh)
     tensors = {name: parameter.detach() for name, parameter in module.named_parameters()}
+    tensors["replicated"] = distribute_tensor(torch.arange(5.0), mesh, [Replicate()])
+    tensors["empty"] = distribute_tensor(torch.zeros(0, 4), mesh, [Shard(0)])
+    tensors["one row"] = distribute_tensor(torch.ones(1, 4), mesh, [Shard(0)])  # nothing of it on rank 1
+    tensors["columns"] = distribute_tensor(torch.arange(15.0).reshape(3, 5), mesh, [Shard(1)])
+    tensors["plain"] = torch.tensor(7 + rank)  # rank 0's is the one that is kept
     commit.save(f"{folder}/two/step_00000001", tensors, FIELDS)
     with torch.no_grad():
         for tensor in tensors.values():
@@ -218,6 +311,14 @@ def rank_saves_and_loads(rank, folder):
     commit.load(f"{folder}/one/step_00000001", tensors)
     for name, parameter in two_linear_layers().named_parameters():
         assert torch.equal(tensors[name].full_tensor(), parameter)
+    assert torch.equal(tensors["columns"].full_tensor(), torch.arange(15.0).reshape(3, 5)) and tensors["plain"] == 7
+    # The mask token's row does not depend on the number of ranks.
+    extended, alone = distribute_tensor(torch.zeros(14, 7), mesh, [Shard(0)]), torch.zeros(14, 7)
+    rows = two_linear_layers()[0].weight.detach()
+    assert fill_with_extra_row(extended, rows, "w", seed=1) == fill_with_extra_row(alone, rows, "w", seed=1)
+    assert torch.equal(extended.full_tensor(), alone) and torch.equal(alone[:13], rows)
+    with pytest.raises(AssertionError, match="partial sum"):
+        block_of(DTensor.from_local(torch.ones(2), mesh, [Partial()]))
     # Only rank 0 sees the refusal by itself; both must raise it.
     with pytest.raises(UserError, match="holds a checkpoint already"):
         commit.save(f"{folder}/two/step_00000001", tensors, FIELDS)
@@ -226,6 +327,8 @@ def rank_saves_and_loads(rank, folder):
 
 def test_two_ranks_save_what_one_loads_and_the_other_way_round(tmp_path):
     expected = {name: parameter.detach() for name, parameter in two_linear_layers().named_parameters()}
+    expected |= {"replicated": torch.arange(5.0), "empty": torch.zeros(0, 4), "one row": torch.ones(1, 4)}
+    expected |= {"columns": torch.arange(15.0).reshape(3, 5), "plain": torch.tensor(7)}
     commit.save(str(tmp_path / "one/step_00000001"), expected, FIELDS)
     torch.multiprocessing.spawn(rank_saves_and_loads, args=(str(tmp_path),), nprocs=2)
     loaded = blank(expected)

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from dlm_ray.checkpoint.huggingface import load_safetensors, resolve_folder
-from dlm_ray.config.errors import UserError
+from dlm_ray.config.errors import DamageError, UserError
 
 CONFIGS = {
     "llama": LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2),
@@ -26,7 +26,12 @@ def folder(request, tmp_path):
 
 
 def parameters(config):
-    return dict(AutoModelForCausalLM.from_config(config).named_parameters())
+    """Of a network built without memory, as large ones are: whatever is not loaded is garbage."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    model.to_empty(device="cpu")
+    model.tie_weights()  # emptied one by one, tied tensors come apart
+    return dict(model.named_parameters())
 
 
 def test_the_numbers_are_those_of_from_pretrained(folder):
@@ -73,6 +78,18 @@ def test_what_does_not_fit_is_listed(folder):
         load_safetensors(folder, {other: t for other, t in ours.items() if other != name}, optional={"lm_head.weight"})
     with pytest.raises(UserError, match="has shape"):
         load_safetensors(folder, {**ours, name: torch.zeros(tensor.shape[0] + 3, *tensor.shape[1:])}, optional={"lm_head.weight"})
+
+
+@pytest.mark.parametrize("damage", ["delete", "truncate"])
+def test_a_missing_or_cut_file_is_named(folder, damage):
+    ours = {name: parameter.data for name, parameter in parameters(AutoModelForCausalLM.from_pretrained(folder).config).items()}
+    victim = sorted(folder.glob("model-*.safetensors"))[-1]
+    if damage == "delete":
+        victim.unlink()
+    else:
+        victim.write_bytes(victim.read_bytes()[:-7])
+    with pytest.raises(DamageError, match=victim.name):
+        load_safetensors(folder, ours, optional={"lm_head.weight"})
 
 
 def test_pickles_are_never_opened_and_nowhere_is_said_to_be_nowhere(tmp_path, monkeypatch):

@@ -148,3 +148,21 @@ def test_shards_on_s3_are_the_same_shards(s3, data_folder, tmp_path):
     assert all((one.input_ids == two.input_ids).all() for one, two in zip(ours, theirs, strict=True))
     with pytest.raises(UserError, match="no data folder"):
         load_index(f"{s3}/nothing")
+
+
+def test_a_part_is_written_to_s3_as_to_the_disk_and_recognised_when_it_is_finished(s3, data_folder, tmp_path):
+    from dlm_ray.data import build, storage
+    from dlm_ray.data.sources import Part, Piece
+    from dlm_ray.data.tokenizer import identity
+
+    source = tmp_path / "in.jsonl"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in make_documents(20)))
+    part = Part(0, (Piece(str(source), "jsonl", 0, source.stat().st_size, source.stat().st_size),))
+    settings = build.Settings(identity(load_tokenizer(f"{data_folder}/tokenizer")).sha256, 32, 0.2, "text", 64)
+    results = [build.build_part(part, f"{data_folder}/tokenizer", settings, out) for out in (str(tmp_path / "out"), f"{s3}/out")]
+    assert results[0] == results[1]
+    name = results[0]["train"]["shards"][0]["file"]
+    assert storage.read(f"{s3}/out/{name}") == (tmp_path / "out" / name).read_bytes()
+    assert build.finished_part(part, settings, f"{s3}/out") == results[1]
+    source.write_text(source.read_text().replace("token", "TOKEN"))
+    assert build.finished_part(part, settings, f"{s3}/out") is None  # the input has changed

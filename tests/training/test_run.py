@@ -11,6 +11,7 @@ from conftest import make_data, tiny_recipe
 
 from dlm_ray.checkpoint import commit, listing
 from dlm_ray.config.errors import DamageError, UserError
+from dlm_ray.data import storage
 from dlm_ray.data.reading import read_split
 from dlm_ray.diffusion.objectives import Masked
 from dlm_ray.diffusion.schedules import Polynomial
@@ -121,6 +122,19 @@ def test_bf16_and_an_untied_gpt2_without_shift_train(data_folder, tmp_path):
     assert all(tensor.dtype == torch.float32 for tensor in tensors(tmp_path / "run").values())
 
 
+def test_activation_checkpointing_changes_nothing_but_memory(data_folder, tmp_path):
+    for name, remat in (("plain", False), ("remat", True)):
+        loop.fit(tiny_recipe(data_folder, model__activation_checkpointing=remat, training__steps=4), tmp_path / name)
+    assert losses(tmp_path / "remat") == pytest.approx(losses(tmp_path / "plain"), rel=1e-6)
+
+
+@pytest.mark.slow
+def test_compiled_layers_train_alike(data_folder, tmp_path):
+    for name, compiled in (("plain", False), ("compiled", True)):
+        loop.fit(tiny_recipe(data_folder, model__compile=compiled, training__steps=4), tmp_path / name)
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4)
+
+
 def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_saved(data_folder, tmp_path):
     with pytest.raises(FloatingPointError, match="the last checkpoint is good"):
         loop.fit(tiny_recipe(data_folder, "explodes", optimizer__learning_rate=1e30, optimizer__warmup_steps=0), tmp_path / "run")
@@ -142,6 +156,16 @@ def test_a_damaged_checkpoint_and_other_data_are_refused(data_folder, base, tmp_
     victim.write_bytes(content)
     with pytest.raises(DamageError, match="damaged"):
         loop.fit(tiny_recipe(data_folder, training__steps=9), tmp_path / "run")
+
+
+def test_a_run_on_shards_in_s3_is_the_run_on_the_disk(s3, data_folder, tmp_path):
+    for path in sorted(Path(data_folder).rglob("*")):
+        if path.is_file():
+            storage.write(f"{s3}/data/{path.relative_to(data_folder)}", path.read_bytes())
+    for name, source in (("disk", data_folder), ("s3", f"{s3}/data")):
+        loop.fit(tiny_recipe(source, training__steps=4), tmp_path / name)
+    assert losses(tmp_path / "s3") == losses(tmp_path / "disk")
+    assert (tmp_path / "s3/tokenizer/tokenizer.json").is_file()
 
 
 def test_wandb_offline_writes_its_file(data_folder, tmp_path):

@@ -1,0 +1,41 @@
+"""A page stands alone, escapes what it is given, and its figures are text that can be read aloud."""
+
+import re
+
+from dlm_ray.report import Code, Figure, Numbers, Paragraph, Table, curves, intervals, page
+
+
+def whole():
+    return page(
+        "A <b>title</b>",
+        [
+            Paragraph("One & two", "Heading"),
+            Numbers([("1.5", "bits")]),
+            Table("caption", ["name", "value"], [["<script>", "-0.25"]]),
+            Figure(curves({"one": [(0, 3.0), (1, 2.0)], "two": [(0, 4.0), (1, 1.0)]}, "step", "loss"), "two curves"),
+            Figure(intervals([("first", 1.0, 0.9, 1.1), ("second", 2.0, 1.5, 2.5)], "bits"), "two intervals"),
+            Code("text", [("before ", False), ("<mark me>", True)]),
+        ],
+    )
+
+
+def test_nothing_is_requested_from_outside():
+    outside = re.findall(r"""(?:src|href)=["']([^#"'][^"']*)|url\((?!#)([^)]*)""", whole())
+    assert outside == []
+    assert "<script" not in whole().replace("&lt;script", "")
+
+
+def test_everything_is_escaped():
+    text = whole()
+    assert "A &lt;b&gt;title&lt;/b&gt;" in text and "One &amp; two" in text and "<mark>&lt;mark me&gt;</mark>" in text
+
+
+def test_figures_are_described_and_their_words_are_text():
+    text = whole()
+    assert 'aria-label="two curves"' in text and 'aria-label="two intervals"' in text
+    for word in ("step", "loss", "first", "second"):
+        assert re.search(rf"<text[^>]*>{word}</text>", text), word
+
+
+def test_the_same_blocks_give_the_same_page():
+    assert whole() == whole()
