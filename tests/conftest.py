@@ -87,8 +87,8 @@ def tiny_recipe(data, name="tiny", **changes):
 
 
 @pytest.fixture(scope="session")
-def ray_session():
-    """The one Ray cluster of a test run."""
+def ray_session(s3):
+    """The one Ray cluster of a test run. Its workers know the S3 server by the environment that they inherit."""
     import ray
 
     with socket.socket() as probe:

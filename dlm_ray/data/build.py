@@ -37,22 +37,11 @@ def build_part(part: sources.Part, tokenizer_folder: str, settings: Settings, ou
     if done is not None:
         return done
     tokenizer = load_tokenizer(tokenizer_folder)
-    by_split: dict[str, list[tuple[int, list[int], list[int]]]] = {split: [] for split in SPLITS}
+    writers = {split: _SplitWriter(split, part.number, settings, identity(tokenizer), out) for split in SPLITS}
     for number, text, tokens, num_bytes in _encoded(sources.documents(part, settings.text_field), tokenizer):
         if tokens:
-            by_split[split_of(text, settings.held_out)].append((number, tokens, num_bytes))
-    ids = identity(tokenizer)
-    result = {}
-    for split, documents in by_split.items():
-        rows = packing.pack(documents, settings.row_tokens, ids.start_id, ids.end_id)
-        written = list(_write(rows, split, part.number, settings.rows_per_shard, out))
-        result[split] = {
-            "rows": sum(shard["rows"] for shard in written),
-            "tokens": sum(len(tokens) + 1 for _, tokens, _ in documents),
-            "bytes": sum(sum(num_bytes) for _, _, num_bytes in documents),
-            "documents": len(documents),
-            "shards": written,
-        }
+            writers[split_of(text, settings.held_out)].add(number, tokens, num_bytes)
+    result = {split: writer.finish() for split, writer in writers.items()}
     marker = {"inputs": _fingerprint(part, settings), "result": result}
     storage.write(_marker(part, out), json.dumps(marker, sort_keys=True).encode())
     return result
@@ -88,7 +77,7 @@ def finished_part(part: sources.Part, settings: Settings, out: str) -> dict[str,
 
 def split_of(text: str, held_out: float) -> str:
     """`held_out` for a share of documents, chosen by the hash of their text: a document never stands in both, and neither do its copies."""
-    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+    digest = hashlib.sha256(text.encode()).digest()
     return "held_out" if int.from_bytes(digest[:8], "big") < held_out * 2**64 else "train"
 
 
@@ -109,20 +98,37 @@ def _encoded(documents: Iterable[str], tokenizer: Any) -> Iterator[tuple[int, st
     yield from flush()
 
 
-def _write(rows: Iterable[packing.PackedRow], split: str, part: int, rows_per_shard: int, out: str) -> Iterator[dict[str, Any]]:
-    waiting: list[packing.PackedRow] = []
-    number = 0
+class _SplitWriter:
+    """Packs the documents of one split of one part, and writes a shard whenever its rows are full."""
 
-    def flush() -> dict[str, Any]:
-        return {"part": part, **shards.write_shard(out, f"{split}-{part:05d}-{number:05d}.tar", waiting)}
+    def __init__(self, split: str, part: int, settings: Settings, tokenizer: TokenizerIdentity, out: str):
+        self._name, self._part, self._out = f"{split}-{part:05d}", part, out
+        self._rows_per_shard = settings.rows_per_shard
+        self._packer = packing.Packer(settings.row_tokens, tokenizer.start_id, tokenizer.end_id)
+        self._rows: list[packing.PackedRow] = []
+        self._shards: list[dict[str, Any]] = []
+        self._sums = {"documents": 0, "tokens": 0, "bytes": 0}
 
-    for row in rows:
-        waiting.append(row)
-        if len(waiting) == rows_per_shard:
-            yield flush()
-            number, waiting = number + 1, []
-    if waiting:
-        yield flush()
+    def add(self, number: int, tokens: list[int], num_bytes: list[int]) -> None:
+        """Document number `number` of the part."""
+        self._sums["documents"] += 1
+        self._sums["tokens"] += len(tokens) + 1  # its end-of-text token is scored
+        self._sums["bytes"] += sum(num_bytes)
+        self._rows += self._packer.add(number, tokens, num_bytes)
+        while len(self._rows) >= self._rows_per_shard:
+            self._write()
+
+    def finish(self) -> dict[str, Any]:
+        """Writes what is left; rows, tokens, bytes, documents and the shards."""
+        self._rows += self._packer.finish()
+        while self._rows:
+            self._write()
+        return {**self._sums, "rows": sum(shard["rows"] for shard in self._shards), "shards": self._shards}
+
+    def _write(self) -> None:
+        name = f"{self._name}-{len(self._shards):05d}.tar"
+        self._shards.append({"part": self._part, **shards.write_shard(self._out, name, self._rows[: self._rows_per_shard])})
+        self._rows = self._rows[self._rows_per_shard :]
 
 
 def _marker(part: sources.Part, out: str) -> str:
@@ -135,8 +141,11 @@ def _fingerprint(part: sources.Part, settings: Settings) -> str:
     for piece in part.pieces:
         with open(piece.path, "rb") as stream:
             if piece.kind == "jsonl":
-                stream.seek(piece.first)
-                digest.update(stream.read(piece.last - piece.first))
+                # The byte before decides whether a line begins here, and the last line may run on into the next piece.
+                before = max(0, piece.first - 1)
+                stream.seek(before)
+                digest.update(stream.read(piece.last - before))
+                digest.update(stream.readline())
             else:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -75,10 +73,4 @@ def load_index(path: str) -> Index:
 
 def load_data_tokenizer(path: str) -> Any:
     """The tokenizer that a data folder was made with, which lies in the folder, local or remote."""
-    folder = storage.join(path, "tokenizer")
-    if not storage.is_remote(folder):
-        return load_tokenizer(folder)
-    with tempfile.TemporaryDirectory() as copy:
-        for name in storage.names(folder):
-            Path(copy, name).write_bytes(storage.read(storage.join(folder, name)))
-        return load_tokenizer(copy)
+    return load_tokenizer(storage.join(path, "tokenizer"))

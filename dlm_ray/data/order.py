@@ -51,6 +51,11 @@ class RowReference:
     row: int
 
 
+def as_references(places: np.ndarray) -> list[RowReference]:
+    """The rows of an array of places [num_rows, 3]."""
+    return [RowReference(*place) for place in places.tolist()]
+
+
 class Order:
     """The order of one run.
 
@@ -72,25 +77,48 @@ class Order:
 
     def references(self, cursor: Cursor, num_rows: int) -> tuple[list[RowReference], Cursor]:
         """The next `num_rows` rows after `cursor`, and the cursor behind them."""
-        counts = np.array(cursor.counts, dtype=np.int64)
-        found = []
-        for taken in range(cursor.rows, cursor.rows + num_rows):
-            source = int(np.argmax(self.weights * (taken + 1) - counts))
-            found.append(self._at(source, int(counts[source])))
-            counts[source] += 1
-        return found, Cursor(cursor.rows + num_rows, tuple(int(count) for count in counts))
+        places, end = self.places(cursor, num_rows)
+        return as_references(places), end
 
-    def _at(self, source: int, count: int) -> RowReference:
-        """Row number `count` that the source ever gives."""
-        epoch, position = divmod(count, int(self._shard_rows[source].sum()))
-        order, ends = self._epoch(source, epoch)
-        window = int(np.searchsorted(ends, position, side="right")) // self.window_shards
-        first = window * self.window_shards
-        begins = int(ends[first - 1]) if first else 0
-        shuffled = self._window(source, epoch, window, int(ends[min(first + self.window_shards, len(ends)) - 1]) - begins)
-        inside = begins + int(shuffled[position - begins])
-        place = int(np.searchsorted(ends, inside, side="right"))
-        return RowReference(source, int(order[place]), inside - (int(ends[place - 1]) if place else 0))
+    def places(self, cursor: Cursor, num_rows: int) -> tuple[np.ndarray, Cursor]:
+        """The same as an array [num_rows, 3] of source, shard and row, for orders of millions."""
+        chosen, counts = self._sources(cursor, num_rows)
+        places = np.empty((num_rows, 3), dtype=np.int64)
+        places[:, 0] = chosen
+        for source, (before, after) in enumerate(zip(cursor.counts, counts, strict=True)):
+            places[chosen == source, 1:] = self._rows(source, before, after)
+        return places, Cursor(cursor.rows + num_rows, counts)
+
+    def _sources(self, cursor: Cursor, num_rows: int) -> tuple[np.ndarray, tuple[int, ...]]:
+        """The source of each of the next rows [num_rows], and the counts by source behind them."""
+        if len(self.weights) == 1:
+            return np.zeros(num_rows, dtype=np.int64), (cursor.counts[0] + num_rows,)
+        weights, counts = self.weights.tolist(), list(cursor.counts)
+        chosen = []
+        for taken in range(cursor.rows + 1, cursor.rows + num_rows + 1):
+            deficits = [weight * taken - count for weight, count in zip(weights, counts, strict=True)]
+            source = deficits.index(max(deficits))
+            chosen.append(source)
+            counts[source] += 1
+        return np.array(chosen, dtype=np.int64), tuple(counts)
+
+    def _rows(self, source: int, before: int, after: int) -> np.ndarray:
+        """Shard and row [after - before, 2] of the rows number `before` up to `after` that the source ever gives."""
+        num_rows = int(self._shard_rows[source].sum())
+        found = [np.empty((0, 2), dtype=np.int64)]
+        while before < after:
+            epoch, position = divmod(before, num_rows)
+            order, ends = self._epoch(source, epoch)
+            window = int(np.searchsorted(ends, position, side="right")) // self.window_shards
+            first = window * self.window_shards
+            begins = int(ends[first - 1]) if first else 0
+            stops = int(ends[min(first + self.window_shards, len(ends)) - 1])
+            count = min(after - before, stops - position)
+            inside = begins + self._window(source, epoch, window, stops - begins)[position - begins : position - begins + count]
+            at = np.searchsorted(ends, inside, side="right")
+            found.append(np.stack([order[at], inside - (ends[at] - self._shard_rows[source][order[at]])], axis=1))
+            before += count
+        return np.concatenate(found)
 
     def _epoch(self, source: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The shards in this epoch's order, and the number of rows up to the end of each."""

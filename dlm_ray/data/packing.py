@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -19,39 +19,46 @@ class PackedRow(NamedTuple):
     """[L] int32: raw UTF-8 bytes that the token stands for; 0 for start tokens, end-of-text tokens and padding."""
 
 
-def pack(documents: Iterable[tuple[int, list[int], list[int]]], row_tokens: int, start_id: int, end_id: int) -> Iterator[PackedRow]:
-    """Rows of `row_tokens` tokens; the last one is padded.
+class Packer:
+    """Fills one row after the other, so that no more than a row is held.
 
     Args:
-        documents: (number, token ids, bytes of each token).
         row_tokens: L, at least 3.
         start_id: begins every segment.
-        end_id: ends every document, and pads.
+        end_id: ends every document, and pads the last row, and any row with a single place left.
     """
-    assert row_tokens >= 3, "a row needs a start token and two more, so that a segment never stays empty"
-    ids: list[int] = []
-    owners: list[int] = []
-    sizes: list[int] = []
-    for number, tokens, num_bytes in documents:
-        tokens, num_bytes = [*tokens, end_id], [*num_bytes, 0]
+
+    def __init__(self, row_tokens: int, start_id: int, end_id: int):
+        assert row_tokens >= 3, "a row needs a start token and two more, so that a segment never stays empty"
+        self.row_tokens, self.start_id, self.end_id = row_tokens, start_id, end_id
+        self._ids: list[int] = []
+        self._owners: list[int] = []
+        self._sizes: list[int] = []
+
+    def add(self, number: int, tokens: Sequence[int], num_bytes: Sequence[int]) -> list[PackedRow]:
+        """Appends a document (its number, token ids, and bytes of each token); returns the rows that it did not fit into any more."""
+        rows = []
+        tokens, num_bytes = [*tokens, self.end_id], [*num_bytes, 0]
         at = 0
         while at < len(tokens):
-            if row_tokens - len(ids) < 2:  # no room for a start token and one more
-                yield _row(ids, owners, sizes, row_tokens, end_id)
-                ids, owners, sizes = [], [], []
-            count = min(len(tokens) - at, row_tokens - len(ids) - 1)
-            ids += [start_id, *tokens[at : at + count]]
-            owners += [number] * (count + 1)
-            sizes += [0, *num_bytes[at : at + count]]
+            if self.row_tokens - len(self._ids) < 2:  # no room for a start token and one more
+                rows += self.finish()
+            count = min(len(tokens) - at, self.row_tokens - len(self._ids) - 1)
+            self._ids += [self.start_id, *tokens[at : at + count]]
+            self._owners += [number] * (count + 1)
+            self._sizes += [0, *num_bytes[at : at + count]]
             at += count
-    if ids:
-        yield _row(ids, owners, sizes, row_tokens, end_id)
+        return rows
 
-
-def _row(ids: list[int], owners: list[int], sizes: list[int], row_tokens: int, end_id: int) -> PackedRow:
-    missing = row_tokens - len(ids)
-    return PackedRow(
-        np.array(ids + [end_id] * missing, dtype=np.int32),
-        np.array(owners + [-1] * missing, dtype=np.int32),
-        np.array(sizes + [0] * missing, dtype=np.int32),
-    )
+    def finish(self) -> list[PackedRow]:
+        """The row that is being filled, padded, if anything is in it."""
+        if not self._ids:
+            return []
+        missing = self.row_tokens - len(self._ids)
+        row = PackedRow(
+            np.array(self._ids + [self.end_id] * missing, dtype=np.int32),
+            np.array(self._owners + [-1] * missing, dtype=np.int32),
+            np.array(self._sizes + [0] * missing, dtype=np.int32),
+        )
+        self._ids, self._owners, self._sizes = [], [], []
+        return [row]

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from contextlib import contextmanager
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
 from dlm_ray.config.errors import DamageError, UserError
 from dlm_ray.config.recipe import Source
 from dlm_ray.data import shards, storage
-from dlm_ray.data.index import Index, load_index
-from dlm_ray.data.order import Cursor, Order, RowReference
+from dlm_ray.data.index import Index, Shard, load_index
+from dlm_ray.data.order import Cursor, Order, RowReference, as_references
 
 # Rows that are read ahead at once; more makes fewer and longer reads of each shard.
 _READ_AHEAD_ROWS = 1024
+# Of remote shards, copied to the local disk by each reader; a window's worth and more.
+_COPIES_BYTES = 4 * 2**30
+_BLOCK_BYTES = 4 * 2**20
 
 
 class Row(NamedTuple):
@@ -34,7 +39,7 @@ def open_sources(sources: Sequence[Source]) -> list[Index]:
     """The indexes of all sources.
 
     Raises:
-        UserError: if one is no data folder or has no training rows, or two differ in tokenizer or row length.
+        UserError: if one is no data folder or has no training rows, or two differ in tokenizer, its start and end tokens, or row length.
     """
     indexes = [load_index(source.path) for source in sources]
     first = indexes[0]
@@ -49,17 +54,23 @@ def open_sources(sources: Sequence[Source]) -> list[Index]:
                 f"data.sources: {source.path} has rows of {index.row_tokens} tokens and {sources[0].path} of {first.row_tokens}; build both with "
                 "the same --row-tokens"
             )
+        if (index.tokenizer.start_id, index.tokenizer.end_id) != (first.tokenizer.start_id, first.tokenizer.end_id):
+            raise UserError(
+                f"data.sources: {source.path} has start token {index.tokenizer.start_id} and end token {index.tokenizer.end_id}, and "
+                f"{sources[0].path} has {first.tokenizer.start_id} and {first.tokenizer.end_id}; build both with the same --tokenizer"
+            )
         if not index.splits["train"].rows:
             raise UserError(f"data.sources: {source.path} has no training rows; build it with a smaller --held-out or more text")
     return indexes
 
 
 class ShardReader:
-    """Reads rows of several sources; checks size and sha256 of each shard the first time."""
+    """Reads rows of several sources; checks each shard's sha256 the first time, and keeps copies of the remote ones that it used last."""
 
     def __init__(self, paths: Sequence[str], indexes: Sequence[Index], split: str = "train"):
         self.paths, self.indexes, self.split = list(paths), list(indexes), split
         self._checked: set[tuple[int, int]] = set()
+        self._copies: dict[tuple[int, int], BinaryIO] = {}
 
     def read(self, references: Sequence[RowReference]) -> list[Row]:
         """The rows in the order of `references`; each shard is opened once and read front to back.
@@ -74,29 +85,49 @@ class ShardReader:
         for (source, number), places in wanted.items():
             index = self.indexes[source]
             shard = index.splits[self.split].shards[number]
-            path = storage.join(self.paths[source], shard.file)
-            self._check(source, number, path)
-            with storage.open_input(path) as stream:
+            with self._opened(source, number, shard) as stream:
                 for place in sorted(places, key=lambda place: references[place].row):
                     arrays = shards.read_row(stream, references[place].row, index.row_tokens)
                     rows[place] = Row(**arrays, source=source, part=shard.part)
         return [row for row in rows if row is not None]
 
-    def _check(self, source: int, number: int, path: str) -> None:
-        if (source, number) in self._checked:
+    @contextmanager
+    def _opened(self, source: int, number: int, shard: Shard) -> Iterator[BinaryIO]:
+        """A checked shard: the file, or the copy of a remote one, because a request for every row would take longer than the whole shard."""
+        path, key = storage.join(self.paths[source], shard.file), (source, number)
+        if not storage.is_remote(path):
+            if key not in self._checked:
+                _check(path, shard)
+                self._checked.add(key)
+            with storage.open_input(path) as stream:
+                yield stream
             return
-        shard = self.indexes[source].splits[self.split].shards[number]
-        if storage.size(path) is None:
-            raise DamageError(f"shard {path} is missing (expected sha256 {shard.sha256}); restore it, or build the data again")
-        with storage.open_input(path) as stream:
-            digest = hashlib.sha256()
-            while block := stream.read(2**22):
-                digest.update(block)
-        if digest.hexdigest() != shard.sha256:
-            raise DamageError(
-                f"shard {path} is damaged: expected sha256 {shard.sha256}, found {digest.hexdigest()}; restore it, or build the data again"
-            )
-        self._checked.add((source, number))
+        copy = self._copies.pop(key, None)
+        if copy is None:
+            copy = tempfile.TemporaryFile()  # closed when it is dropped
+            _check(path, shard, copy)
+        self._copies[key] = copy  # now the last one used
+        sizes = [self.indexes[one].splits[self.split].shards[other].size_bytes for one, other in self._copies]
+        while len(sizes) > 1 and sum(sizes) > _COPIES_BYTES:
+            self._copies.pop(next(iter(self._copies))).close()
+            sizes.pop(0)
+        yield copy
+
+
+def _check(path: str, shard: Shard, copy: BinaryIO | None = None) -> None:
+    """Raises DamageError unless the file is what the index says; copies it on the way."""
+    if storage.size(path) is None:
+        raise DamageError(f"shard {path} is missing (expected sha256 {shard.sha256}); restore it, or build the data again")
+    digest = hashlib.sha256()
+    with storage.open_input(path) as stream:
+        while block := stream.read(_BLOCK_BYTES):
+            digest.update(block)
+            if copy is not None:
+                copy.write(block)
+    if digest.hexdigest() != shard.sha256:
+        raise DamageError(
+            f"shard {path} is damaged: expected sha256 {shard.sha256}, found {digest.hexdigest()}; restore it, or build the data again"
+        )
 
 
 def shares(
@@ -110,9 +141,9 @@ def shares(
     for first in range(0, num_steps, steps_at_once):
         references, cursors = [], []
         for _ in range(min(steps_at_once, num_steps - first)):
-            batch, cursor = order.references(cursor, global_batch_rows)
+            places, cursor = order.places(cursor, global_batch_rows)
             own = np.array_split(np.arange(global_batch_rows), world_size)[rank]
-            references.append(batch[own[0] : own[-1] + 1] if len(own) else [])
+            references.append(as_references(places[own]))
             cursors.append(cursor)
         yield references, cursors
 

@@ -47,12 +47,14 @@ def list_parts(inputs: Sequence[str]) -> list[Part]:
     """
     parts: list[Part] = []
     waiting: list[Piece] = []
+    waiting_bytes = 0
     for path in _files(inputs):
         for piece in _pieces(path):
-            if waiting and sum(one.size_bytes for one in waiting) + piece.size_bytes > PART_BYTES:
+            if waiting and waiting_bytes + piece.size_bytes > PART_BYTES:
                 parts.append(Part(len(parts), tuple(waiting)))
-                waiting = []
+                waiting, waiting_bytes = [], 0
             waiting.append(piece)
+            waiting_bytes += piece.size_bytes
     if waiting:
         parts.append(Part(len(parts), tuple(waiting)))
     return parts
@@ -62,7 +64,8 @@ def documents(part: Part, text_field: str) -> Iterator[str]:
     """The documents of a part: a text file is one, a line or a row of the others is one.
 
     Raises:
-        UserError: if a line or row has no such field, or a file is not UTF-8.
+        UserError: if a line or row has no such field, or text is not UTF-8.
+        DamageError: if a line is not JSON.
     """
     for piece in part.pieces:
         if piece.kind == "text":
@@ -74,8 +77,9 @@ def documents(part: Part, text_field: str) -> Iterator[str]:
 
 
 def _files(inputs: Sequence[str]) -> Iterator[Path]:
+    """Absolute paths: what reads a part may run in another folder."""
     for given in inputs:
-        path = Path(given)
+        path = Path(given).absolute()
         if path.is_dir():
             yield from sorted(one for one in path.rglob("*") if one.is_file() and not _is_hidden(one.relative_to(path)))
         elif path.is_file():
@@ -86,7 +90,7 @@ def _files(inputs: Sequence[str]) -> Iterator[Path]:
                 raise UserError(
                     f"{given!r} is no file, no folder, and no pattern that matches one; give text files, .jsonl, .parquet or folders"
                 )
-            yield from (Path(match) for match in matches if Path(match).is_file())
+            yield from (Path(match).absolute() for match in matches if Path(match).is_file())
 
 
 def _is_hidden(path: Path) -> bool:
@@ -142,6 +146,12 @@ def _field(line: bytes, text_field: str, where: str) -> str:
         known = ", ".join(record) if isinstance(record, dict) else type(record).__name__
         raise UserError(f"{where}: no text in field {text_field!r} (there is: {known}); name the field with --text-field")
     text: str = record[text_field]
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{where}: half a surrogate pair at character {error.start} has no UTF-8 form; repair or remove the line"
+        ) from error
     return text
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dlm_ray.config.errors import UserError
+from dlm_ray.data import storage
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -35,11 +37,16 @@ class TokenizerIdentity:
 
 
 def load_tokenizer(name_or_folder: str) -> Any:
-    """A fast tokenizer from a folder or the hub.
+    """A fast tokenizer from a folder, local or remote, or the hub.
 
     Raises:
         UserError: if there is none, or it has no fast form or no end-of-text token.
     """
+    if storage.is_remote(name_or_folder):
+        with tempfile.TemporaryDirectory() as copy:
+            for name in storage.names(name_or_folder):
+                Path(copy, name).write_bytes(storage.read(storage.join(name_or_folder, name)))
+            return load_tokenizer(copy)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_folder, use_fast=True)
     except (OSError, ValueError, KeyError) as error:
@@ -99,6 +106,8 @@ def encode(tokenizer: Any, documents: list[str]) -> list[tuple[list[int], list[i
     """
     backend = tokenizer.backend_tokenizer
     backend.encode_special_tokens = True
+    backend.no_truncation()  # a tokenizer.json may ask for either, and the one loses text, the other adds tokens
+    backend.no_padding()
     encodings = backend.encode_batch(documents, add_special_tokens=False)
     return [(encoding.ids, _byte_counts(text, encoding.offsets)) for text, encoding in zip(documents, encodings, strict=True)]
 

@@ -74,7 +74,7 @@ def build(
         for path in sorted(Path(folder).iterdir()):
             storage.write(storage.join(out, f"tokenizer/{path.name}"), path.read_bytes())
         results: dict[int, dict[str, Any]] = {}
-        for number, result in _run(parts, folder, settings, out):
+        for number, result in _run(parts, storage.join(out, "tokenizer"), settings, out):
             results[number] = result
             if progress is not None:
                 progress(len(results), len(parts))

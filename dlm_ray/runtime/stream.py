@@ -7,6 +7,7 @@ steps of this rank, in order. The actor that reads asks for no CPU, because the 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Any
 
@@ -22,8 +23,8 @@ from dlm_ray.config.recipe import Source
 from dlm_ray.data.order import Cursor, Order, RowReference
 from dlm_ray.data.reading import Row, ShardReader, by_step, shares
 
-# A run is streamed in spans of so many items, so that its whole order never has to be in memory.
-_SPAN_ITEMS = 512
+# A run is streamed in spans of so many items, so that its whole order has to be neither computed before the first step nor in memory.
+_SPAN_ITEMS = 64
 
 
 def ray_data_stream(sources: Sequence[Source], order: Order, cursor: Cursor, **share: int) -> Iterator[tuple[list[Row], Cursor]]:
@@ -38,6 +39,17 @@ def ray_data_stream(sources: Sequence[Source], order: Order, cursor: Cursor, **s
     Raises:
         DamageError: if a shard is missing or damaged.
     """
+    groups = _groups([source.path for source in sources], order, cursor, share)
+    # The next group is asked for before this one is used up: that hides the seconds in which the next span's actor starts.
+    with ThreadPoolExecutor(1) as ahead:
+        waiting = ahead.submit(next, groups, None)
+        while (group := waiting.result()) is not None:
+            waiting = ahead.submit(next, groups, None)
+            yield from group
+
+
+def _groups(paths: Sequence[str], order: Order, cursor: Cursor, share: dict[str, int]) -> Iterator[list[tuple[list[Row], Cursor]]]:
+    """Several steps at a time."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
@@ -45,12 +57,15 @@ def ray_data_stream(sources: Sequence[Source], order: Order, cursor: Cursor, **s
     while span := list(islice(groups, _SPAN_ITEMS)):
         items = [{"references": [(one.source, one.shard, one.row) for step in references for one in step]} for references, _ in span]
         dataset = ray.data.from_items(items, override_num_blocks=len(items)).map(
-            _Reader, fn_constructor_args=([source.path for source in sources], order), num_cpus=0, concurrency=1
+            _Reader,  # type: ignore[arg-type]  # Ray's annotation leaves out the classes that it takes
+            fn_constructor_args=(paths, order),
+            num_cpus=0,
+            concurrency=1,
         )
         for (references, cursors), group in zip(span, dataset.iter_rows(), strict=True):
             if group["error"]:
                 raise DamageError(group["error"])
-            yield from zip(by_step(_rows(group), references), cursors, strict=True)
+            yield list(zip(by_step(_rows(group), references), cursors, strict=True))
 
 
 def _rows(group: dict[str, Any]) -> list[Row]:

@@ -2,7 +2,9 @@
 
 import resource
 import time
+from dataclasses import astuple
 
+import numpy as np
 import pytest
 
 from dlm_ray.data.index import FORMAT, Index, Shard, Split
@@ -81,7 +83,19 @@ def test_thirty_million_rows_are_sought_in_two_seconds_and_little_memory():
     started = time.perf_counter()
     order = Order([big], [1.0], seed=0, window_shards=8)
     references, _ = order.references(Cursor(23_456_789, (23_456_789,)), 4096)
+    places, end = order.places(Cursor(23_456_789, (23_456_789,)), 2_000_000)
     elapsed = time.perf_counter() - started
     grown_mib = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    assert len(set(references)) == 4096
+    assert len(set(references)) == 4096 and [tuple(place) for place in places[:4096]] == [astuple(one) for one in references]
+    assert end.counts == (25_456_789,) and len(np.unique(places[:, 1] * 3000 + places[:, 2])) == 2_000_000
     assert elapsed < 2 and grown_mib < 300
+
+
+def test_one_at_a_time_and_many_at_once_are_the_same_order():
+    order = Order([index(5, 9, 1, 7), index(4, 4), index(3)], [2.0, 1.0, 0.5], seed=3, window_shards=2)
+    whole, _ = take(order, 200)
+    cursor, singly = Cursor.start(3), []
+    for _ in range(200):
+        [one], cursor = take(order, 1, cursor)
+        singly.append(one)
+    assert singly == whole

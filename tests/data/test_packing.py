@@ -5,10 +5,15 @@ from collections import defaultdict
 import numpy as np
 import pytest
 
-from dlm_ray.data.packing import pack
+from dlm_ray.data.packing import Packer
 from dlm_ray.diffusion.draws import maskable_positions
 
 START, END = 1000, 1001
+
+
+def pack(documents, row_tokens):
+    packer = Packer(row_tokens, START, END)
+    return [row for document in documents for row in packer.add(*document)] + packer.finish()
 
 
 def documents(lengths):
@@ -18,7 +23,7 @@ def documents(lengths):
 @pytest.mark.parametrize("row_tokens", [3, 4, 7, 64])
 def test_every_token_stands_once_and_in_order(row_tokens):
     given = documents([1, 2, 30, 5, 90, 6, 1])
-    rows = list(pack(given, row_tokens, START, END))
+    rows = pack(given, row_tokens)
     found, num_bytes = defaultdict(list), defaultdict(int)
     for row in rows:
         assert len(row.input_ids) == len(row.document_ids) == len(row.num_bytes) == row_tokens
@@ -35,13 +40,23 @@ def test_every_token_stands_once_and_in_order(row_tokens):
 
 
 def test_padding_is_marked_and_scores_nothing():
-    [row] = pack(documents([2]), 8, START, END)
+    [row] = pack(documents([2]), 8)
     assert row.document_ids.tolist() == [0, 0, 0, 0, -1, -1, -1, -1]
     assert not maskable_positions(row.document_ids[None])[0][4:].any()
 
 
 def test_no_segment_is_a_start_token_alone():
-    for row in pack(documents([3, 3, 3, 3, 3]), 6, START, END):
+    for row in pack(documents([3, 3, 3, 3, 3]), 6):
         ids = row.document_ids
         for document in np.unique(ids[ids >= 0]):
             assert (ids == document).sum() >= 2
+
+
+def test_a_row_is_given_as_soon_as_the_next_token_does_not_fit():
+    packer = Packer(4, START, END)
+    assert packer.add(0, [1, 2], [1, 1]) == []  # start, 1, 2, end: full, and nothing follows yet
+    [row] = packer.add(1, [3], [1])
+    assert row.input_ids.tolist() == [START, 1, 2, END]
+    [row] = packer.finish()
+    assert row.input_ids.tolist() == [START, 3, END, END] and row.document_ids.tolist() == [1, 1, 1, -1]
+    assert packer.finish() == []

@@ -15,7 +15,7 @@ from dlm_ray.config.recipe import Source
 from dlm_ray.data.build import split_of
 from dlm_ray.data.index import load_index
 from dlm_ray.data.inspect import describe
-from dlm_ray.data.order import Cursor, Order
+from dlm_ray.data.order import Cursor, Order, RowReference
 from dlm_ray.data.reading import ShardReader, iterate_rows, open_sources, read_split
 from dlm_ray.data.sources import documents, list_parts
 from dlm_ray.data.tokenizer import load_tokenizer
@@ -121,6 +121,48 @@ def test_jsonl_lines_are_read_once_wherever_the_file_is_cut(tmp_path, monkeypatc
     assert [text for part in parts for text in documents(part, "text")] == texts
 
 
+def test_an_edit_of_any_byte_of_a_document_makes_its_part_anew(data_folder, tmp_path, monkeypatch):
+    """Also of the line that begins in a part and ends behind it."""
+    from dlm_ray.data import build
+
+    monkeypatch.setattr("dlm_ray.data.sources.PART_BYTES", 200)
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps({"text": f"{i} " + "ABCDEFGH" * 8}) + "\n" for i in range(12)))
+    parts = list_parts([str(file)])
+    settings = build.Settings(load_index(data_folder).tokenizer.sha256, 32, 0.2, "text", 64)
+    out, tokenizer, content = str(tmp_path / "out"), f"{data_folder}/tokenizer", file.read_bytes()
+    for part in parts:
+        build.build_part(part, tokenizer, settings, out)
+    texts = [list(documents(part, "text")) for part in parts]
+    changes = 0
+    for at in range(190, 420):
+        if content[at : at + 1] in b"ABCDEFGH":
+            file.write_bytes(content[:at] + b"Z" + content[at + 1 :])
+            for part, before in zip(parts, texts, strict=True):
+                if list(documents(part, "text")) != before:
+                    changes += 1
+                    assert build.finished_part(part, settings, out) is None
+    assert changes > 100
+    file.write_bytes(content)
+    assert all(build.finished_part(part, settings, out) for part in parts)
+
+
+def test_parts_are_found_from_any_folder(tmp_path, monkeypatch):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.txt").write_text("zero")
+    monkeypatch.chdir(tmp_path)
+    for given in ("in", "in/a.txt", "in/*.txt"):
+        [part] = list_parts([given])
+        assert [piece.path for piece in part.pieces] == [str(tmp_path / "in/a.txt")]
+
+
+def test_text_without_a_utf8_form_is_refused_by_its_place(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"text": "half \\ud83d pair"}\n')
+    [part] = list_parts([str(tmp_path / "a.jsonl")])
+    with pytest.raises(UserError, match="a.jsonl, byte 17: half a surrogate pair at character 5"):
+        list(documents(part, "text"))
+
+
 def test_parquet_folders_and_patterns_are_sources(tmp_path):
     import pyarrow
     import pyarrow.parquet as parquet
@@ -148,6 +190,33 @@ def test_shards_on_s3_are_the_same_shards(s3, data_folder, tmp_path):
     assert all((one.input_ids == two.input_ids).all() for one, two in zip(ours, theirs, strict=True))
     with pytest.raises(UserError, match="no data folder"):
         load_index(f"{s3}/nothing")
+
+
+def test_a_shard_on_s3_is_fetched_once_and_checked_on_the_way(s3, data_folder, monkeypatch):
+    from dlm_ray.data import storage
+
+    index = load_index(data_folder)
+    files = [shard.file for shard in index.splits["train"].shards]
+    for name in files:
+        storage.write(f"{s3}/once/{name}", Path(data_folder, name).read_bytes())
+    opened = []
+    open_input = storage.open_input
+    monkeypatch.setattr(storage, "open_input", lambda path: opened.append(path) or open_input(path))
+    order, share = Order([index], [1.0], 0, 2), {"global_batch_rows": 10, "rank": 0, "world_size": 1, "num_steps": 20}
+    remote = list(iterate_rows(reader := ShardReader([f"{s3}/once"], [index]), order, Cursor.start(1), **share))
+    everything = [RowReference(0, number, 0) for number in range(len(files))]
+    reader.read(everything)
+    reader.read(everything)
+    assert sorted(opened) == sorted(f"{s3}/once/{name}" for name in files)
+    local = list(iterate_rows(ShardReader([data_folder], [index]), order, Cursor.start(1), **share))
+    for (rows, _), (expected, _) in zip(remote, local, strict=True):
+        assert all((one.input_ids == two.input_ids).all() for one, two in zip(rows, expected, strict=True))
+    monkeypatch.setattr("dlm_ray.data.reading._COPIES_BYTES", 1)  # no more than one copy is kept: each is fetched again
+    reader.read(everything)
+    assert len(opened) > len(files)
+    storage.write(f"{s3}/once/{files[0]}", b"not a shard")
+    with pytest.raises(DamageError, match=f"{files[0]} is damaged"):
+        ShardReader([f"{s3}/once"], [index]).read(everything)
 
 
 def test_a_part_is_written_to_s3_as_to_the_disk_and_recognised_when_it_is_finished(s3, data_folder, tmp_path):

@@ -2,6 +2,7 @@
 
 import pytest
 from conftest import make_documents
+from tokenizers import Tokenizer
 
 from dlm_ray.config.errors import UserError
 from dlm_ray.data.tokenizer import encode, identity, load_tokenizer, train_tokenizer
@@ -34,6 +35,17 @@ def test_bytes_sum_to_the_utf8_length_and_the_text_comes_back(tokenizer, text):
 def test_the_text_of_a_special_token_is_text(tokenizer):
     [(ids, _)] = encode(tokenizer, ["<|endoftext|>"])
     assert tokenizer.eos_token_id not in ids
+
+
+def test_a_truncation_and_a_padding_in_the_tokenizer_change_nothing(tokenizer, tmp_path):
+    text = " ".join(make_documents(3))
+    [expected] = encode(tokenizer, [text])
+    tokenizer.save_pretrained(str(tmp_path))
+    limited = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    limited.enable_truncation(16)
+    limited.enable_padding(length=10_000)
+    limited.save(str(tmp_path / "tokenizer.json"))
+    assert encode(load_tokenizer(str(tmp_path)), [text]) == [expected]
 
 
 def test_the_identity_is_the_content_not_the_place(tokenizer, tmp_path):
