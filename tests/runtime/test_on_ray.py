@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -12,7 +13,7 @@ import torch
 from conftest import make_documents, tiny_recipe
 
 from dlm_ray.checkpoint import commit, listing
-from dlm_ray.config.errors import UserError
+from dlm_ray.config.errors import DamageError, UserError
 from dlm_ray.config.recipe import Source
 from dlm_ray.data.index import load_index
 from dlm_ray.data.order import Cursor, Order
@@ -27,9 +28,12 @@ def losses(run_dir):
     return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
-def test_ray_data_streams_the_rows_that_this_process_would_read(ray_session, data_folder):
+def test_ray_data_streams_the_rows_that_this_process_would_read(ray_session, data_folder, monkeypatch):
+    """Over the borders of items and of spans too: 8 items of 4 steps in 3 spans."""
     from dlm_ray.runtime.stream import ray_data_stream
 
+    monkeypatch.setattr("dlm_ray.data.reading._READ_AHEAD_ROWS", 16)
+    monkeypatch.setattr("dlm_ray.runtime.stream._SPAN_ITEMS", 3)
     index = load_index(data_folder)
     share = {"global_batch_rows": 7, "rank": 1, "world_size": 2, "num_steps": 30}
     cursor = Cursor(12, (12,))
@@ -40,6 +44,20 @@ def test_ray_data_streams_the_rows_that_this_process_would_read(ray_session, dat
         assert at == expected_at and len(rows) == len(expected_rows)
         for one, two in zip(rows, expected_rows, strict=True):
             assert (one.input_ids == two.input_ids).all() and (one.document_ids == two.document_ids).all() and one.part == two.part
+
+
+def test_a_damaged_shard_is_named_through_the_stream(ray_session, data_folder, tmp_path):
+    from dlm_ray.runtime.stream import ray_data_stream
+
+    folder = tmp_path / "damaged"
+    shutil.copytree(data_folder, folder)
+    index = load_index(str(folder))
+    for shard in index.splits["train"].shards:
+        content = (folder / shard.file).read_bytes()
+        (folder / shard.file).write_bytes(content[:-1] + b"x")
+    share = {"global_batch_rows": 7, "rank": 0, "world_size": 1, "num_steps": 3}
+    with pytest.raises(DamageError, match=r"train-\d+-\d+.tar is damaged: expected sha256"):
+        list(ray_data_stream([Source(path=str(folder))], Order([index], [1.0], 0, 2), Cursor.start(1), **share))
 
 
 def test_a_build_is_reproducible_and_goes_on_where_it_was_interrupted(ray_session, tmp_path, monkeypatch):
