@@ -58,7 +58,7 @@ class Figure:
     def html(self) -> str:
         """The block, as inline SVG."""
         buffer = io.StringIO()
-        self.figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+        self.figure.savefig(buffer, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None})
         svg = buffer.getvalue()
         svg = svg[svg.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{escape(self.caption)}"', 1)
         return f"<figure>{svg}<figcaption>{escape(self.caption)}</figcaption></figure>"
