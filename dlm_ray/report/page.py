@@ -99,13 +99,13 @@ _PAGE = """<!doctype html>
 <style>
 :root {{ color-scheme: light dark; --ink: #1d2430; --paper: #fdfdfb; --soft: #5b6472; --line: #d9dce1; --mark: #fff0b8; }}
 @media (prefers-color-scheme: dark) {{ :root {{ --ink: #e6e8ec; --paper: #15181d; --soft: #9aa3af; --line: #333942; --mark: #5a4a10; }} }}
-body {{ font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 46rem; margin: 2.5rem auto; padding: 0 1rem; }}
+body {{ font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 52rem; margin: 2.5rem auto; padding: 0 1rem; }}
 h1 {{ font-size: 1.7rem; line-height: 1.2; }} h2 {{ font-size: 1.2rem; margin-top: 2.2rem; }}
 dl {{ display: flex; flex-wrap: wrap; gap: .8rem 2rem; }} dl div {{ display: flex; flex-direction: column-reverse; }}
 dd {{ margin: 0; font-size: 1.5rem; font-variant-numeric: tabular-nums; }} dt, figcaption, caption {{ color: var(--soft); font-size: .88rem; }}
 table {{ border-collapse: collapse; width: 100%; margin: 1.2rem 0; display: block; overflow-x: auto; }}
 caption {{ text-align: left; padding-bottom: .4rem; }}
-th, td {{ text-align: left; padding: .35rem .9rem .35rem 0; border-bottom: 1px solid var(--line); white-space: nowrap; }}
+th, td {{ text-align: left; font-size: .92rem; padding: .35rem .9rem .35rem 0; border-bottom: 1px solid var(--line); white-space: nowrap; }}
 .number {{ font-variant-numeric: tabular-nums; }}
 figure {{ margin: 1.4rem 0; }} svg {{ width: 100%; height: auto; }} svg text {{ fill: var(--ink) !important; }}
 pre {{ border-left: 3px solid var(--line); padding: .2rem 0 .2rem 1rem; overflow-x: auto; font-size: .85rem; line-height: 1.45; }}
