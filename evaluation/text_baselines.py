@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import lzma
-import math
 
 import numpy as np
 
 from dlm_ray.data.index import load_data_tokenizer, load_index
 from dlm_ray.data.reading import read_split
+from dlm_ray.diffusion import likelihood
 from dlm_ray.diffusion.draws import maskable_positions
+from dlm_ray.serving.text_model import Scored, number_documents
 
 
-def unigram_bits_per_byte(data: str, max_rows: int | None = None) -> float:
-    """Cross-entropy of the held-out tokens under the training split's token frequencies (plus one each), in bits per byte."""
+def unigram_score(data: str, max_rows: int | None = None) -> Scored:
+    """The held-out documents under the training split's token frequencies (plus one each): what knows no order at all."""
     counts = np.ones(load_index(data).tokenizer.vocab_size)
     for row in read_split(data, "train"):
         scored = maskable_positions(row.document_ids[None])[0]
         counts += np.bincount(row.input_ids[scored], minlength=len(counts))
     nats = -np.log(counts / counts.sum())
-    total, num_bytes = 0.0, 0
-    for row in read_split(data, "held_out", max_rows):
-        scored = maskable_positions(row.document_ids[None])[0]
-        total += nats[row.input_ids[scored]].sum()
-        num_bytes += int(row.num_bytes.sum())
-    return float(total / math.log(2) / num_bytes)
+    rows = read_split(data, "held_out", max_rows)
+    document_ids = np.stack([row.document_ids for row in rows])
+    scored = maskable_positions(document_ids)
+    documents = number_documents([row.part for row in rows], document_ids)
+    by_document = likelihood.by_document(np.where(scored, nats[np.stack([row.input_ids for row in rows])], 0.0), documents)
+    num_bytes = likelihood.by_document(np.stack([row.num_bytes for row in rows]).astype(np.float64), documents)
+    return Scored(by_document, num_bytes, by_document.sum(keepdims=True), int(scored.sum()), is_bound=False)
 
 
 def xz_bits_per_byte(data: str, max_rows: int | None = None) -> float:

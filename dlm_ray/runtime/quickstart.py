@@ -24,7 +24,7 @@ from dlm_ray.config.errors import UserError
 from dlm_ray.data.corpus import write_corpus
 from dlm_ray.data.index import load_index
 from dlm_ray.evaluation.generation import ngram_statistics
-from dlm_ray.evaluation.text_baselines import unigram_bits_per_byte, xz_bits_per_byte
+from dlm_ray.evaluation.text_baselines import unigram_score, xz_bits_per_byte
 from dlm_ray.models import families
 from dlm_ray.runtime.build import build
 from dlm_ray.runtime.quickstart_report import INFILL_PREFIX, INFILL_SUFFIX, write_report
@@ -130,6 +130,7 @@ def quickstart(
     torch.set_num_threads(os.cpu_count() or 1)
     models = {"ar": base_model, "adapted": load(runs["adapted"].run_dir), "scratch": load(runs["scratch"].run_dir)}
     scored = _evaluate(stages, models, out, size)
+    unigram = unigram_score(str(out / "data"), size.evaluation_rows)
     report = {
         "date": datetime.date.today().isoformat(),
         "smoke": smoke,
@@ -142,8 +143,13 @@ def quickstart(
         "corpus": corpus,
         "base": "trained here" if own_base else str(base),
         **{name: score.as_dict() for name, score in scored.items()},
-        "paired": {f"adapted_minus_{other}": scored["adapted"].minus(scored[other]) for other in ("scratch", "unadapted", "ar")},
-        **_baselines(out, size),
+        "paired": {
+            f"adapted_minus_{other}": scored["adapted"].minus(one)
+            for other, one in {**scored, "unigram": unigram}.items()
+            if other != "adapted"
+        },
+        "unigram_bits_per_byte": unigram.bits_per_byte,
+        "xz_bits_per_byte": xz_bits_per_byte(str(out / "data"), size.evaluation_rows),
         "train": _training(runs),
     }
     with stages.timed("samples"):
@@ -223,14 +229,6 @@ def _evaluate(stages: _Stages, models: dict[str, TextModel], out: Path, size: Si
     scored = {name: score(name, model) for name, model in models.items()}
     unadapted = [score(f"unadapted, {pattern}", as_unadapted(models["ar"], pattern)) for pattern in ("causal", "bidirectional")]
     return {**scored, "unadapted": min(unadapted, key=lambda one: one.bits_per_byte)}
-
-
-def _baselines(out: Path, size: Size) -> dict[str, float]:
-    data = str(out / "data")
-    return {
-        "unigram_bits_per_byte": unigram_bits_per_byte(data, size.evaluation_rows),
-        "xz_bits_per_byte": xz_bits_per_byte(data, size.evaluation_rows),
-    }
 
 
 def _training(runs: dict[str, RunResult]) -> dict[str, Any]:

@@ -203,7 +203,7 @@ class TextModel:
             seed=seed,
             progress=progress,
         )
-        documents = _number_documents([row.part for row in rows], document_ids)
+        documents = number_documents([row.part for row in rows], document_ids)
         num_bytes = likelihood.by_document(np.stack([row.num_bytes for row in rows]).astype(np.float64), documents)
         nats = likelihood.by_document(scored.nats, documents)
         return Scored(nats, num_bytes, scored.draw_totals, int(maskable_positions(document_ids).sum()), not self.is_causal)
@@ -354,7 +354,7 @@ def _network(fields: dict[str, Any], mask_id: int | None, shift: bool, device: t
     return denoiser.requires_grad_(False)
 
 
-def _number_documents(parts: Sequence[int], document_ids: np.ndarray) -> np.ndarray:
+def number_documents(parts: Sequence[int], document_ids: np.ndarray) -> np.ndarray:
     """[N, L] numbers of documents over all rows, -1 for padding: the ids in a row count within the row's part."""
     numbers: dict[tuple[int, int], int] = {}
     numbered = np.full(document_ids.shape, -1)
