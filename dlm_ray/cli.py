@@ -148,27 +148,36 @@ def sample(
     length: Annotated[int | None, typer.Option(help="Tokens to write; a whole row without it (needed for infilling).")] = None,
     num_samples: Annotated[int, typer.Option(help="Texts to write.")] = 1,
     steps: Annotated[int | None, typer.Option(help="Denoising steps; 64, or the length if that is less.")] = None,
-    rule: Annotated[str, typer.Option(help="What a step reveals: confidence or ancestral.")] = "confidence",
-    temperature: Annotated[float, typer.Option(help="0 takes the most probable token.")] = 1.0,
-    top_p: Annotated[float, typer.Option(help="Nucleus: the smallest set with this much probability.")] = 1.0,
+    rule: Annotated[
+        str | None,
+        typer.Option(
+            help="What a step reveals: confidence or ancestral; also tweedie (sedd), state_dependent (genmd4); of ssd_lm sampled, greedy or multi_hot."
+        ),
+    ] = None,
+    grid: Annotated[str | None, typer.Option(help="Times of the steps: uniform, or cosine, which reveals little at first.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 takes the most probable token; 1.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Nucleus: the smallest set with this much probability; 1.")] = None,
+    noise: Annotated[str, typer.Option(help="float64, or float32_gumbel, which cuts the tails as MD4's code does.")] = "float64",
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
     weights: Weights = None,
     as_json: Json = False,
 ) -> None:
-    """Text from a prompt, or between a prefix and a suffix."""
+    """Text from a prompt, or between a prefix and a suffix; what no option says is as the checkpoint's recipe says (`sampling`)."""
     if (prefix is None) != (suffix is None):
         raise UserError("--prefix and --suffix go together; for one side alone use --prompt")
     if prefix is not None and prompt:
         raise UserError("--prompt does not go with --prefix and --suffix; put it into the prefix")
     if prefix is not None and length is None:
         raise UserError("--length is missing: infilling needs the number of tokens between --prefix and --suffix")
-    from dlm_ray.serving.text_model import load
+    from dlm_ray.serving.loading import load
 
     model = load(checkpoint, weights)
     options: dict[str, Any] = {
         "num_samples": num_samples,
         "steps": steps,
         "rule": rule,
+        "grid": grid,
+        "noise": noise,
         "temperature": temperature,
         "top_p": top_p,
         "seed": seed,
@@ -194,7 +203,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Bits per byte with intervals: exact for an autoregressive model, an upper bound for a diffusion model."""
-    from dlm_ray.serving.text_model import load
+    from dlm_ray.serving.loading import load
 
     model = load(checkpoint, weights)
     with bar("rows x draws") as update:

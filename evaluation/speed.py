@@ -1,7 +1,8 @@
-"""`python -m dlm_ray.evaluation.speed train --shape quickstart|bd3-small`: what the masked objective costs beside AR, as ratios in one run.
+"""`python -m dlm_ray.evaluation.speed train|objectives --shape quickstart|bd3-small`: what a training step costs, as ratios in one run.
 
-Both objectives train the same network with the same head, optimizer and data; AR attends causally without a mask. Steps are interleaved, so that whatever
-else the machine does hits both; the ratio that FLOPs allow says what could be expected, and the matrix-product peak of this machine what was left.
+`train` compares the masked objective with AR, `objectives` the others with the masked one. All train the same network with the same
+head, optimizer and data; AR attends causally without a mask. Steps are interleaved, so that whatever else the machine does hits all. For
+AR, the ratio that FLOPs allow says what could be expected, and the matrix-product peak of this machine what was left.
 """
 
 from __future__ import annotations
@@ -26,13 +27,14 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from dlm_ray.config.load import validate
 from dlm_ray.config.recipe import Recipe
-from dlm_ray.diffusion import objectives, schedules
-from dlm_ray.models import families, parallel
+from dlm_ray.models import families
 from dlm_ray.training import optimizer as optimization
+from dlm_ray.training import start
 from dlm_ray.training.metrics import flops_per_token
-from dlm_ray.training.step import Trainee, micro_batches, train_step
+from dlm_ray.training.step import micro_batches, train_step
 
 REPETITIONS = 7
+COMPARED = {"train": ("autoregressive", "masked"), "objectives": ("masked", "sedd", "genmd4", "d3pm", "tauldr", "ssd_lm")}
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,8 @@ class _Row(NamedTuple):
     document_ids: np.ndarray
 
 
-def measure(shape_name: str, repetitions: int = REPETITIONS) -> dict[str, Any]:
-    """Tokens a second of AR and masked training steps on this machine, and their ratio beside what FLOPs allow.
+def measure(what: str, shape_name: str, repetitions: int = REPETITIONS) -> dict[str, Any]:
+    """Tokens a second of training steps of the objectives of COMPARED[what] on this machine, and their ratios.
 
     A step is everything between rows and updated weights: draws, forward, backward, clipping, AdamW, in one FSDP2 process.
     """
@@ -71,7 +73,7 @@ def measure(shape_name: str, repetitions: int = REPETITIONS) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        steps = {name: _stepper(shape, name, device) for name in ("autoregressive", "masked")}
+        steps = {name: _stepper(shape, name, device) for name in COMPARED[what]}
         seconds: dict[str, list[float]] = {name: [] for name in steps}
         peak = 0.0
         for repetition in range(repetitions + 1):
@@ -82,21 +84,21 @@ def measure(shape_name: str, repetitions: int = REPETITIONS) -> dict[str, Any]:
                     seconds[name].append(elapsed)
     finally:
         dist.destroy_process_group()
-    return _summary(shape_name, shape, device, seconds, peak)
+    result = _common(what, shape_name, shape, device, seconds)
+    return result | (_beside_ar(shape, result["tokens_per_second"], peak) if what == "train" else _beside_masked(seconds))
 
 
 def _stepper(shape: Shape, name: str, device: torch.device) -> Callable[[int], None]:
     """A function that runs training step number n."""
     recipe = _recipe(shape, name)
-    objective = objectives.build(name, schedules.build("linear"), "all_tokens")
-    mask_id = None if objective.is_causal else shape.vocab_size
+    is_causal = start.is_causal(recipe)
+    mask_id = None if is_causal else shape.vocab_size
     assert recipe.model.architecture is not None, "the recipe is from scratch"
     config = families.scratch_config(recipe.model.architecture, shape.vocab_size + (mask_id is not None), 0, 0)
-    denoiser = parallel.build(config, mask_id, shift=True)
-    root = Trainee(denoiser, objective)
-    parallel.shard(root, denoiser, init_device_mesh(device.type, (1,)), recipe.training.precision)
-    parallel.materialize(denoiser, device)
-    parallel.initialize(denoiser, 0)
+    network = start.Network(config.to_dict(), mask_id, recipe.objective.shift, is_causal)
+    objective = start.build_objective(recipe, network, shape.row_tokens)
+    root, denoiser = start.build(recipe, network, objective, init_device_mesh(device.type, (1,)), device)
+    start.fill(recipe, network, denoiser, objective)
     optimizer = optimization.build(recipe.optimizer, root)
     random = np.random.default_rng(0)
     documents = np.zeros(shape.row_tokens, dtype=np.int32)
@@ -149,11 +151,25 @@ def _matrix_product_flops(device: torch.device) -> float:
     return 2 * size**3 / min(_timed(lambda: a @ b, device) for _ in range(3))
 
 
-def _summary(shape_name: str, shape: Shape, device: torch.device, seconds: dict[str, list[float]], peak: float) -> dict[str, Any]:
+def _common(what: str, shape_name: str, shape: Shape, device: torch.device, seconds: dict[str, list[float]]) -> dict[str, Any]:
+    tokens = shape.rows * shape.row_tokens
+    return {
+        "what": f"training step, shape {shape_name}",
+        "date": datetime.date.today().isoformat(),
+        "hardware": torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "command": f"python -m dlm_ray.evaluation.speed {what} --shape {shape_name}",
+        "repetitions": len(seconds["masked"]),
+        "tokens_per_second": {name: round(tokens / statistics.median(times), 1) for name, times in seconds.items()},
+        "seconds": {name: [round(one, 4) for one in times] for name, times in seconds.items()},
+    }
+
+
+def _beside_ar(shape: Shape, rate: dict[str, float], peak: float) -> dict[str, Any]:
+    """Masked over AR, what FLOPs allow, and what is left to the machine's own peak."""
     gated = -(-8 * shape.width // 3 // 64) * 64
-    body = shape.num_layers * (4 * shape.width**2 + 3 * shape.width * gated)
     sizes = {
-        "body_parameters": body,
+        "body_parameters": shape.num_layers * (4 * shape.width**2 + 3 * shape.width * gated),
         "width": shape.width,
         "num_layers": shape.num_layers,
         "num_positions": shape.row_tokens,
@@ -164,18 +180,8 @@ def _summary(shape_name: str, shape: Shape, device: torch.device, seconds: dict[
         "autoregressive": flops_per_token(**sizes, scored_share=scored, visible_share=0.5),
         "masked": flops_per_token(**sizes, scored_share=scored / 2, visible_share=1.0),
     }
-    tokens = shape.rows * shape.row_tokens
-    rate = {name: tokens / statistics.median(times) for name, times in seconds.items()}
     ratio, allowed = rate["masked"] / rate["autoregressive"], flops["autoregressive"] / flops["masked"]
     return {
-        "what": f"training step, shape {shape_name}",
-        "date": datetime.date.today().isoformat(),
-        "hardware": torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-        "command": f"python -m dlm_ray.evaluation.speed train --shape {shape_name}",
-        "repetitions": len(seconds["masked"]),
-        "tokens_per_second": {name: round(value, 1) for name, value in rate.items()},
-        "seconds": {name: [round(one, 4) for one in times] for name, times in seconds.items()},
         "ratio_masked_to_ar": round(ratio, 3),
         "ratio_that_flops_allow": round(allowed, 3),
         "share_of_the_allowed_ratio": round(ratio / allowed, 3),
@@ -184,16 +190,25 @@ def _summary(shape_name: str, shape: Shape, device: torch.device, seconds: dict[
     }
 
 
+def _beside_masked(seconds: dict[str, list[float]]) -> dict[str, Any]:
+    """Step time over that of `masked`: the median over the repetitions of the ratio within one, and its quartiles."""
+    ratios = {name: [own / masked for own, masked in zip(times, seconds["masked"], strict=True)] for name, times in seconds.items()}
+    return {
+        "step_time_relative_to_masked": {name: round(statistics.median(values), 3) for name, values in ratios.items()},
+        "quartiles": {name: [round(edge, 3) for edge in statistics.quantiles(values, n=4)] for name, values in ratios.items()},
+    }
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m dlm_ray.evaluation.speed", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("what", choices=["train"])
+    parser.add_argument("what", choices=list(COMPARED))
     parser.add_argument("--shape", choices=list(SHAPES), required=True)
     parser.add_argument("--repetitions", type=int, default=REPETITIONS)
     parser.add_argument("--out", type=Path, help="also write the result to this file")
     arguments = parser.parse_args()
     torch.set_num_threads(os.cpu_count() or 1)
-    text = json.dumps(measure(arguments.shape, arguments.repetitions), indent=2) + "\n"
+    text = json.dumps(measure(arguments.what, arguments.shape, arguments.repetitions), indent=2) + "\n"
     if arguments.out:
         arguments.out.write_text(text)
     sys.stdout.write(text)

@@ -10,7 +10,7 @@ from dlm_ray.data.index import load_data_tokenizer, load_index
 from dlm_ray.data.reading import read_split
 from dlm_ray.diffusion import likelihood
 from dlm_ray.diffusion.draws import maskable_positions
-from dlm_ray.serving.text_model import Scored, number_documents
+from dlm_ray.serving.scoring import Scored, number_documents
 
 
 def unigram_score(data: str, max_rows: int | None = None) -> Scored:

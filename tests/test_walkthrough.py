@@ -7,8 +7,7 @@ from conftest import tiny_recipe
 from dlm_ray.data.order import Cursor, Order
 from dlm_ray.data.reading import open_sources
 from dlm_ray.diffusion.objectives import Masked
-from dlm_ray.diffusion.schedules import Polynomial
-from dlm_ray.serving.text_model import load
+from dlm_ray.serving.loading import load
 from dlm_ray.training import loop
 from dlm_ray.training.step import micro_batches
 
@@ -24,7 +23,7 @@ def test_one_batch_from_the_shard_to_the_sample(data_folder, tmp_path):
     assert cursor.rows == len(rows) == 12 and rows[0].input_ids.shape == (32,)
 
     # Row -> mask: t and masks of the step, and who sees whom while attention is annealed.
-    batches = micro_batches(recipe, Masked(Polynomial()), rows, 0, 0, 1, torch.device("cpu"))
+    batches = micro_batches(recipe, Masked(), rows, 0, 0, 1, torch.device("cpu"))
     assert len(batches) == 2 and batches[0].x_0.shape == (6, 32)
     assert not batches[0].draw.is_masked[:, 0].any() and batches[0].draw.is_masked.any()
     visible = batches[0].visibility.dense(32, torch.device("cpu"))

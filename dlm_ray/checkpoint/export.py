@@ -50,7 +50,7 @@ def export(checkpoint_dir: str, out: str, *, weights: str | None = None) -> Path
         weights: `ema`, `raw`, or None: the average if the run kept one.
 
     Raises:
-        UserError: if `out` holds something, or `checkpoint_dir` is no checkpoint.
+        UserError: if `out` holds something, `checkpoint_dir` is no checkpoint, or the network is not all of the model.
         DamageError: if a tensor of the checkpoint is damaged.
     """
     target = Path(out)
@@ -60,6 +60,11 @@ def export(checkpoint_dir: str, out: str, *, weights: str | None = None) -> Path
     if checkpoint is None:
         raise UserError(f"{checkpoint_dir} is no checkpoint of ours: neither it nor a step in it has a manifest.json")
     manifest = commit.read_manifest(checkpoint)
+    if manifest.model.get("objective") == "ssd_lm":
+        raise UserError(
+            f"{checkpoint} is an SSD-LM: its block sees embeddings of noise that no Hugging Face model has, so an export could not be sampled; "
+            "use `dlm-ray sample` on the checkpoint itself"
+        )
     prefix = weight_prefix(manifest.arrays, weights, checkpoint)
     partial = target.with_name(f"{target.name}.tmp-{os.getpid()}")
     partial.mkdir(parents=True)
@@ -91,6 +96,7 @@ def _copy_tokenizer(checkpoint: str, folder: Path) -> None:
 def _write_weights(checkpoint: str, manifest: Manifest, prefix: str, folder: Path) -> None:
     """model.safetensors, or several files of FILE_BYTES with their index."""
     names = [name.removeprefix(f"{prefix}.") for name in manifest.arrays if name.startswith(f"{prefix}.")]
+    names = [name for name in names if not name.startswith("objective.")]  # what is learned beside the network stays here
     files: list[list[str]] = [[]]
     filled = 0
     for name in names:

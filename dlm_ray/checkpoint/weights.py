@@ -34,6 +34,14 @@ def load_weights(
     }
 
 
+def load_objective(checkpoint: str, parameters: Mapping[str, Tensor], weights: str | None = None) -> None:
+    """Fills an objective's own parameters by their names, from the average or the raw ones as `load_weights` does."""
+    if parameters:
+        prefix = weight_prefix(commit.read_manifest(checkpoint).arrays, weights, checkpoint)
+        stored = "ema.objective" if prefix == "ema" else "objective"
+        commit.load(checkpoint, {f"{stored}.{name}": tensor for name, tensor in parameters.items()})
+
+
 def weight_prefix(arrays: Collection[str], weights: str | None, checkpoint: str) -> str:
     """`ema` or `model`: under which names the checkpoint holds the weights that are asked for.
 

@@ -18,7 +18,7 @@ from dlm_ray.config.errors import UserError
 from dlm_ray.config.recipe import Recipe
 
 # Where a run may be placed and how it is watched does not change what comes out of it.
-_NOT_IN_HASH = ("parallelism", "tracking", "checkpoint")
+_NOT_IN_HASH = ("parallelism", "tracking", "checkpoint", "sampling")
 
 
 def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -73,9 +73,10 @@ def run_name(recipe: Recipe) -> str:
 
 
 def shipped() -> dict[str, Any]:
-    """The recipes that come with the package, by name without .yaml."""
+    """The recipes that come with the package, by name without .yaml: `quickstart`, `recipes/md4_text8`."""
     folder = resources.files("dlm_ray.configs")
-    return {file.name.removesuffix(".yaml"): file for file in folder.iterdir() if file.name.endswith(".yaml")}
+    found = {file.name: file for file in folder.iterdir()} | {f"recipes/{file.name}": file for file in folder.joinpath("recipes").iterdir()}
+    return {name.removesuffix(".yaml"): file for name, file in found.items() if name.endswith(".yaml")}
 
 
 class _Loader(yaml.SafeLoader):

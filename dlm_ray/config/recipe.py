@@ -4,19 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+from dlm_ray.config.objective import Objective, Sampling
+from dlm_ray.config.parts import Fraction, NonNegative, Part, Positive
 
 FAMILIES = ("gpt2", "llama", "qwen2", "qwen3", "mistral")
-
-
-class Part(BaseModel):
-    """A node of a configuration tree: immutable, and an unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class Architecture(Part):
@@ -33,6 +26,8 @@ class Architecture(Part):
     """Width of the feed-forward layer; the family's usual ratio if absent."""
     max_positions: Positive = 2048
     tie_embeddings: bool = False
+    zero_head: bool = False
+    """The head begins with zeros, so that the first loss is ln V a token (MD4, SEDD, BD3-LM)."""
 
 
 class Model(Part):
@@ -64,25 +59,6 @@ class Data(Part):
     """Rows are permuted within a window of so many shards: larger mixes better and reads less sequentially."""
     document_mask: bool = True
     """Packed documents do not see each other."""
-
-
-class Schedule(Part):
-    """alpha(t): the probability that a token is still clean at time t."""
-
-    name: Literal["linear", "polynomial", "cosine"] = "linear"
-    exponent: Annotated[float, Field(gt=0.0)] | None = None
-    """Of `polynomial`: alpha(t) = 1 - t ** exponent."""
-
-
-class Objective(Part):
-    """What is minimised."""
-
-    name: str = "masked"
-    """`masked`, `autoregressive`, or `package.module:Class` for one of your own."""
-    schedule: Schedule = Schedule()
-    shift: bool = True
-    """Position i is predicted by row i-1, as in the AR model that was the base (DiffuLLaMA)."""
-    normalize_by: Literal["all_tokens", "global_masked"] = "all_tokens"
 
 
 class Annealing(Part):
@@ -182,6 +158,7 @@ class Recipe(Part):
     validation: Validation = Validation()
     checkpoint: Checkpoint = Checkpoint()
     parallelism: Parallelism = Parallelism()
+    sampling: Sampling = Sampling()
     tracking: Tracking = Tracking()
 
     @field_validator("seed")
@@ -213,14 +190,11 @@ class Recipe(Part):
                 found.append(
                     "model.architecture.num_key_value_heads is not for family gpt2, which has no grouped-query attention; remove it"
                 )
-        schedule = self.objective.schedule
-        if (schedule.name == "polynomial") != (schedule.exponent is not None):
-            found.append(
-                f"objective.schedule.exponent={schedule.exponent} goes with objective.schedule.name=polynomial and with no other, "
-                f"and the name is {schedule.name}; set both or neither"
-            )
-        if self.objective.name == "autoregressive" and not self.objective.shift:
-            found.append("objective.shift=false is impossible with objective.name=autoregressive; remove it")
+            if architecture.zero_head and architecture.tie_embeddings:
+                found.append(
+                    "model.architecture.zero_head=true needs a head of its own, and with tie_embeddings=true it is the embedding; remove either"
+                )
+        found += self.objective.contradictions(self.model.base is not None) + self.sampling.contradictions(self.objective.name)
         annealing = self.curriculum.annealing
         if (annealing.pattern == "none") != (annealing.steps == 0):
             found.append(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -19,8 +19,14 @@ class Denoiser(Protocol):
     mask_id: int | None
     """None if it is autoregressive only."""
 
-    def hidden(self, input_ids: Tensor, visibility: Visibility) -> Tensor:
-        """[B, L] ids -> [B, L, D] final hidden states."""
+    def hidden(self, inputs: Tensor, visibility: Visibility) -> Tensor:
+        """[B, L] ids, or [B, L, D] embeddings -> [B, L, D] final hidden states."""
+
+    def states(self, inputs: Tensor, visibility: Visibility) -> tuple[Tensor, ...]:
+        """The same with what is below: the embeddings, the states after every block, [B, L, D] each; the last is `hidden`."""
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """[B, L] ids -> [B, L, D] embeddings."""
 
     def reduce_logits(self, rows: Tensor, fn: Callable[..., Any], *row_arguments: Tensor) -> Any:
         """Applies fn(logits [n, V] float32, *arguments [n, ...]) chunk by chunk over rows [N, D]; fn's tensors are concatenated over rows.
@@ -50,25 +56,31 @@ class LossSum:
     """Scalar, nats; what is differentiated."""
     by_name: dict[str, Tensor] = field(default_factory=dict)
     """Detached scalar sums over scored positions, to log; the step divides them by the global number of scored positions."""
+    by_token: dict[str, Tensor] = field(default_factory=dict)
+    """Detached scalar sums to log that are divided by what the loss is divided by."""
 
 
 class Objective(Protocol):
     """What is minimised. Also an nn.Module; its own parameters, if any, are trained, saved and left out of exports."""
 
     is_causal: bool
-    """Whether it stays causal, so that its likelihood is exact; otherwise attention becomes bidirectional and it is a bound."""
+    """Whether attention stays causal; otherwise it becomes bidirectional."""
+    likelihood: Literal["exact", "bound", "none"]
+    """What weight * token_nll sums to over an evaluation draw: -log p(x_0), an upper bound of it, or nothing of the kind."""
+    draws_per_row: int
+    """So many draws of every row are in a batch: copy j of row r is row r * draws_per_row + j of a draw's key."""
 
-    def draw(self, key: DrawKey, maskable: Any) -> Draw:
-        """The randomness of the rows of `key`; maskable is [B, L] bool on the host."""
+    def draw(self, key: DrawKey, x_0: Any, maskable: Any) -> Draw:
+        """The randomness of the rows of `key`; x_0 [B, L] and maskable [B, L] bool are on the host."""
 
-    def evaluation_draw(self, seed: int, keys: Sequence[tuple[int, int]], t: Any, maskable: Any) -> Draw:
+    def evaluation_draw(self, seed: int, keys: Sequence[tuple[int, int]], t: Any, x_0: Any, maskable: Any) -> Draw:
         """The randomness of pairs (number of the draw, row) at given times t [B], for a bound that is compared between models."""
 
     def count(self, draw: Draw) -> int:
         """What this micro-batch adds to the count that the loss is divided by."""
 
     def token_nll(self, denoiser: Denoiser, batch: Batch) -> Tensor:
-        """[R] float32: -log p(x_0) at the scored positions, in nats, without weights."""
+        """[R] float32: the nats of the scored positions, without weights; -log p(x_0^n | x_t) unless the objective says otherwise."""
 
     def __call__(self, denoiser: Denoiser, batch: Batch) -> LossSum:
         """The loss of one micro-batch."""
@@ -79,8 +91,12 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return torch.nn.functional.cross_entropy(logits, targets, reduction="none")
 
 
-def score(denoiser: Denoiser, input_ids: Tensor, batch: Batch) -> Tensor:
-    """[R] float32: -log p(x_0) in nats at the scored positions of `batch`, after one network call on `input_ids` [B, L]."""
-    hidden = denoiser.hidden(input_ids, batch.visibility)  # [B, L, D]
-    rows = hidden.flatten(0, 1)[denoiser.rows_for(batch.draw.scored)]  # [R, D]
+def scored_rows(denoiser: Denoiser, hidden: Tensor, draw: Draw) -> Tensor:
+    """[B, L, D] -> [R, D]: the hidden rows that predict the scored positions."""
+    return hidden.flatten(0, 1)[denoiser.rows_for(draw.scored)]
+
+
+def score(denoiser: Denoiser, inputs: Tensor, batch: Batch) -> Tensor:
+    """[R] float32: -log p(x_0) in nats at the scored positions of `batch`, after one network call on `inputs`."""
+    rows = scored_rows(denoiser, denoiser.hidden(inputs, batch.visibility), batch.draw)
     return denoiser.reduce_logits(rows, cross_entropy, batch.x_0.flatten()[batch.draw.scored])

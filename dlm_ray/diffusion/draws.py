@@ -1,4 +1,4 @@
-"""The randomness of a batch: time t in strata over the global batch, and which tokens are masked.
+"""The randomness of a batch: the times t of the global batch, and the uniform numbers that decide what is masked.
 
 Every number is a pure function of (seed, stream, step, global row index), by numpy's counter-based Philox. So neither the number
 of workers nor the micro-batch nor a restart changes a mask, and the draws are made on the host, where the step needs no
@@ -14,10 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dlm_ray.diffusion.schedules import Schedule
-
 # Streams keep the uses of one seed apart.
-STRATA, TIME, MASK, EVALUATION_TIME, EVALUATION_MASK, SAMPLING = range(6)
+STRATA, TIME, MASK, EVALUATION_TIME, EVALUATION_MASK, SAMPLING, JUMP, NOISE, GUMBEL = range(9)
 
 # Scored positions are padded with weight 0 to a multiple of this: shapes repeat, and no rank of FSDP2 ever has nothing to score.
 ROW_MULTIPLE = 128
@@ -51,15 +49,19 @@ class Draw:
     """[R] int64, flat indices into B*L, padded with indices of weight 0."""
     weight: Tensor
     """[R] float32: the weight of each scored position in the loss; 0 for padding."""
+    maskable: Tensor
+    """[B, L] bool: the positions that could be masked; all others are context that is never scored."""
     num_maskable: int
-    """Tokens that could be masked: the tokens that a bound per token is divided by."""
+    """How many of them: the tokens that a bound per token is divided by."""
     num_scored: int
     """Positions that are scored, padding left out."""
+    noise_seeds: tuple[int, ...] = ()
+    """Of every row, for an objective whose noise is made on the device."""
 
     def to(self, device: torch.device) -> Draw:
         """The same draw with its tensors on `device`; the counts stay on the host."""
-        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in ("t", "is_masked", "scored", "weight")}
-        return replace(self, **moved)
+        names = ("t", "is_masked", "scored", "weight", "maskable")
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
 
 def maskable_positions(document_ids: np.ndarray) -> np.ndarray:
@@ -77,14 +79,32 @@ def maskable_positions(document_ids: np.ndarray) -> np.ndarray:
     return maskable
 
 
-def stratified_times(key: DrawKey) -> np.ndarray:
-    """[B] float64: t in (0, 1), one stratum of width 1/global_batch_rows each, the strata permuted anew in every step.
+def times(mode: str, key: DrawKey, num_blocks: int = 1) -> np.ndarray:
+    """[B, num_blocks] float64: t in (0, 1) for every block of every row; a row with one t is one block.
 
-    The permutation keeps a row's place in the batch from deciding its t (as it does in BD3-LM's code).
+    Args:
+        mode: how the K * num_blocks times of a global batch of K rows hang together.
+            `stratified`: one stratum of width 1 / (K num_blocks) each, dealt out by a permutation that is new in every step, so that
+            neither a row's place in the batch nor a block's place in the row decides its t.
+            `antithetic`: one u for all, t_i = (u + i / (K num_blocks)) mod 1 (MD4's low-discrepancy draw, over the whole global batch).
+            `independent`: each its own.
+            `paper`: strata in the order of BD3-LM's code, where t rises along a row; kept to show what that does.
+        key: which rows.
+        num_blocks: blocks of a row that have a time each.
     """
-    strata = generator(key.seed, STRATA, key.step, 0).permutation(key.global_batch_rows)
-    inside = np.array([_open_uniform(generator(key.seed, TIME, key.step, row)) for row in key.rows])
-    return (strata[list(key.rows)] + inside) / key.global_batch_rows
+    total = key.global_batch_rows * num_blocks
+    cells = np.array(key.rows)[:, None] * num_blocks + np.arange(num_blocks)  # [B, num_blocks], numbers within the global batch
+    if mode == "antithetic":
+        shared = generator(key.seed, STRATA, key.step, 0).uniform(2**-53, 1.0)
+        return np.maximum((shared + cells / total) % 1.0, 2**-53)
+    inside = np.stack([generator(key.seed, TIME, key.step, row).uniform(2**-53, 1.0, size=num_blocks) for row in key.rows])
+    if mode == "independent":
+        return inside
+    if mode == "stratified":
+        cells = generator(key.seed, STRATA, key.step, 0).permutation(total)[cells]
+    else:
+        assert mode == "paper", f"unknown mode of times {mode!r}"
+    return (cells + inside) / total
 
 
 def evaluation_times(seed: int, rows: Sequence[int], num_draws: int) -> np.ndarray:
@@ -96,27 +116,12 @@ def evaluation_times(seed: int, rows: Sequence[int], num_draws: int) -> np.ndarr
     return times
 
 
-def mask_draw(seed: int, stream: int, keys: Sequence[tuple[int, int]], t: np.ndarray, maskable: np.ndarray, schedule: Schedule) -> Draw:
-    """q(x_t | x_0): every maskable token is masked with probability 1 - alpha(t), independently.
-
-    Args:
-        seed, stream: with the keys, what the random numbers depend on.
-        keys: B pairs (step, row); in evaluation the number of the draw stands for the step.
-        t: [B] times.
-        maskable: [B, L] bool.
-        schedule: gives the probability and the ELBO weight of every masked position.
-    """
-    times = torch.from_numpy(t)  # [B] float64
-    probability = schedule.mask_probability(times).numpy()
-    num_positions = maskable.shape[1]
-    uniform = np.stack([generator(seed, stream, step, row).random(num_positions) for step, row in keys])  # [B, L]
-    is_masked = (uniform < probability[:, None]) & maskable
-    weight = schedule.weight(times).numpy()
-    scored = np.flatnonzero(is_masked)
-    return make_draw(t, is_masked, scored, weight[scored // num_positions], int(maskable.sum()))
+def uniforms(seed: int, stream: int, keys: Sequence[tuple[int, int]], num_positions: int) -> np.ndarray:
+    """[B, L] float64 in [0, 1) for B pairs (step, row); in evaluation the number of the draw stands for the step."""
+    return np.stack([generator(seed, stream, step, row).random(num_positions) for step, row in keys])
 
 
-def make_draw(t: np.ndarray, is_masked: np.ndarray, scored: np.ndarray, weight: np.ndarray, num_maskable: int) -> Draw:
+def make_draw(t: np.ndarray, is_masked: np.ndarray, scored: np.ndarray, weight: np.ndarray, maskable: np.ndarray) -> Draw:
     """A Draw from host arrays: pads the scored positions to a multiple of ROW_MULTIPLE with position 1 at weight 0."""
     padded = max(1, -(-len(scored) // ROW_MULTIPLE)) * ROW_MULTIPLE
     positions = np.ones(padded, dtype=np.int64)
@@ -128,11 +133,7 @@ def make_draw(t: np.ndarray, is_masked: np.ndarray, scored: np.ndarray, weight: 
         is_masked=torch.from_numpy(is_masked),
         scored=torch.from_numpy(positions),
         weight=torch.from_numpy(weights),
-        num_maskable=num_maskable,
+        maskable=torch.from_numpy(maskable),
+        num_maskable=int(maskable.sum()),
         num_scored=len(scored),
     )
-
-
-def _open_uniform(random: np.random.Generator) -> float:
-    """Uniform on (0, 1): 0 would make the ELBO weight infinite."""
-    return random.uniform(2**-53, 1.0)

@@ -57,7 +57,7 @@ def evaluation_batch(
     rows = [row for row, _ in pairs]
     maskable = maskable_positions(document_ids[rows]) & is_real
     t = np.array([times[pair] for pair in pairs])
-    draw = objective.evaluation_draw(seed, [(number, row) for row, number in pairs], t, maskable)
+    draw = objective.evaluation_draw(seed, [(number, row) for row, number in pairs], t, x_0[rows], maskable)
     return Batch(torch.from_numpy(x_0[rows]).to(device), draw.to(device), visibility_of(document_ids[rows]))
 
 
@@ -79,7 +79,8 @@ def token_nats(
 
     Two models that are scored with the same rows, seed and draws see the same masks, so their difference can be paired.
     """
-    num_draws = 1 if objective.is_causal else num_draws
+    assert objective.likelihood != "none", "this objective bounds nothing"
+    num_draws = 1 if objective.likelihood == "exact" else num_draws
     num_positions = x_0.shape[1]
     times = evaluation_times(seed, range(len(x_0)), num_draws)
     pairs = [(row, number) for row in range(len(x_0)) for number in range(num_draws)]

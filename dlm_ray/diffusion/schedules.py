@@ -1,8 +1,8 @@
 """alpha(t), the probability that a token is still clean at time t, and what the objectives and samplers derive from it.
 
-Every function takes t in (0, 1] of any shape and returns float tensors of that shape. All schedules run from alpha(0) = 1 to
-alpha(1) = 0, so that the continuous-time bound has neither a reconstruction nor a prior term (MD4, arXiv 2406.04329, Eq. 5 and
-Table 4).
+Every function takes t in (0, 1) of any shape and returns float tensors of that shape; formulas are MD4's Table 4 (arXiv 2406.04329)
+and BD3-LM's appendix (arXiv 2503.09573). A schedule that runs from alpha(0) = 1 to alpha(1) = 0 has a bound without
+reconstruction and prior terms; the geometric one and shifted ends have both (`reconstruction_nats`, `prior_nats`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+
+NAMES = ("linear", "polynomial", "cosine", "geometric", "log", "square", "square_root")
 
 
 class Schedule(Protocol):
@@ -33,13 +35,13 @@ class Schedule(Protocol):
 
 @dataclass(frozen=True)
 class Polynomial:
-    """alpha(t) = 1 - t ** exponent; the linear schedule is exponent 1."""
+    """alpha(t) = 1 - t ** exponent; the linear schedule is exponent 1, BD3-LM's square and square root are 2 and 1/2."""
 
     exponent: float = 1.0
 
     def alpha(self, t: Tensor) -> Tensor:
-        """1 - t ** w."""
-        return 1 - t**self.exponent
+        """1 - t ** w = -expm1(w ln t), which keeps its digits near t = 1."""
+        return -torch.expm1(self.exponent * t.log())
 
     def alpha_prime(self, t: Tensor) -> Tensor:
         """-w t ** (w - 1)."""
@@ -59,12 +61,12 @@ class Cosine:
     """alpha(t) = 1 - cos(pi/2 (1 - t))."""
 
     def alpha(self, t: Tensor) -> Tensor:
-        """1 - sin(pi t / 2), which is the same."""
-        return 1 - torch.sin(math.pi / 2 * t)
+        """2 sin^2(pi/4 (1 - t)), which is the same and keeps its digits near t = 1."""
+        return 2 * torch.sin(math.pi / 4 * (1 - t)) ** 2
 
     def alpha_prime(self, t: Tensor) -> Tensor:
-        """-(pi / 2) cos(pi t / 2)."""
-        return -(math.pi / 2) * torch.cos(math.pi / 2 * t)
+        """-(pi / 2) cos(pi t / 2), as a sine of what is left."""
+        return -(math.pi / 2) * torch.sin(math.pi / 2 * (1 - t))
 
     def mask_probability(self, t: Tensor) -> Tensor:
         """sin(pi t / 2)."""
@@ -72,20 +74,121 @@ class Cosine:
 
     def weight(self, t: Tensor) -> Tensor:
         """(pi / 2) / tan(pi t / 2)."""
-        return (math.pi / 2) / torch.tan(math.pi / 2 * t)
+        return (math.pi / 2) * torch.sin(math.pi / 2 * (1 - t)) / torch.sin(math.pi / 2 * t)
 
 
-def build(name: str, exponent: float | None = None) -> Schedule:
+@dataclass(frozen=True)
+class Geometric:
+    """alpha(t) = exp(-B), B(t) = b_min^(1-t) b_max^t. MD4's Table 4 prints the weight with the wrong sign."""
+
+    b_min: float = 1e-5
+    b_max: float = 20.0
+
+    def integrated_rate(self, t: Tensor) -> Tensor:
+        """B(t)."""
+        return torch.exp((1 - t) * math.log(self.b_min) + t * math.log(self.b_max))
+
+    def alpha(self, t: Tensor) -> Tensor:
+        """exp(-B)."""
+        return torch.exp(-self.integrated_rate(t))
+
+    def alpha_prime(self, t: Tensor) -> Tensor:
+        """-B ln(b_max / b_min) exp(-B)."""
+        rate = self.integrated_rate(t)
+        return -rate * math.log(self.b_max / self.b_min) * torch.exp(-rate)
+
+    def mask_probability(self, t: Tensor) -> Tensor:
+        """-expm1(-B)."""
+        return -torch.expm1(-self.integrated_rate(t))
+
+    def weight(self, t: Tensor) -> Tensor:
+        """ln(b_max / b_min) B / expm1(B)."""
+        rate = self.integrated_rate(t)
+        return math.log(self.b_max / self.b_min) * rate / torch.expm1(rate)
+
+
+@dataclass(frozen=True)
+class Logarithmic:
+    """1 - alpha(t) = log2(1 + t) (BD3-LM's `log`)."""
+
+    def alpha(self, t: Tensor) -> Tensor:
+        """-log2((1 + t) / 2)."""
+        return -torch.log1p((t - 1) / 2) / math.log(2)
+
+    def alpha_prime(self, t: Tensor) -> Tensor:
+        """-1 / (ln 2 (1 + t))."""
+        return -1 / (math.log(2) * (1 + t))
+
+    def mask_probability(self, t: Tensor) -> Tensor:
+        """log2(1 + t)."""
+        return torch.log1p(t) / math.log(2)
+
+    def weight(self, t: Tensor) -> Tensor:
+        """1 / ((1 + t) ln(1 + t))."""
+        return 1 / ((1 + t) * torch.log1p(t))
+
+
+@dataclass(frozen=True)
+class Shifted:
+    """(1 - e_0 - e_1) alpha + e_1: the clean end starts at 1 - e_0 and the noisy one stops at e_1 (MD4's code: 1e-4 each)."""
+
+    schedule: Schedule
+    epsilon_0: float
+    epsilon_1: float
+
+    @property
+    def _scale(self) -> float:
+        return 1 - self.epsilon_0 - self.epsilon_1
+
+    def alpha(self, t: Tensor) -> Tensor:
+        """(1 - e_0 - e_1) alpha + e_1."""
+        return self._scale * self.schedule.alpha(t) + self.epsilon_1
+
+    def alpha_prime(self, t: Tensor) -> Tensor:
+        """(1 - e_0 - e_1) alpha'."""
+        return self._scale * self.schedule.alpha_prime(t)
+
+    def mask_probability(self, t: Tensor) -> Tensor:
+        """(1 - e_0 - e_1) (1 - alpha) + e_0: a sum of positive terms."""
+        return self._scale * self.schedule.mask_probability(t) + self.epsilon_0
+
+    def weight(self, t: Tensor) -> Tensor:
+        """-alpha' / (1 - alpha), finite at t = 0 if e_0 > 0."""
+        return -self.alpha_prime(t) / self.mask_probability(t)
+
+
+def build(name: str, exponent: float | None = None, epsilon_0: float = 0.0, epsilon_1: float = 0.0) -> Schedule:
     """The schedule of a recipe's `objective.schedule`.
 
     Raises:
-        ValueError: for a name that is not linear, polynomial or cosine.
+        ValueError: for a name that is not in NAMES.
     """
-    if name == "linear":
-        return Polynomial(1.0)
-    if name == "polynomial":
-        assert exponent is not None, "a polynomial schedule needs its exponent"
-        return Polynomial(exponent)
-    if name == "cosine":
-        return Cosine()
-    raise ValueError(f"objective.schedule.name={name!r}; allowed are linear, polynomial, cosine")
+    schedules: dict[str, Schedule] = {
+        "linear": Polynomial(1.0),
+        "polynomial": Polynomial(exponent or 1.0),
+        "cosine": Cosine(),
+        "geometric": Geometric(),
+        "log": Logarithmic(),
+        "square": Polynomial(2.0),
+        "square_root": Polynomial(0.5),
+    }
+    if name not in schedules:
+        raise ValueError(f"objective.schedule.name={name!r}; allowed are {', '.join(NAMES)}")
+    assert name != "polynomial" or exponent is not None, "a polynomial schedule needs its exponent"
+    return Shifted(schedules[name], epsilon_0, epsilon_1) if epsilon_0 or epsilon_1 else schedules[name]
+
+
+def at(function: object, time: float) -> float:
+    """A schedule's function at one time, in float64."""
+    assert callable(function), "a schedule's method"
+    return float(function(torch.tensor(time, dtype=torch.float64)))
+
+
+def reconstruction_nats(schedule: Schedule, vocab_size: int, t: float = 0.0) -> float:
+    """(1 - alpha(t)) ln V nats a token: what -log p(x_0 | x_t) costs when p is proportional to q(x_t | x_0) (MD4, section 3)."""
+    return at(schedule.mask_probability, t) * math.log(vocab_size)
+
+
+def prior_nats(schedule: Schedule, vocab_size: int) -> float:
+    """alpha(1) ln V nats a token: KL(q(x_1 | x_0) || p(x_1)) with p(x_1) uniform over the tokens with mass alpha(1), else masked."""
+    return at(schedule.alpha, 1.0) * math.log(vocab_size)

@@ -44,17 +44,41 @@ class HuggingFaceDenoiser(nn.Module):
         body: Any = self.network.base_model
         return body.h if hasattr(body, "h") else body.layers
 
+    @property
+    def embedding(self) -> Tensor:
+        """[rows, D] the input embedding."""
+        weight: Tensor = self.network.get_input_embeddings().weight  # type: ignore[assignment]
+        return weight
+
+    @property
+    def vocab_size(self) -> int:
+        """V: tokens that a logit is computed for; a mask row at the end has none."""
+        rows: int = self.network.config.vocab_size
+        return rows - (self.mask_id == rows - 1)
+
     def vocabulary_names(self) -> set[str]:
         """Names (within `network`) of the tensors that have a row for every token: the embedding, and the head unless it is tied."""
         rows = (self.network.get_input_embeddings().weight, self.network.get_output_embeddings().weight)
         return {name for name, parameter in self.network.named_parameters() if any(parameter is row for row in rows)}
 
-    def hidden(self, input_ids: Tensor, visibility: Visibility) -> Tensor:
-        """[B, L] int64 -> [B, L, D]: the states after the final norm. Positions run on over packed documents."""
-        num_rows, num_positions = input_ids.shape
-        prepared = attention.prepare(visibility, self.attention_kernel, num_positions, input_ids.device)
-        positions = torch.arange(num_positions, device=input_ids.device).expand(num_rows, -1)
-        return self.network.base_model(input_ids=input_ids, position_ids=positions, use_cache=False, visibility=prepared).last_hidden_state
+    def hidden(self, inputs: Tensor, visibility: Visibility) -> Tensor:
+        """[B, L] int64 ids, or [B, L, D] embeddings -> [B, L, D]: the states after the final norm. Positions run on over packed documents."""
+        return self._run(inputs, visibility).last_hidden_state
+
+    def states(self, inputs: Tensor, visibility: Visibility) -> tuple[Tensor, ...]:
+        """The same, with the embeddings and the states after every block; the last is after the final norm."""
+        return self._run(inputs, visibility, output_hidden_states=True).hidden_states
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """[B, L] ids -> [B, L, D] embeddings, as the network makes them from ids."""
+        return self.network.get_input_embeddings()(input_ids)
+
+    def _run(self, inputs: Tensor, visibility: Visibility, **options: Any) -> Any:
+        num_rows, num_positions = inputs.shape[:2]
+        prepared = attention.prepare(visibility, self.attention_kernel, num_positions, inputs.device)
+        positions = torch.arange(num_positions, device=inputs.device).expand(num_rows, -1)
+        kind = "inputs_embeds" if inputs.is_floating_point() else "input_ids"
+        return self.network.base_model(**{kind: inputs}, position_ids=positions, use_cache=False, visibility=prepared, **options)
 
     def rows_for(self, positions: Tensor) -> Tensor:
         """Flat positions (never the first of a row) -> the flat hidden rows that predict them."""

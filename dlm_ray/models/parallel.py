@@ -42,14 +42,17 @@ def build(
     return denoiser
 
 
-def shard(root: nn.Module, denoiser: HuggingFaceDenoiser, mesh: DeviceMesh, precision: str) -> None:
-    """FSDP2 over `mesh`, a group a layer and the rest with the root; gathered weights and activations in `precision`, sums in float32."""
+def shard(root: nn.Module, denoiser: HuggingFaceDenoiser, mesh: DeviceMesh, precision: str, replicated: set[nn.Parameter]) -> None:
+    """FSDP2 over `mesh`, a group a layer and the rest with the root; gathered weights and activations in `precision`, sums in float32.
+
+    Parameters in `replicated` are left to the caller: whole on every rank, float32, their gradients not reduced.
+    """
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if precision == "bf16" else MixedPrecisionPolicy()
     # What fits many times over stays gathered until the backward pass has used it: one collective less a layer and micro-batch.
     is_large = sum(parameter.numel() for parameter in root.parameters()) * 4 > STAYS_GATHERED_BYTES
     for layer in denoiser.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=is_large)
-    fully_shard(root, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    fully_shard(root, mesh=mesh, mp_policy=policy, reshard_after_forward=False, ignored_params=replicated)
 
 
 def materialize(denoiser: HuggingFaceDenoiser, device: torch.device) -> None:
@@ -65,15 +68,17 @@ def materialize(denoiser: HuggingFaceDenoiser, device: torch.device) -> None:
 
 
 @torch.no_grad()
-def initialize(denoiser: HuggingFaceDenoiser, seed: int) -> None:
+def initialize(denoiser: HuggingFaceDenoiser, seed: int, zero_head: bool = False) -> None:
     """Numbers from scratch by the families' rule, the same on any number of workers: each tensor from (seed, its name).
 
-    Matrices N(0, initializer_range^2), GPT-2's residual projections narrower by sqrt(2 layers), norms 1, biases 0.
+    Matrices N(0, initializer_range^2), GPT-2's residual projections narrower by sqrt(2 layers), norms 1, biases 0; with `zero_head` an
+    untied head 0.
     """
     config = denoiser.network.config
+    head = denoiser.network.get_output_embeddings().weight
     for name, parameter in denoiser.network.named_parameters():
         owner, _, kind = name.rpartition(".")
-        if kind == "bias":
+        if kind == "bias" or (zero_head and parameter is head):
             full = torch.zeros(parameter.shape)
         elif parameter.ndim == 1:
             full = torch.ones(parameter.shape)
@@ -89,6 +94,12 @@ def named_generator(seed: int, name: str) -> torch.Generator:
     """A CPU generator that depends on the seed and the name alone."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+
+
+def full(parameter: Tensor) -> Tensor:
+    """The whole of a parameter of which this rank may hold a shard; collective."""
+    whole = parameter.detach()
+    return whole.full_tensor() if isinstance(whole, DTensor) else whole
 
 
 def copy_full(parameter: Tensor, full: Tensor) -> None:

@@ -29,7 +29,9 @@ from dlm_ray.models import families
 from dlm_ray.runtime.build import build
 from dlm_ray.runtime.quickstart_report import INFILL_PREFIX, INFILL_SUFFIX, write_report
 from dlm_ray.runtime.train import RunResult, fit
-from dlm_ray.serving.text_model import Scored, TextModel, as_unadapted, load
+from dlm_ray.serving.loading import as_unadapted, load
+from dlm_ray.serving.scoring import Scored
+from dlm_ray.serving.text_model import TextModel
 
 Show = Callable[[str, int, int], None]
 """Called with (what is going on, done, total)."""

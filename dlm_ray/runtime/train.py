@@ -26,7 +26,6 @@ from ray.train.v2.api.report_config import CheckpointUploadMode
 
 from dlm_ray.data import storage
 from dlm_ray.data.reading import open_sources
-from dlm_ray.diffusion import objectives, schedules
 from dlm_ray.runtime.stream import ray_data_stream
 from dlm_ray.training import loop, start
 
@@ -161,12 +160,8 @@ def _finished(recipe: Recipe, run_dir: Path) -> RunResult | None:
 def _check_before_starting(recipe: Recipe) -> None:
     """What would fail in every worker fails here, once and in seconds: data, tokenizer, base, family, objective."""
     indexes = open_sources(recipe.data.sources)
-    schedule = schedules.build(recipe.objective.schedule.name, recipe.objective.schedule.exponent)
-    try:
-        objective = objectives.build(recipe.objective.name, schedule, recipe.objective.normalize_by)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    network = start.resolve(recipe, objective.is_causal, indexes[0].tokenizer)
+    network = start.resolve(recipe, start.is_causal(recipe), indexes[0].tokenizer)
+    start.build_objective(recipe, network, indexes[0].row_tokens)
     positions = network.config.get("max_position_embeddings") or network.config.get("n_positions")
     if positions is not None and positions < indexes[0].row_tokens:
         raise UserError(

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,13 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from dlm_ray.checkpoint import commit, listing
 from dlm_ray.config.errors import UserError
+from dlm_ray.config.objective import rules_of
 from dlm_ray.config.recipe import Recipe, Source
 from dlm_ray.data.index import load_data_tokenizer
 from dlm_ray.data.order import Cursor, Order
 from dlm_ray.data.reading import Row, ShardReader, iterate_rows, open_sources, read_split
-from dlm_ray.diffusion import objectives, schedules
 from dlm_ray.training import optimizer as optimization
-from dlm_ray.training import start, state
+from dlm_ray.training import start, state, teacher
 from dlm_ray.training.curriculum import annealing_ratio
 from dlm_ray.training.ema import Ema
 from dlm_ray.training.metrics import MetricsLog
@@ -73,8 +74,6 @@ class _Run:
         self.host_group = dist.new_group(backend="gloo")
         self.indexes = open_sources(recipe.data.sources)
         self.order = Order(self.indexes, [source.weight for source in recipe.data.sources], recipe.seed, recipe.data.window_shards)
-        schedule = schedules.build(recipe.objective.schedule.name, recipe.objective.schedule.exponent)
-        self.objective = objectives.build(recipe.objective.name, schedule, recipe.objective.normalize_by)
         # All ranks must resume from the same step, whatever each of them sees of the file system just now.
         latest = [listing.latest(str(run_dir)) if self.rank == 0 else None]
         dist.broadcast_object_list(latest, group=self.host_group)
@@ -88,7 +87,7 @@ class _Run:
         manifest = commit.read_manifest(self.checkpoint) if self.checkpoint else None
         tokenizer = self.indexes[0].tokenizer
         if manifest is None:
-            self.network = start.resolve(self.recipe, self.objective.is_causal, tokenizer)
+            self.network = start.resolve(self.recipe, start.is_causal(self.recipe), tokenizer)
         else:
             if manifest.tokenizer["sha256"] != tokenizer.sha256:
                 raise UserError(
@@ -96,11 +95,14 @@ class _Run:
                     f"data.sources hold {tokenizer.name} ({tokenizer.sha256[:12]}); point data.sources at the run's own data"
                 )
             self.network = start.Network.from_manifest(manifest.model)
+        self.objective = start.build_objective(self.recipe, self.network, self.indexes[0].row_tokens)
         mesh = init_device_mesh(self.device.type, (self.world_size,))
         self.root, denoiser = start.build(self.recipe, self.network, self.objective, mesh, self.device)
         self.root.train()
+        if self.recipe.objective.alignment_weight:
+            self.objective.terms = replace(self.objective.terms, teacher=teacher.load(self.recipe, mesh, self.device))
         if manifest is None:
-            start.fill(self.recipe, self.network, denoiser)
+            start.fill(self.recipe, self.network, denoiser, self.objective)
         self.optimizer = optimization.build(self.recipe.optimizer, self.root)
         self.ema = Ema(self.root, self.recipe.ema.decay) if self.recipe.ema else None
         self.step, self.cursor = 0, Cursor.start(len(self.indexes))
@@ -130,7 +132,7 @@ class _Run:
             batches = micro_batches(recipe, self.objective, rows, self.step, self.rank, self.world_size, self.device)
             result = train_step(self.root, self.objective, self.optimizer, batches, recipe.optimizer.max_gradient_norm, self.host_group)
             if unchecked is not None:
-                _check_finite(*unchecked)  # one step late, so that the host never waits for the step it has just launched
+                _check_finite(recipe, *unchecked)  # one step late, so that the host never waits for the step it has just launched
             if self.ema is not None:
                 self.ema.update(self.step)
             ratio = 0.0 if self.objective.is_causal else annealing_ratio(recipe, self.step)
@@ -150,7 +152,7 @@ class _Run:
                     metrics_log.write(self.step, validation=validation)
                 metrics["validation"] = validation
             if self.step % recipe.checkpoint.every_steps == 0 or is_last:
-                _check_finite(self.step, result)
+                _check_finite(recipe, self.step, result)
                 with clock.paused():
                     self._commit(metrics)
                     if report is not None:
@@ -181,9 +183,10 @@ class _Run:
                 "tokenizer": self.indexes[0].tokenizer.as_dict(),
                 "model": {**self.network.as_manifest(), "objective": self.recipe.objective.name},
                 "capabilities": {
-                    "likelihood": "exact" if is_causal else "bound",
-                    "infill": not is_causal,
-                    "canvas": "left_to_right" if is_causal else "whole",
+                    "likelihood": self.objective.likelihood,
+                    "infill": not is_causal and self.objective.likelihood != "none",
+                    "canvas": "left_to_right" if is_causal else "simplex_blocks" if self.objective.likelihood == "none" else "whole",
+                    "rules": list(rules_of(self.recipe.objective.name)),
                     "row_tokens": self.indexes[0].row_tokens,
                     "document_mask": self.recipe.data.document_mask,
                 },
@@ -229,12 +232,17 @@ def _process_group(recipe: Recipe) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _check_finite(step: int, result: StepResult) -> None:
-    """Raises FloatingPointError on every rank alike, because the norm is of the global gradient."""
+def _check_finite(recipe: Recipe, step: int, result: StepResult) -> None:
+    """Raises FloatingPointError on every rank alike, because the norm is of the global gradient.
+
+    Names the step, its rows in the order of the run, and the objective: what it takes to look at the same batch again.
+    """
     norm = result.gradient_norm.item()
     if not math.isfinite(norm):
+        rows = recipe.training.global_batch_rows
         raise FloatingPointError(
-            f"the gradient of step {step} is not finite (norm {norm}); the last checkpoint is good. Lower optimizer.learning_rate"
+            f"step {step} (rows {(step - 1) * rows} to {step * rows - 1} of the run's order) of objective {recipe.objective.name}: loss "
+            f"{result.metrics()['loss']:.6g}, gradient norm {norm}, not finite; the last checkpoint is good. Lower optimizer.learning_rate"
         )
 
 

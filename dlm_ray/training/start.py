@@ -13,8 +13,12 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from dlm_ray.checkpoint import commit, huggingface, weights
 from dlm_ray.config.errors import UserError
+from dlm_ray.config.objective import Simplex
 from dlm_ray.config.recipe import Recipe
 from dlm_ray.data.tokenizer import TokenizerIdentity, identity, load_tokenizer
+from dlm_ray.diffusion import objectives, schedules
+from dlm_ray.diffusion.absorbing import Absorbing, Clip
+from dlm_ray.diffusion.objectives.terms import Terms
 from dlm_ray.models import families, parallel
 from dlm_ray.models.denoiser import HuggingFaceDenoiser
 from dlm_ray.training.step import Trainee
@@ -34,6 +38,17 @@ class Network:
     base: str | None = None
     """Folder, checkpoint or hub name whose weights the run starts from; None from scratch or on resume."""
     base_has_mask_row: bool = False
+
+    @property
+    def vocab_size(self) -> int:
+        """V: tokens that a logit is computed for; a mask row at the end has none."""
+        rows: int = self.config["vocab_size"]
+        return rows - (self.mask_id == rows - 1)
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return int(self.config.get("hidden_size") or self.config["n_embd"])
 
     def as_manifest(self) -> dict[str, Any]:
         """The part of it that a checkpoint keeps."""
@@ -59,7 +74,7 @@ def resolve(recipe: Recipe, is_causal: bool, tokenizer: TokenizerIdentity) -> Ne
         return Network(_finished(config, is_causal, mask_id, shift), mask_id, shift, is_causal)
     assert recipe.model.base is not None, "a recipe has a base or an architecture"
     base = recipe.model.base
-    fields, base_mask_id, base_identity = _describe_base(base)
+    fields, base_mask_id, base_identity = describe_base(base)
     if base_identity.sha256 != tokenizer.sha256:
         raise UserError(
             f"model.base={base} was made with tokenizer {base_identity.name} (sha256 {base_identity.sha256[:12]}) and data.sources with "
@@ -79,6 +94,60 @@ def resolve(recipe: Recipe, is_causal: bool, tokenizer: TokenizerIdentity) -> Ne
     return Network(_finished(config, is_causal, mask_id, shift), mask_id, shift, is_causal, base=base, base_has_mask_row=not appended)
 
 
+def is_causal(recipe: Recipe) -> bool:
+    """Whether the recipe's objective keeps attention causal.
+
+    Raises:
+        UserError: if there is no such objective.
+    """
+    try:
+        return bool(objectives.find(recipe.objective.name).is_causal)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def build_objective(recipe: Recipe, network: Network, row_tokens: int) -> Any:
+    """The objective of the recipe for a network of this vocabulary and width, on rows of so many tokens.
+
+    Raises:
+        UserError: if a row is too short for it.
+    """
+    asked = recipe.objective
+    kind = objectives.find(asked.name)
+    if asked.name == "autoregressive":
+        return kind()
+    if asked.name == "ssd_lm":
+        simplex = asked.simplex or Simplex()
+        if simplex.block_tokens >= row_tokens - 1:
+            raise UserError(
+                f"objective.simplex.block_tokens={simplex.block_tokens} leaves no context in rows of {row_tokens} tokens; make it smaller, or "
+                "build the data with longer --row-tokens"
+            )
+        return kind(network.vocab_size, network.width, **simplex.model_dump(), times=asked.times)
+    schedule = schedules.build(**asked.schedule.model_dump())
+    process = Absorbing(
+        schedule=schedule,
+        times=asked.times,
+        mask_sampler=asked.mask_sampler,
+        num_timesteps=asked.num_timesteps or (1000 if asked.name == "d3pm" else None),
+        clip=Clip(**asked.clip.model_dump()) if asked.clip else None,
+        weight=asked.weight,
+        complementary=asked.complementary,
+        context_weights=asked.context_weights,
+    )
+    if process.clip is not None:
+        log.info("clip [%g, %g]: every weight is multiplied with %g", process.clip.beta, process.clip.omega, process.clip.constant)
+    if asked.name == "genmd4":
+        return kind(process, network.vocab_size, scalar=asked.exponents == "scalar")
+    terms = Terms(asked.confidence_weight, asked.autoregressive_weight, asked.alignment_weight)
+    own: dict[str, dict[str, Any]] = {
+        "sedd": {"vocab_size": network.vocab_size},
+        "d3pm": {"epsilon": asked.posterior_epsilon},
+        "tauldr": {"estimator": asked.estimator},
+    }
+    return kind(process, asked.normalize_by, asked.draws_per_row, terms, **own.get(asked.name, {}))
+
+
 def build(recipe: Recipe, network: Network, objective: Any, mesh: DeviceMesh, device: torch.device) -> tuple[Trainee, HuggingFaceDenoiser]:
     """The sharded root, and the denoiser in it, with memory but without numbers."""
     denoiser = parallel.build(
@@ -90,32 +159,40 @@ def build(recipe: Recipe, network: Network, objective: Any, mesh: DeviceMesh, de
         compiled=recipe.model.compile,
     )
     root = Trainee(denoiser, objective.to(device))
-    parallel.shard(root, denoiser, mesh, recipe.training.precision)
+    parallel.shard(root, denoiser, mesh, recipe.training.precision, replicated=set(objective.parameters()))
     parallel.materialize(denoiser, device)
     return root, denoiser
 
 
-def fill(recipe: Recipe, network: Network, denoiser: HuggingFaceDenoiser) -> None:
+def fill(recipe: Recipe, network: Network, denoiser: HuggingFaceDenoiser, objective: Any) -> None:
     """The numbers of a fresh run: from scratch, or the base's, with a new row for the mask token where it has none.
 
     The new row is the mean of the embeddings plus N(0, 1/D) noise (DiffuGPT); its norm is logged.
     """
     if network.base is None:
-        parallel.initialize(denoiser, recipe.seed)
-        return
-    tensors = dict(denoiser.network.named_parameters())
-    extra_rows = set() if network.base_has_mask_row else denoiser.vocabulary_names()
-    checkpoint = weights.our_checkpoint(network.base)
-    if checkpoint is None:
-        folder = huggingface.resolve_folder(network.base)
-        norms = huggingface.load_safetensors(folder, tensors, optional={"lm_head.weight"}, extra_rows=extra_rows, seed=recipe.seed)
+        architecture = recipe.model.architecture
+        parallel.initialize(denoiser, recipe.seed, zero_head=architecture is not None and architecture.zero_head)
     else:
-        norms = weights.load_weights(checkpoint, tensors, extra_rows=extra_rows, seed=recipe.seed)
+        extra_rows = set() if network.base_has_mask_row else denoiser.vocabulary_names()
+        fill_from(network.base, denoiser, extra_rows=extra_rows, seed=recipe.seed)
+    if hasattr(objective, "start_from"):
+        objective.start_from(parallel.full(denoiser.embedding))
+
+
+def fill_from(base: str, denoiser: HuggingFaceDenoiser, *, extra_rows: set[str], seed: int) -> None:
+    """The numbers of a checkpoint of ours, a Hugging Face folder or a hub name; names in `extra_rows` get a row more than it has."""
+    tensors = dict(denoiser.network.named_parameters())
+    checkpoint = weights.our_checkpoint(base)
+    if checkpoint is None:
+        folder = huggingface.resolve_folder(base)
+        norms = huggingface.load_safetensors(folder, tensors, optional={"lm_head.weight"}, extra_rows=extra_rows, seed=seed)
+    else:
+        norms = weights.load_weights(checkpoint, tensors, extra_rows=extra_rows, seed=seed)
     for name, norm in norms.items():
         log.info("new row of %s for the mask token: norm %.3f", name, norm)
 
 
-def _describe_base(base: str) -> tuple[dict[str, Any], int | None, TokenizerIdentity]:
+def describe_base(base: str) -> tuple[dict[str, Any], int | None, TokenizerIdentity]:
     """Configuration, mask id and tokenizer identity of a base."""
     checkpoint = weights.our_checkpoint(base)
     if checkpoint is not None:

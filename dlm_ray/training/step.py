@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,8 @@ class StepResult:
     sums: Tensor
     """[1 + names] this rank's sums: the weighted loss first, then `names`."""
     names: tuple[str, ...]
+    divisors: tuple[int, ...]
+    """What each named sum is divided by."""
     count: int
     num_scored: int
     gradient_norm: Tensor
@@ -50,7 +52,7 @@ class StepResult:
         sums = self.sums.clone()
         dist.all_reduce(sums)
         values = sums.tolist()
-        named = {name: value / max(1, self.num_scored) for name, value in zip(self.names, values[1:], strict=True)}
+        named = {name: value / max(1, by) for name, by, value in zip(self.names, self.divisors, values[1:], strict=True)}
         return {"loss": values[0] / self.count, "gradient_norm": self.gradient_norm.item(), **named}
 
 
@@ -65,19 +67,20 @@ def micro_batches(
 ) -> list[Batch]:
     """This rank's rows of one global batch as `num_micro_steps` batches with their draws.
 
-    A rank with fewer rows than micro-steps runs its first row again with nothing masked and nothing scored.
+    A rank with fewer rows than micro-steps runs its first row again with nothing masked and nothing scored. An objective that wants several
+    draws of a row finds its copies next to each other, with numbers of their own in the global batch.
     """
-    total = recipe.training.global_batch_rows
+    total, copies = recipe.training.global_batch_rows, objective.draws_per_row
     share = np.array_split(np.arange(total), world_size)[rank]
     assert len(share) == len(rows), f"the stream gave {len(rows)} rows where this rank's share of the global batch is {len(share)}"
     batches = []
     for part in np.array_split(np.arange(len(share)), num_micro_steps(recipe, world_size)):
         chosen = [rows[i] for i in part] or [rows[0]]
-        x_0 = np.stack([row.input_ids for row in chosen]).astype(np.int64)
-        document_ids = np.stack([row.document_ids for row in chosen]).astype(np.int32)
+        x_0 = np.stack([row.input_ids for row in chosen]).astype(np.int64).repeat(copies, axis=0)
+        document_ids = np.stack([row.document_ids for row in chosen]).astype(np.int32).repeat(copies, axis=0)
         maskable = maskable_positions(document_ids) & (len(part) > 0)
-        numbers = [int(share[i]) for i in part] or [int(share[0])]
-        draw = objective.draw(DrawKey(recipe.seed, step, numbers, total), maskable)
+        numbers = [int(share[i]) * copies + copy for i in (part if len(part) else [0]) for copy in range(copies)]
+        draw = objective.draw(DrawKey(recipe.seed, step, numbers, total * copies), x_0, maskable)
         visible = curriculum.visibility(recipe, objective.is_causal, step, document_ids, device)
         batches.append(Batch(torch.from_numpy(x_0).to(device, non_blocking=True), draw.to(device), visible))
     return batches
@@ -95,16 +98,43 @@ def train_step(
     count, num_scored = max(1, int(counts[0])), int(counts[1])
     sums: Tensor | None = None
     names: tuple[str, ...] = ()
+    divisors: tuple[int, ...] = ()
     for i, batch in enumerate(batches):
         root.set_requires_gradient_sync(i == len(batches) - 1)
         loss: LossSum = root(batch)
         # FSDP2 averages gradients over ranks; the loss is a sum over them.
         (loss.weighted_sum * (dist.get_world_size() / count)).backward()
-        names = tuple(loss.by_name)
-        parts = torch.stack([loss.weighted_sum.detach(), *loss.by_name.values()]).double()
+        names = (*loss.by_name, *loss.by_token)
+        divisors = (*[num_scored] * len(loss.by_name), *[count] * len(loss.by_token))
+        parts = torch.stack([loss.weighted_sum.detach(), *loss.by_name.values(), *loss.by_token.values()]).double()
         sums = parts if sums is None else sums + parts
-    norm = torch.nn.utils.clip_grad_norm_(root.parameters(), max_norm)
+    norm = _clip(root.denoiser.parameters(), _reduced(objective.parameters()), max_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     assert sums is not None, "a step has at least one micro-batch"
-    return StepResult(sums, names, count, num_scored, norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    return StepResult(sums, names, divisors, count, num_scored, norm)
+
+
+def _reduced(own: Iterable[nn.Parameter]) -> list[Tensor]:
+    """Gradients of the objective's own parameters, whole on every rank, averaged over ranks as FSDP2 averages the network's."""
+    gradients = []
+    for parameter in own:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        dist.all_reduce(parameter.grad)
+        gradients.append(parameter.grad.div_(dist.get_world_size()))
+    return gradients
+
+
+def _clip(sharded: Iterable[nn.Parameter], replicated: list[Tensor], max_norm: float) -> Tensor:
+    """Clips the gradients to one norm over both kinds, and returns it."""
+    gradients = [parameter.grad for parameter in sharded if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    if replicated:
+        norm = torch.linalg.vector_norm(torch.stack([norm, *(gradient.norm() for gradient in replicated)]))
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
+    torch._foreach_mul_([*local, *replicated], factor)
+    return norm

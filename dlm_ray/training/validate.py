@@ -26,11 +26,12 @@ def validate(
     """Nats a token and bits a byte of `rows`, and the unweighted cross-entropy by bin of t. Collective: every rank passes the same rows.
 
     Returns:
-        nats_per_token, bits_per_byte, and for a diffusion objective masked_nll_by_t: TIME_BINS means over t in equal bins of (0, 1).
+        nats_per_token, bits_per_byte, and for a diffusion objective nll_by_t: TIME_BINS means over t in equal bins of (0, 1). An objective
+        without a bound has block_nll, the cross-entropy of a block's token, and block_nll_by_t.
     """
     x_0 = np.stack([row.input_ids for row in rows]).astype(np.int64)
     document_ids = np.stack([row.document_ids for row in rows])
-    draws = 1 if objective.is_causal else DRAWS_PER_ROW
+    draws = 1 if objective.likelihood == "exact" else DRAWS_PER_ROW
     pairs = [(row, number) for row in range(len(rows)) for number in range(draws)]
     mine = np.array_split(np.arange(len(pairs)), world_size)[rank]
     most = math.ceil(len(pairs) / world_size)
@@ -63,12 +64,14 @@ def validate(
             module.reshard()
     dist.all_reduce(sums)
     nats = sums[0].item() / draws
+    means = (sums[1 : 1 + TIME_BINS] / sums[1 + TIME_BINS :].clamp(min=1)).tolist()
+    if objective.likelihood == "none":
+        return {"block_nll": sums[1 : 1 + TIME_BINS].sum().item() / max(1.0, sums[1 + TIME_BINS :].sum().item()), "block_nll_by_t": means}
     num_bytes = sum(int(row.num_bytes.sum()) for row in rows)
     result: dict[str, Any] = {
         "nats_per_token": nats / int(maskable_positions(document_ids).sum()),
         "bits_per_byte": bits_per_byte(nats, num_bytes),
     }
-    if not objective.is_causal:
-        means = sums[1 : 1 + TIME_BINS] / sums[1 + TIME_BINS :].clamp(min=1)
-        result["masked_nll_by_t"] = means.tolist()
+    if objective.likelihood == "bound":
+        result["nll_by_t"] = means
     return result

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from dlm_ray.diffusion.draws import ROW_MULTIPLE, DrawKey, evaluation_times, maskable_positions, stratified_times
+from dlm_ray.diffusion.absorbing import Absorbing
+from dlm_ray.diffusion.draws import ROW_MULTIPLE, DrawKey, evaluation_times, maskable_positions, times
 from dlm_ray.diffusion.objectives import Masked
 from dlm_ray.diffusion.schedules import Cosine, Polynomial
 
@@ -14,7 +15,7 @@ ROWS, LENGTH = 12, 40
 def draw(rows, step=3, seed=5, schedule=None):
     maskable = np.ones((len(rows), LENGTH), dtype=bool)
     maskable[:, 0] = False
-    return Masked(schedule or Polynomial()).draw(DrawKey(seed, step, rows, ROWS), maskable)
+    return Masked(Absorbing(schedule or Polynomial())).draw(DrawKey(seed, step, rows, ROWS), None, maskable)
 
 
 def test_masks_do_not_depend_on_how_the_global_batch_is_cut():
@@ -32,26 +33,26 @@ def test_another_seed_or_step_gives_other_masks(other):
 
 
 def test_every_stratum_of_t_is_hit_once_a_step():
-    times = stratified_times(DrawKey(0, 7, range(ROWS), ROWS))
-    assert sorted(np.floor(times * ROWS)) == list(range(ROWS))
+    t = times("stratified", DrawKey(0, 7, range(ROWS), ROWS))[:, 0]
+    assert sorted(np.floor(t * ROWS)) == list(range(ROWS))
 
 
 def test_no_place_in_the_batch_has_a_biased_t():
-    times = np.array([stratified_times(DrawKey(0, step, range(ROWS), ROWS)) for step in range(600)])
+    t = np.array([times("stratified", DrawKey(0, step, range(ROWS), ROWS))[:, 0] for step in range(600)])
     standard_error = np.sqrt(1 / 12 / 600)
-    assert (np.abs(times.mean(0) - 0.5) < 4.5 * standard_error).all()
+    assert (np.abs(t.mean(0) - 0.5) < 4.5 * standard_error).all()
 
 
 def test_strata_estimate_the_integral_of_t_better_than_independent_draws():
-    means = [stratified_times(DrawKey(0, step, range(ROWS), ROWS)).mean() for step in range(200)]
+    means = [times("stratified", DrawKey(0, step, range(ROWS), ROWS)).mean() for step in range(200)]
     independent = np.random.default_rng(0).random((200, ROWS)).mean(1)
     assert np.var(means) < np.var(independent) / 20
 
 
 def test_evaluation_times_have_strata_of_their_own_for_every_row():
-    times = evaluation_times(0, [4, 9], 8)
-    assert (np.sort(np.floor(times * 8)) == np.arange(8)).all()
-    assert (evaluation_times(0, [9], 8) == times[1:]).all()
+    t = evaluation_times(0, [4, 9], 8)
+    assert (np.sort(np.floor(t * 8)) == np.arange(8)).all()
+    assert (evaluation_times(0, [9], 8) == t[1:]).all()
 
 
 @pytest.mark.parametrize("schedule", [Polynomial(), Polynomial(3.0), Cosine()], ids=str)

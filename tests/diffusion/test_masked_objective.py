@@ -8,10 +8,11 @@ import pytest
 import torch
 from toy import LENGTH, MASK, TableDenoiser, exact_nelbo, texts
 
+from dlm_ray.diffusion.absorbing import Absorbing
 from dlm_ray.diffusion.denoiser import Batch
 from dlm_ray.diffusion.draws import DrawKey, make_draw
 from dlm_ray.diffusion.likelihood import token_nats
-from dlm_ray.diffusion.objectives import Autoregressive, Masked, build
+from dlm_ray.diffusion.objectives import Autoregressive, Masked, find
 from dlm_ray.diffusion.schedules import Cosine, Polynomial
 from dlm_ray.diffusion.visibility import Visibility
 
@@ -21,7 +22,9 @@ SCHEDULES = [Polynomial(1.0), Polynomial(2.0), Cosine()]
 
 def batch_of(x_0, is_masked, weight):
     scored = np.flatnonzero(is_masked)
-    draw = make_draw(np.full(len(is_masked), 0.5), is_masked, scored, np.full(len(scored), weight), is_masked[:, 1:].size)
+    maskable = np.ones_like(is_masked)
+    maskable[:, 0] = False
+    draw = make_draw(np.full(len(is_masked), 0.5), is_masked, scored, np.full(len(scored), weight), maskable)
     return Batch(x_0, draw, FULL)
 
 
@@ -39,7 +42,7 @@ def test_the_bound_equals_the_enumerated_one_on_any_schedule(schedule):
                 continue
             probability = math.prod(p if masked else 1 - p for masked in pattern)
             batch = batch_of(x_0[None], np.array([[False, *pattern]]), 1.0)
-            nll = Masked(schedule)(denoiser, batch).weighted_sum.item()
+            nll = Masked(Absorbing(schedule))(denoiser, batch).weighted_sum.item()
             integral += dt * weight * probability * nll
     # float32 weights of 1 are exact; the quadrature is what limits the cosine's end point.
     assert integral == pytest.approx(exact_nelbo(denoiser, x_0), rel=1e-9 if schedule != Cosine() else 1e-6)
@@ -57,10 +60,10 @@ def test_training_draws_estimate_the_bound_without_bias(schedule):
     x_0 = torch.tensor([0, 2, 1, 3]).repeat(rows, 1)
     maskable = np.ones((rows, 1 + LENGTH), dtype=bool)
     maskable[:, 0] = False
-    objective = Masked(schedule)
+    objective = Masked(Absorbing(schedule))
     values = []
     for step in range(steps):
-        draw = objective.draw(DrawKey(1, step, range(rows), rows), maskable)
+        draw = objective.draw(DrawKey(1, step, range(rows), rows), None, maskable)
         values.append(objective(denoiser, Batch(x_0, draw, FULL)).weighted_sum.item() / rows)
     standard_error = np.std(values, ddof=1) / math.sqrt(steps)
     assert abs(np.mean(values) - exact_nelbo(denoiser, x_0[0])) < 4 * standard_error
@@ -70,7 +73,7 @@ def test_the_evaluated_bound_agrees_and_its_interval_covers_it():
     denoiser = TableDenoiser()
     x_0 = torch.stack(texts()[::4])
     scored = token_nats(
-        denoiser, Masked(Polynomial()), x_0.numpy(), np.zeros(x_0.shape, dtype=np.int32), lambda _: FULL, torch.device("cpu"), num_draws=256
+        denoiser, Masked(), x_0.numpy(), np.zeros(x_0.shape, dtype=np.int32), lambda _: FULL, torch.device("cpu"), num_draws=256
     )
     exact = np.array([exact_nelbo(denoiser, row) for row in x_0])
     standard_error = scored.draw_totals.std(ddof=1) / math.sqrt(256)
@@ -91,20 +94,22 @@ def test_what_is_masked_is_never_inferred_from_ids():
     """A text that contains the mask's id as a word: only the drawn positions are scored."""
     is_masked = np.array([[False, True, False, False]])
     batch = batch_of(torch.tensor([[0, 2, MASK, 3]]), is_masked, 1.0)
-    result = Masked(Polynomial())(TableDenoiser(), batch)
+    result = Masked()(TableDenoiser(), batch)
     log_probs = TableDenoiser().log_probs(torch.tensor([0, MASK, MASK, 3]))
     assert result.weighted_sum.item() == pytest.approx(-log_probs[1, 2].item())
 
 
 def test_normalisations_count_all_tokens_or_the_masked_ones():
-    draw = make_draw(np.array([0.5]), np.array([[False, True, False, True]]), np.array([1, 3]), np.ones(2), 3)
-    assert Masked(Polynomial(), "all_tokens").count(draw) == 3
-    assert Masked(Polynomial(), "global_masked").count(draw) == 2
+    draw = make_draw(
+        np.array([0.5]), np.array([[False, True, False, True]]), np.array([1, 3]), np.ones(2), np.array([[False, True, True, True]])
+    )
+    assert Masked(None, "all_tokens").count(draw) == 3
+    assert Masked(None, "global_masked").count(draw) == 2
     assert Autoregressive().count(draw) == 3
 
 
 def test_an_objective_of_ones_own_is_taken_by_its_path():
-    assert isinstance(build("dlm_ray.diffusion.objectives.masked:Masked", Polynomial(), "all_tokens"), Masked)
+    assert find("dlm_ray.diffusion.objectives.masked:Masked") is Masked
     for wrong in ("maskd", "no.such:Class", "dlm_ray.diffusion.objectives.masked:Nothing"):
         with pytest.raises(ValueError, match="objective.name"):
-            build(wrong, Polynomial(), "all_tokens")
+            find(wrong)

@@ -15,12 +15,14 @@ class Autoregressive(nn.Module):
     """Next-token cross-entropy over exactly the tokens that the diffusion objectives score, so that their bits compare."""
 
     is_causal = True
+    likelihood = "exact"
+    draws_per_row = 1
 
-    def draw(self, key: DrawKey, maskable: np.ndarray) -> Draw:
+    def draw(self, key: DrawKey, x_0: np.ndarray, maskable: np.ndarray) -> Draw:
         """Nothing is masked and everything is scored, at weight 1."""
         return exact_draw(maskable)
 
-    def evaluation_draw(self, seed: int, keys: Sequence[tuple[int, int]], t: np.ndarray, maskable: np.ndarray) -> Draw:
+    def evaluation_draw(self, seed: int, keys: Sequence[tuple[int, int]], t: np.ndarray, x_0: np.ndarray, maskable: np.ndarray) -> Draw:
         """The same: there is nothing to draw."""
         return exact_draw(maskable)
 
@@ -40,4 +42,4 @@ class Autoregressive(nn.Module):
 def exact_draw(maskable: np.ndarray) -> Draw:
     """The draw without randomness: t = 0, nothing masked, every maskable position scored."""
     scored = np.flatnonzero(maskable)
-    return make_draw(np.zeros(len(maskable)), np.zeros_like(maskable), scored, np.ones(len(scored)), len(scored))
+    return make_draw(np.zeros(len(maskable)), np.zeros_like(maskable), scored, np.ones(len(scored)), maskable)

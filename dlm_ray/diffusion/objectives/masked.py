@@ -1,4 +1,4 @@
-"""Masked diffusion in continuous time: MD4 (arXiv 2406.04329, Eq. 5), which is MDLM's loss and DiffuLLaMA's Eq. 7.
+"""Masked diffusion: MD4 (arXiv 2406.04329, Eq. 5), which is MDLM's loss and DiffuLLaMA's Eq. 7; in continuous time or at T times.
 
 L(x_0) = E_{t ~ U(0,1), x_t ~ q(.|x_0)} [ -alpha'_t / (1 - alpha_t) * sum_{n: x_t^n masked} -log p(x_0^n | x_t) ]   in nats a row.
 """
@@ -8,31 +8,43 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
-from dlm_ray.diffusion.denoiser import Batch, Denoiser, LossSum, score
-from dlm_ray.diffusion.draws import EVALUATION_MASK, MASK, Draw, DrawKey, mask_draw, stratified_times
-from dlm_ray.diffusion.schedules import Schedule
+from dlm_ray.diffusion.absorbing import Absorbing, Process
+from dlm_ray.diffusion.denoiser import Batch, Denoiser, LossSum, cross_entropy, score, scored_rows
+from dlm_ray.diffusion.draws import Draw, DrawKey
+from dlm_ray.diffusion.objectives.terms import Terms
 
 
 class Masked(nn.Module):
-    """The negative ELBO of masked diffusion, divided by all tokens (the bound per token) or by the masked ones of the global batch."""
+    """The negative ELBO of masked diffusion, divided by all tokens (the bound per token) or by the masked ones of the global batch.
+
+    Args:
+        process: the forward process q(x_t | x_0) with its schedule, times and weights.
+        normalize_by: `all_tokens` or `global_masked`.
+        draws_per_row: masks of one row in a batch.
+        terms: what today's systems add to the loss; nothing by default.
+    """
 
     is_causal = False
+    likelihood = "bound"
 
-    def __init__(self, schedule: Schedule, normalize_by: str = "all_tokens"):
+    def __init__(
+        self, process: Process | None = None, normalize_by: str = "all_tokens", draws_per_row: int = 1, terms: Terms | None = None
+    ):
         super().__init__()
-        self.schedule = schedule
+        self.process = process or Absorbing()
         self.normalize_by = normalize_by
+        self.draws_per_row = draws_per_row
+        self.terms = terms or Terms()
 
-    def draw(self, key: DrawKey, maskable: np.ndarray) -> Draw:
-        """T in strata over the global batch, masks by Bernoulli(1 - alpha(t)), weights -alpha'/(1 - alpha)."""
-        return mask_draw(key.seed, MASK, [(key.step, row) for row in key.rows], stratified_times(key), maskable, self.schedule)
+    def draw(self, key: DrawKey, x_0: np.ndarray, maskable: np.ndarray) -> Draw:
+        """The process's; with the continuous one t in strata, masks by Bernoulli(1 - alpha(t)), weights -alpha'/(1 - alpha)."""
+        return self.process.draw(key, maskable)
 
-    def evaluation_draw(self, seed: int, keys: Sequence[tuple[int, int]], t: np.ndarray, maskable: np.ndarray) -> Draw:
+    def evaluation_draw(self, seed: int, keys: Sequence[tuple[int, int]], t: np.ndarray, x_0: np.ndarray, maskable: np.ndarray) -> Draw:
         """The masks of pairs (number of the draw, row) at given times t [B]."""
-        return mask_draw(seed, EVALUATION_MASK, keys, t, maskable, self.schedule)
+        return self.process.evaluation_draw(seed, keys, t, maskable)
 
     def count(self, draw: Draw) -> int:
         """Tokens of the rows, or masked tokens, as `normalize_by` says."""
@@ -40,12 +52,28 @@ class Masked(nn.Module):
 
     def token_nll(self, denoiser: Denoiser, batch: Batch) -> Tensor:
         """[R] nats: -log p(x_0^n | x_t) at the masked positions n."""
-        assert denoiser.mask_id is not None, "masked diffusion needs a network with a mask token"
-        x_t = torch.where(batch.draw.is_masked, denoiser.mask_id, batch.x_0)  # [B, L]
-        return score(denoiser, x_t, batch)
+        return score(denoiser, self.process.inputs(denoiser, batch), batch)
 
     def forward(self, denoiser: Denoiser, batch: Batch) -> LossSum:
         """The weighted sum over masked tokens, and the unweighted one to log (comparable between weights and papers)."""
-        nll = self.token_nll(denoiser, batch)
+        extra: dict[str, Tensor] = {}
+        if self.terms.any:
+            nll, extra = self._with_terms(denoiser, batch)
+        else:
+            nll = self.token_nll(denoiser, batch)
+        weighted = (batch.draw.weight * nll).sum()
         unweighted = (nll.detach() * (batch.draw.weight > 0)).sum()
-        return LossSum((batch.draw.weight * nll).sum(), {"masked_nll": unweighted})
+        by_token = {name: value.detach() for name, value in extra.items()} | ({"bound": weighted.detach()} if extra else {})
+        return LossSum(weighted + sum(extra.values(), weighted.new_zeros(())), {"masked_nll": unweighted}, by_token)
+
+    def _with_terms(self, denoiser: Denoiser, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """[R] nats, and the terms that are added to the weighted sum."""
+        inputs = self.process.inputs(denoiser, batch)
+        states = denoiser.states(inputs, batch.visibility) if self.terms.alignment_weight else (denoiser.hidden(inputs, batch.visibility),)
+        rows = scored_rows(denoiser, states[-1], batch.draw)
+        targets = batch.x_0.flatten()[batch.draw.scored]
+        if self.terms.confidence_weight:
+            nll, confidence = denoiser.reduce_logits(rows, self.terms.confidence, targets)
+        else:
+            nll, confidence = denoiser.reduce_logits(rows, cross_entropy, targets), None
+        return nll, self.terms.sums(denoiser, batch, states, confidence)

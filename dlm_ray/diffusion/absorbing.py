@@ -1,0 +1,154 @@
+"""The absorbing forward process q(x_t | x_0): every token is, alone, either still itself or the mask.
+
+A forward process is an argument of the objective. It makes the randomness of rows (`draw`), and says what the network sees of them
+(`inputs`); what is learned from that is the objective's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dlm_ray.diffusion.denoiser import Batch, Denoiser
+from dlm_ray.diffusion.draws import EVALUATION_MASK, MASK, Draw, DrawKey, make_draw, times, uniforms
+from dlm_ray.diffusion.schedules import Polynomial, Schedule
+
+
+class Process(Protocol):
+    """A forward process: absorbing, or somebody's own (uniform, mask-and-replace, Gaussian)."""
+
+    def draw(self, key: DrawKey, maskable: np.ndarray) -> Draw:
+        """The randomness of the rows of `key` in training, and the weight of every scored position."""
+
+    def evaluation_draw(self, seed: int, keys: Sequence[tuple[int, int]], t: np.ndarray, maskable: np.ndarray) -> Draw:
+        """The same for a bound, at given times [B]: over the full range, with the ELBO's weights."""
+
+    def inputs(self, denoiser: Denoiser, batch: Batch) -> Tensor:
+        """What the network sees of x_t: [B, L] ids, or [B, L, D] embeddings."""
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Training on t in [beta, omega] alone (BD3-LM, section 4.2); with the linear schedule t is the mask probability."""
+
+    beta: float
+    omega: float
+    weight: Literal["unbiased", "paper"] = "unbiased"
+    """`unbiased`: the ELBO's integral over [beta, omega], density 1 / (omega - beta) divided out. `paper`: BD3-LM's code, which leaves that
+    constant away, and weighs flat where beta > 0.5."""
+
+    @property
+    def constant(self) -> float:
+        """What every weight is multiplied with."""
+        return self.omega - self.beta if self.weight == "unbiased" else 1.0
+
+
+@dataclass(frozen=True)
+class Absorbing:
+    """Independent masks, and the ELBO's weights: -alpha'/(1 - alpha) in continuous time, T (alpha_s - alpha_t)/(1 - alpha_t) at T times."""
+
+    schedule: Schedule = Polynomial()
+    times: str = "stratified"
+    mask_sampler: Literal["bernoulli", "count"] = "bernoulli"
+    """`count`: k uniform in 1..N, a uniform subset of k of the row's N tokens, weight N / k: t integrated out, never nothing masked
+    (ARDM's loss, arXiv 2110.02037, Eq. 3)."""
+    num_timesteps: int | None = None
+    """T of discrete time; None: continuous."""
+    clip: Clip | None = None
+    weight: Literal["elbo", "flat", "time"] = "elbo"
+    """DiffuLLaMA's three: 1/t in the paper (`elbo` with the linear schedule), 1, and the t of its first 7B script."""
+    complementary: bool = False
+    """Row 2i+1 of a batch masks exactly what row 2i left clean."""
+    context_weights: float | None = None
+    """p of Dream's CART: a masked token weighs (1/2) sum over clean tokens at distance d of p (1 - p)^(d - 1)."""
+
+    def draw(self, key: DrawKey, maskable: np.ndarray) -> Draw:
+        """Times as `times` says, masks, weights."""
+        is_complement = np.array([self.complementary and row % 2 == 1 for row in key.rows])
+        if self.complementary:  # a pair shares one t and one set of coins
+            key = replace(key, rows=[row // 2 for row in key.rows], global_batch_rows=key.global_batch_rows // 2)
+        t = times(self.times, key)[:, 0]
+        if self.clip is not None:
+            t = self.clip.beta + (self.clip.omega - self.clip.beta) * t
+        return self._draw(key.seed, MASK, [(key.step, row) for row in key.rows], t, maskable, is_complement)
+
+    def evaluation_draw(self, seed: int, keys: Sequence[tuple[int, int]], t: np.ndarray, maskable: np.ndarray) -> Draw:
+        """The masks of pairs (number of the draw, row) at given times t [B]; whatever training did to range and weights is left out."""
+        bound = replace(self, clip=None, weight="elbo", complementary=False, context_weights=None)
+        return bound._draw(seed, EVALUATION_MASK, keys, t, maskable, np.zeros(len(keys), dtype=bool))
+
+    def inputs(self, denoiser: Denoiser, batch: Batch) -> Tensor:
+        """[B, L]: the mask token where masked, x_0 elsewhere."""
+        assert denoiser.mask_id is not None, "masked diffusion needs a network with a mask token"
+        return torch.where(batch.draw.is_masked, denoiser.mask_id, batch.x_0)
+
+    def _draw(
+        self, seed: int, stream: int, keys: Sequence[tuple[int, int]], t: np.ndarray, maskable: np.ndarray, is_complement: np.ndarray
+    ) -> Draw:
+        num_positions = maskable.shape[1]
+        uniform = uniforms(seed, stream, keys, num_positions)
+        if self.mask_sampler == "count":
+            is_masked, weight = _counted(uniform, t, maskable)
+        else:
+            if self.num_timesteps is not None:
+                t = np.minimum(np.floor(t * self.num_timesteps) + 1, self.num_timesteps) / self.num_timesteps
+            probability = self.schedule.mask_probability(torch.from_numpy(t)).numpy()
+            is_masked = (uniform < probability[:, None]) ^ is_complement[:, None]
+            is_masked &= maskable
+            weight = self.weights(t, is_complement)
+        weights = np.broadcast_to(weight[:, None], maskable.shape)
+        if self.context_weights is not None:
+            weights = weights * _context(is_masked, maskable, self.context_weights)
+        scored = np.flatnonzero(is_masked)
+        return make_draw(t, is_masked, scored, weights.ravel()[scored] if len(scored) else np.empty(0), maskable)
+
+    def weights(self, t: np.ndarray, is_complement: np.ndarray) -> np.ndarray:
+        """[B] times -> [B] the weight of a row's masked tokens."""
+        times_ = torch.from_numpy(t)  # [B] float64
+        if self.weight == "flat" or (self.clip is not None and self.clip.weight == "paper" and self.clip.beta > 0.5):
+            return np.ones(len(t))
+        if self.weight == "time":
+            return t
+        if self.num_timesteps is not None:
+            now = self.schedule.mask_probability(times_).numpy()
+            then = self.schedule.mask_probability(step_before(times_, self.num_timesteps)).numpy()
+            return self.num_timesteps * (now - then) / now
+        weight = self.schedule.weight(times_).numpy()
+        if is_complement.any():
+            # Masked with probability alpha(t), which has the density 1 / |alpha'|: the bound over mask probabilities p, weight 1 / p.
+            rate = (-self.schedule.alpha_prime(times_) / self.schedule.alpha(times_)).numpy()
+            weight = np.where(is_complement, rate, weight)
+        return weight if self.clip is None else weight * self.clip.constant
+
+
+def _counted(uniform: np.ndarray, t: np.ndarray, maskable: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Masks [B, L] of exactly k = floor(t N) + 1 of a row's N maskable tokens, those with the smallest numbers; weights N / k [B].
+
+    A t in strata gives a k in strata.
+    """
+    num_maskable = maskable.sum(1)
+    k = np.minimum(np.floor(t * num_maskable) + 1, np.maximum(num_maskable, 1))
+    rank = np.where(maskable, uniform, 2.0).argsort(1).argsort(1)
+    return (rank < k[:, None]) & maskable, num_maskable / k
+
+
+def _context(is_masked: np.ndarray, maskable: np.ndarray, p: float) -> np.ndarray:
+    """[B, L]: (1/2) sum over the document's clean tokens at distance d of p (1 - p)^(d - 1), by one recursion from each side."""
+    total = np.zeros(is_masked.shape)
+    for direction in (1, -1):
+        clean, text = ~is_masked[:, ::direction], maskable[:, ::direction]
+        near = np.zeros(len(is_masked))
+        for n in range(is_masked.shape[1]):
+            total[:, ::direction][:, n] += near
+            near = text[:, n] * ((1 - p) * near + p * clean[:, n])  # what is not text begins another document
+    return total / 2
+
+
+def step_before(t: Tensor, num_timesteps: int) -> Tensor:
+    """T in 1/T .. 1 -> s = t - 1/T, exactly 0 for the first."""
+    return (torch.round(t * num_timesteps) - 1) / num_timesteps

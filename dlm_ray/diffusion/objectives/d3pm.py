@@ -1,0 +1,68 @@
+"""D3PM-absorb (Austin et al., arXiv 2107.03006) as its code computes it: the KL of two posteriors over all states, with a small epsilon.
+
+L(x_0) = sum_{i=1..T} E_{x_t} KL( q(x_s | x_t, x_0) || p(x_s | x_t) ),   t = i/T, s = (i-1)/T,
+q(x_s | x_t, x_0) ~ q(x_s | x_0) q(x_t | x_s),   p(x_s | x_t) ~ (sum_v mu_v q(x_s | x_0 = v)) q(x_t | x_s)
+
+Both are taken from logarithms of products in which most factors are 0, so epsilon is added to every factor. That makes the number wrong
+(MD4's authors and `tests/diffusion/test_identities.py` show how much), and a small epsilon diverges; without it the sum is MD4's discrete-time
+loss, which is logged beside it as `closed_form` and is what evaluation reports. The last step, to s = 0, is treated as all others.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dlm_ray.diffusion.absorbing import Absorbing, step_before
+from dlm_ray.diffusion.denoiser import Batch, Denoiser, LossSum, cross_entropy
+from dlm_ray.diffusion.draws import Draw, DrawKey, make_draw
+from dlm_ray.diffusion.objectives.masked import Masked
+
+
+class D3pm(Masked):
+    """The literal variational bound in T steps; every token is scored, masked or not, because epsilon gives both a KL.
+
+    Args:
+        process: with its number of timesteps T.
+        epsilon: added to every factor of a posterior (1e-6 in the authors' code).
+    """
+
+    def __init__(self, process: Absorbing, *arguments: Any, epsilon: float = 1e-6, **options: Any):
+        super().__init__(process, *arguments, **options)
+        assert process.num_timesteps is not None, "D3PM has discrete times"
+        self.schedule, self.num_timesteps, self.epsilon = process.schedule, process.num_timesteps, epsilon
+
+    def draw(self, key: DrawKey, x_0: np.ndarray, maskable: np.ndarray) -> Draw:
+        """The process's t and masks; every maskable position is scored with weight T."""
+        masks = self.process.draw(key, maskable)
+        scored = np.flatnonzero(maskable)
+        return make_draw(masks.t.numpy(), masks.is_masked.numpy(), scored, np.full(len(scored), float(self.num_timesteps)), maskable)
+
+    def forward(self, denoiser: Denoiser, batch: Batch) -> LossSum:
+        """The literal sum, and the closed form to log."""
+        draw = batch.draw
+        row = draw.scored // batch.x_0.shape[1]
+        alpha_t = self.schedule.alpha(draw.t)[row]
+        alpha_s = 1 - self.schedule.mask_probability(step_before(draw.t, self.num_timesteps))[row]
+        is_masked = draw.is_masked.flatten()[draw.scored]
+        targets = batch.x_0.flatten()[draw.scored]
+        hidden = denoiser.hidden(self.process.inputs(denoiser, batch), batch.visibility).flatten(0, 1)
+        kl, nll = denoiser.reduce_logits(hidden[denoiser.rows_for(draw.scored)], self.posterior_kl, targets, is_masked, alpha_s, alpha_t)
+        closed = draw.weight * nll.detach() * is_masked * (alpha_s - alpha_t) / (1 - alpha_t)
+        return LossSum((draw.weight * kl).sum(), by_token={"closed_form": closed.sum()})
+
+    def posterior_kl(self, logits: Tensor, x_0: Tensor, is_masked: Tensor, alpha_s: Tensor, alpha_t: Tensor) -> tuple[Tensor, Tensor]:
+        """[n, V] logits and [n] x_0, is_masked, alpha_s, alpha_t -> [n] KL over the V tokens and the mask, and [n] -log mu_{x_0}."""
+        onehot = torch.nn.functional.one_hot(x_0, logits.shape[1]).to(logits)  # [n, V]
+        stays = (alpha_t / alpha_s)[:, None]
+        given_s = torch.where(is_masked[:, None], 1 - stays, stays * onehot)  # q(x_t | x_s = v)
+        given_s = torch.cat([given_s, is_masked[:, None].to(logits)], 1)  # a mask stays a mask
+        mask = (1 - alpha_s)[:, None]
+        log_given_s = (given_s + self.epsilon).log()
+        q_logits = (torch.cat([alpha_s[:, None] * onehot, mask], 1) + self.epsilon).log() + log_given_s
+        p_logits = (torch.cat([alpha_s[:, None] * logits.softmax(-1), mask], 1) + self.epsilon).log() + log_given_s
+        log_q, log_p = q_logits.log_softmax(-1), p_logits.log_softmax(-1)
+        return (log_q.exp() * (log_q - log_p)).sum(-1), cross_entropy(logits, x_0)

@@ -1,0 +1,56 @@
+"""SEDD-absorb: score entropy (Lou et al., arXiv 2310.16834), where the network gives the ratios s_v = p_t(x with v for a mask) / p_t(x).
+
+With the true score at a mask, s_v = r p(x_0 = v | x_t), r = alpha / (1 - alpha), the loss of a masked token is
+
+    -alpha'/alpha * [ sum_v s_v - r ln s_{x_0} + r (ln r - 1) ].
+
+The network's f gives ln s_v = f_v - ln((1 - alpha) / alpha) - ln V. With Z = sum_v s_v / r = (1/V) sum_v exp f_v and mu = softmax(f) the
+bracket is r [ -ln mu_{x_0} + Z - 1 - ln Z ], and the factor in front times r is MD4's weight: SEDD is MD4's loss and a consistency gap
+Z - 1 - ln Z >= 0 that is zero only for a score that is normalised. So it is computed, without cancellation at either end of t.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dlm_ray.diffusion.denoiser import Batch, Denoiser, LossSum, cross_entropy, scored_rows
+from dlm_ray.diffusion.objectives.masked import Masked
+
+
+class Sedd(Masked):
+    """Denoising score entropy of the absorbing graph; logs the consistency gap."""
+
+    def __init__(self, *arguments: Any, vocab_size: int, **options: Any):
+        super().__init__(*arguments, **options)
+        self.vocab_size = vocab_size
+
+    def parts(self, denoiser: Denoiser, batch: Batch) -> tuple[Tensor, Tensor]:
+        """[R] nats each: -ln mu_{x_0}, and the gap Z - 1 - ln Z."""
+
+        def score_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+            log_z = log_normaliser(logits, self.vocab_size)
+            return cross_entropy(logits, targets), torch.expm1(log_z) - log_z
+
+        hidden = denoiser.hidden(self.process.inputs(denoiser, batch), batch.visibility)
+        return denoiser.reduce_logits(scored_rows(denoiser, hidden, batch.draw), score_entropy, batch.x_0.flatten()[batch.draw.scored])
+
+    def token_nll(self, denoiser: Denoiser, batch: Batch) -> Tensor:
+        """[R] nats: score entropy in units of MD4's weight, of which MD4's loss is a part."""
+        nll, gap = self.parts(denoiser, batch)
+        return nll + gap
+
+    def forward(self, denoiser: Denoiser, batch: Batch) -> LossSum:
+        """The weighted sum over masked tokens; by name, its two parts without weights."""
+        nll, gap = self.parts(denoiser, batch)
+        is_scored = batch.draw.weight > 0
+        by_name = {"masked_nll": (nll.detach() * is_scored).sum(), "consistency_gap": (gap.detach() * is_scored).sum()}
+        return LossSum((batch.draw.weight * (nll + gap)).sum(), by_name)
+
+
+def log_normaliser(logits: Tensor, vocab_size: int) -> Tensor:
+    """[n, V] -> [n]: ln Z = ln (1/V) sum_v exp f_v."""
+    return logits.logsumexp(-1) - math.log(vocab_size)

@@ -1,0 +1,120 @@
+"""A TextModel from a checkpoint of ours, from a Hugging Face folder, or from an AR model that was never adapted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from dlm_ray.checkpoint import commit, huggingface, weights
+from dlm_ray.checkpoint.commit import Manifest
+from dlm_ray.config.errors import UserError
+from dlm_ray.config.objective import Sampling, rules_of
+from dlm_ray.data.tokenizer import TokenizerIdentity, identity, load_tokenizer
+from dlm_ray.diffusion.absorbing import Absorbing
+from dlm_ray.diffusion.objectives import Autoregressive, GenMD4, Masked, Sedd, SsdLm
+from dlm_ray.models import families, parallel
+from dlm_ray.models.denoiser import HuggingFaceDenoiser
+from dlm_ray.serving.text_model import TextModel
+
+
+def load(path: str | Path, weights_kind: str | None = None, *, device: str = "auto") -> TextModel:
+    """A TextModel from a step directory of ours, a run directory (its last step), a Hugging Face folder or a hub name.
+
+    Args:
+        path: the checkpoint.
+        weights_kind: `ema`, `raw`, or None: the average if the run kept one.
+        device: auto, cpu or cuda.
+    """
+    on = torch.device("cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu")
+    checkpoint = weights.our_checkpoint(str(path))
+    if checkpoint is None:
+        return _load_huggingface(str(path), weights_kind, on)
+    manifest = commit.read_manifest(checkpoint)
+    denoiser = _network(manifest.model["config"], manifest.model["mask_id"], manifest.model["shift"], on)
+    weights.load_weights(checkpoint, dict(denoiser.network.named_parameters()), weights=weights_kind)
+    name = manifest.model["objective"]
+    objective = _objective(manifest, denoiser).to(on)
+    weights.load_objective(checkpoint, dict(objective.named_parameters()), weights_kind)
+    return TextModel(
+        denoiser,
+        load_tokenizer(str(Path(checkpoint).parent / "tokenizer")),
+        TokenizerIdentity(**manifest.tokenizer),
+        objective=objective.requires_grad_(False),
+        rules=rules_of(name),
+        sampling=Sampling(**manifest.recipe.get("sampling", {})),
+        row_tokens=manifest.capabilities["row_tokens"],
+        document_mask=manifest.capabilities["document_mask"],
+    )
+
+
+def as_unadapted(base: TextModel, pattern: Literal["causal", "bidirectional"], *, seed: int = 0) -> TextModel:
+    """An autoregressive model as the denoiser that adaptation starts from: with a new mask row and the shift, and no training.
+
+    The baseline that says what adaptation itself is worth, seeing only the past (as it was trained to) or everything.
+    """
+    own = base.denoiser
+    fields = own.network.config.to_dict()
+    mask_id = fields["vocab_size"]
+    denoiser = _network({**fields, "vocab_size": mask_id + 1}, mask_id, True, base.device)
+    weights_of = dict(own.network.named_parameters())
+    for name, parameter in denoiser.network.named_parameters():
+        if name in denoiser.vocabulary_names():
+            huggingface.fill_with_extra_row(parameter, weights_of[name], name, seed)
+        else:
+            parameter.copy_(weights_of[name])
+    return TextModel(
+        denoiser,
+        base.tokenizer,
+        base.tokenizer_identity,
+        objective=Masked(),
+        row_tokens=base.row_tokens,
+        document_mask=base.document_mask,
+        pattern=pattern,
+    )
+
+
+def _load_huggingface(name: str, weights_kind: str | None, device: torch.device) -> TextModel:
+    if weights_kind is not None:
+        raise UserError(
+            f"--weights {weights_kind} chooses between the weights of a checkpoint of ours, and {name} is a Hugging Face folder; leave it out"
+        )
+    folder = huggingface.resolve_folder(name)
+    fields = json.loads((Path(folder) / "config.json").read_text())
+    denoiser = _network(fields, fields.get("mask_token_id"), fields.get("shift", True), device)
+    huggingface.load_safetensors(folder, dict(denoiser.network.named_parameters()), optional={"lm_head.weight"})
+    tokenizer = load_tokenizer(str(folder))
+    return TextModel(
+        denoiser,
+        tokenizer,
+        identity(tokenizer),
+        objective=Autoregressive() if fields.get("is_causal", True) is not False else Masked(),
+        row_tokens=denoiser.network.config.max_position_embeddings,
+        document_mask=True,
+    )
+
+
+def _objective(manifest: Manifest, denoiser: HuggingFaceDenoiser) -> Any:
+    """What scores the checkpoint's text and says how it is sampled: the bound over the full range, whatever training did to its noise.
+
+    D3PM and tauLDR are bounded by MD4's form of the same integral.
+    """
+    name = manifest.model["objective"]
+    if manifest.model["is_causal"]:
+        return Autoregressive()
+    if name == "genmd4":
+        is_scalar = manifest.arrays["objective.theta"].shape == (1,)
+        return GenMD4(Absorbing(), denoiser.vocab_size, scalar=is_scalar)
+    if name == "sedd":
+        return Sedd(vocab_size=denoiser.vocab_size)
+    if name == "ssd_lm":
+        return SsdLm(denoiser.vocab_size, denoiser.embedding.shape[1], **(manifest.recipe["objective"]["simplex"] or {}))
+    return Masked()
+
+
+def _network(fields: dict[str, Any], mask_id: int | None, shift: bool, device: torch.device) -> HuggingFaceDenoiser:
+    denoiser = parallel.build(families.read_config(fields), mask_id, shift)
+    parallel.materialize(denoiser, device)
+    return denoiser.requires_grad_(False)

@@ -1,0 +1,50 @@
+"""The frozen autoregressive model that `objective.alignment_weight` aligns with: the recipe's base, sharded as the network is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from dlm_ray.config.errors import UserError
+from dlm_ray.config.recipe import Recipe
+from dlm_ray.diffusion.visibility import Visibility
+from dlm_ray.models import families, parallel
+from dlm_ray.training import start
+
+
+class Teacher(nn.Module):
+    """A root of its own: its parameters are in no checkpoint, no average and no optimizer of the run."""
+
+    def __init__(self, denoiser: nn.Module):
+        super().__init__()
+        self.denoiser: Any = denoiser
+
+    def forward(self, input_ids: Tensor, visibility: Visibility) -> tuple[Tensor, ...]:
+        """[B, L] -> the embeddings and the states after every block."""
+        states: tuple[Tensor, ...] = self.denoiser.states(input_ids, visibility)
+        return states
+
+
+def load(recipe: Recipe, mesh: DeviceMesh, device: torch.device) -> Teacher:
+    """The base as it was before the run.
+
+    Raises:
+        UserError: if the base is not autoregressive.
+    """
+    base = recipe.model.base
+    assert base is not None, "the recipe says so"
+    fields, mask_id, _ = start.describe_base(base)
+    if mask_id is not None:
+        raise UserError(
+            f"objective.alignment_weight aligns with an autoregressive model, and model.base={base} is a diffusion model; set it to 0"
+        )
+    denoiser = parallel.build(families.read_config(fields), None, recipe.objective.shift, recipe.model.attention)
+    denoiser.requires_grad_(False)
+    teacher = Teacher(denoiser)
+    parallel.shard(teacher, denoiser, mesh, recipe.training.precision, replicated=set())
+    parallel.materialize(denoiser, device)
+    start.fill_from(base, denoiser, extra_rows=set(), seed=recipe.seed)
+    return teacher.eval()

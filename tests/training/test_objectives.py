@@ -1,0 +1,128 @@
+"""Every objective is a run like any other: it learns, resumes bit for bit, is scored and sampled by what belongs to it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_recipe
+
+import dlm_ray
+from dlm_ray.checkpoint import commit, listing
+from dlm_ray.checkpoint.export import export
+from dlm_ray.config.errors import UserError
+from dlm_ray.config.objective import rules_of
+from dlm_ray.training import loop
+
+OBJECTIVES = {
+    "masked-cosine": {"objective__schedule": {"name": "cosine"}},
+    "masked-count": {"objective__mask_sampler": "count"},
+    "masked-discrete": {"objective__num_timesteps": 50},
+    "masked-complementary": {"objective__complementary": True, "objective__draws_per_row": 2},
+    "masked-clipped": {"objective__clip": {"beta": 0.3, "omega": 0.8}},
+    "masked-context": {"objective__context_weights": 0.3, "objective__times": "antithetic"},
+    "masked-terms": {"objective__confidence_weight": 0.5, "objective__autoregressive_weight": 0.2},
+    "genmd4": {"objective__name": "genmd4"},
+    "genmd4-scalar": {"objective__name": "genmd4", "objective__exponents": "scalar"},
+    "sedd": {"objective__name": "sedd"},
+    "d3pm": {"objective__name": "d3pm"},
+    "tauldr-one": {"objective__name": "tauldr"},
+    "tauldr-all": {"objective__name": "tauldr", "objective__estimator": "all_masked"},
+    "ssd_lm": {"objective__name": "ssd_lm", "objective__shift": False, "objective__simplex": {"block_tokens": 5, "num_timesteps": 100}},
+}
+
+
+def curve(run_dir):
+    lines = [json.loads(line) for line in Path(run_dir, "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "loss" in line]
+
+
+def tensors(run_dir):
+    directory = listing.latest(str(run_dir))
+    return {name: commit.read_tensor(directory, name) for name in commit.read_manifest(directory).arrays}
+
+
+@pytest.fixture(scope="module", params=OBJECTIVES)
+def trained(request, data_folder, tmp_path_factory):
+    """A run of 16 steps with a checkpoint at 8."""
+    recipe = tiny_recipe(
+        data_folder, request.param, training__steps=16, checkpoint__every_steps=8, validation__every_steps=8, **OBJECTIVES[request.param]
+    )
+    run_dir = tmp_path_factory.mktemp("objectives") / request.param
+    return recipe, run_dir, loop.fit(recipe, run_dir)
+
+
+def test_it_trains_and_its_validation_falls(trained):
+    recipe, run_dir, metrics = trained
+    name = "block_nll" if recipe.objective.name == "ssd_lm" else "nats_per_token"
+    lines = [
+        json.loads(line)["validation"][name] for line in Path(run_dir, "metrics.jsonl").read_text().splitlines() if "validation" in line
+    ]
+    assert lines[-1] < lines[0]
+    assert metrics["step"] == 16
+
+
+def test_it_resumes_bit_for_bit(trained, tmp_path):
+    recipe, run_dir, _ = trained
+    shutil.copytree(run_dir, tmp_path / "run")
+    shutil.rmtree(listing.latest(str(tmp_path / "run")))
+    loop.fit(recipe, tmp_path / "run")
+    expected = tensors(run_dir)
+    resumed = tensors(tmp_path / "run")
+    assert expected.keys() == resumed.keys()
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in expected.items())
+
+
+def test_how_a_batch_is_cut_does_not_change_it(trained, tmp_path):
+    recipe, run_dir, _ = trained
+    cut = recipe.model_copy(update={"training": recipe.training.model_copy(update={"micro_batch_rows": 4, "steps": 2})})
+    loop.fit(cut, tmp_path / "run")
+    for one, other in zip(curve(tmp_path / "run"), curve(run_dir), strict=False):
+        assert one["loss"] == pytest.approx(other["loss"], rel=2e-4, abs=1e-4)
+
+
+def test_it_is_sampled_by_its_own_rules_and_by_no_other(trained):
+    recipe, run_dir, _ = trained
+    model = dlm_ray.load(run_dir)
+    for rule in rules_of(recipe.objective.name):
+        options = {"length_tokens": 10, "steps": 4, "rule": rule, "num_samples": 2}
+        texts = model.sample("the model", **options)
+        assert len(texts) == 2 and model.sample("the model", **options) == texts
+    with pytest.raises(UserError, match="--rule left_to_right does not belong to the checkpoint's objective; one of"):
+        model.sample(length_tokens=4, rule="left_to_right")
+
+
+def test_it_is_scored_by_a_bound_over_the_full_range_or_not_at_all(trained, data_folder):
+    recipe, run_dir, metrics = trained
+    model = dlm_ray.load(run_dir)
+    if recipe.objective.name == "ssd_lm":
+        with pytest.raises(UserError, match="no bits per byte"):
+            model.score(data_folder)
+        assert commit.read_manifest(metrics["checkpoint"]).capabilities["likelihood"] == "none"
+    else:
+        scored = model.bits_per_byte(data_folder, draws_per_row=4)
+        assert scored["is_bound"] and 1.0 < scored["bits_per_byte"] < 6.0
+
+
+def test_what_is_learned_beside_the_network_is_averaged_and_left_out_of_exports(trained, tmp_path):
+    recipe, run_dir, metrics = trained
+    own = {name for name in commit.read_manifest(metrics["checkpoint"]).arrays if "objective." in name}
+    if recipe.objective.name == "genmd4":
+        assert own == {
+            "objective.theta",
+            "ema.objective.theta",
+            "optimizer.objective.theta.exp_avg",
+            "optimizer.objective.theta.exp_avg_sq",
+        }
+        stored = commit.read_tensor(metrics["checkpoint"], "ema.objective.theta")
+        assert torch.equal(dlm_ray.load(run_dir).objective.theta, stored)
+        assert stored.std() > 0 if recipe.objective.exponents == "per_token" else len(stored) == 1
+    else:
+        assert bool(own) == (recipe.objective.name == "ssd_lm")
+    if recipe.objective.name == "ssd_lm":
+        with pytest.raises(UserError, match="SSD-LM"):
+            export(metrics["checkpoint"], str(tmp_path / "exported"))
+        return
+    folder = export(metrics["checkpoint"], str(tmp_path / "exported"))
+    assert dlm_ray.load(folder).sample(length_tokens=3, steps=2)
