@@ -8,8 +8,8 @@ import pytest
 import torch
 from toy import LENGTH, MASK, VOCAB, TableDenoiser
 
-from dlm_ray.diffusion.samplers.rules import Ancestral, Canvas, Confidence, LeftToRight
-from dlm_ray.diffusion.samplers.whole_canvas import draw_tokens, sample
+from dlm_ray.diffusion.samplers.rules import Ancestral, Canvas, Confidence, LeftToRight, StateDependent, Tweedie
+from dlm_ray.diffusion.samplers.whole_canvas import draw_tokens, grid_times, sample
 from dlm_ray.diffusion.schedules import Cosine, Polynomial
 from dlm_ray.diffusion.visibility import Visibility
 
@@ -157,3 +157,114 @@ def test_temperature_0_takes_the_best_and_banned_tokens_never_come():
     assert set(draw_tokens(logits, uniform, 0.0, 1.0, None)[0].tolist()) == {1}
     assert set(draw_tokens(logits, uniform, 0.0, 1.0, torch.tensor([1]))[0].tolist()) == {2}
     assert set(draw_tokens(logits, uniform, 1.0, 1.0, torch.tensor([1]))[0].tolist()) == {0, 2}
+
+
+def exact_by_states(num_steps, step_of):
+    """The law of the finished text; step_of(x_t, step) yields (state, probability) of the next states."""
+    states = {(0, MASK, MASK, MASK): 1.0}
+    for step in range(num_steps):
+        following = {}
+        for x_t, probability in states.items():
+            for state, p in step_of(x_t, step):
+                following[state] = following.get(state, 0.0) + probability * p
+        states = following
+    return states
+
+
+def independent_positions(x_t, outcomes):
+    """Next states when every masked position n becomes v with probability outcomes[n][v], and stays masked with what is missing."""
+    masked = [n for n in range(1, 1 + LENGTH) if x_t[n] == MASK]
+    for words in itertools.product([*range(VOCAB), MASK], repeat=len(masked)):
+        state, p = list(x_t), 1.0
+        for n, word in zip(masked, words, strict=True):
+            state[n] = word
+            p *= outcomes[n][word] if word != MASK else max(0.0, 1 - float(outcomes[n].sum()))
+        if p > 0:
+            yield tuple(state), float(p)
+
+
+def test_a_cosine_grid_on_the_linear_schedule_is_a_uniform_grid_on_the_cosine_schedule():
+    """The same times in terms of alpha, therefore the same coins and the same texts."""
+    canvas = empty_canvas(500)
+    one = sample(TableDenoiser(1), canvas, Ancestral(Polynomial()), FULL, num_steps=7, grid="cosine", seed=4)
+    other = sample(TableDenoiser(1), canvas, Ancestral(Cosine()), FULL, num_steps=7, grid="uniform", seed=4)
+    assert torch.equal(one.ids, other.ids)
+    assert grid_times("cosine", 4) == pytest.approx([math.cos(math.pi / 2 * (1 - i / 4)) for i in (4, 3, 2, 1, 0)], abs=1e-12)
+
+
+@pytest.mark.parametrize("noise", ["float64", "float32_gumbel"])
+def test_one_draw_over_tokens_and_mask_has_the_law_of_coin_and_token(noise):
+    denoiser, num_samples = TableDenoiser(1), 20_000
+    done = sample(denoiser, empty_canvas(num_samples), Ancestral(Polynomial(), joint=True), FULL, num_steps=3, noise=noise, seed=2)
+    assert abs(chi_square_z(tally(done.ids), exact_ancestral(denoiser, Polynomial(), 3), num_samples)) < 4
+
+
+@pytest.mark.parametrize("grid", ["uniform", "cosine"])
+def test_the_state_dependent_step_has_the_exact_law_of_genmd4(grid):
+    denoiser, num_samples, num_steps = TableDenoiser(1), 20_000, 3
+    exponents = torch.tensor([0.4, 1.0, 2.5, 1.3], dtype=torch.float64)
+    times = grid_times(grid, num_steps)
+
+    def step_of(x_t, step):
+        mu = denoiser.log_probs(torch.tensor(x_t)).exp()
+        return independent_positions(x_t, (1 - (times[step + 1] / times[step]) ** exponents) * mu)
+
+    exact = exact_by_states(num_steps, step_of)
+    assert sum(exact.values()) == pytest.approx(1)
+    done = sample(denoiser, empty_canvas(num_samples), StateDependent(exponents), FULL, num_steps=num_steps, grid=grid, seed=5)
+    assert abs(chi_square_z(tally(done.ids), exact, num_samples)) < 4
+
+
+def test_exponents_of_1_are_mds_ancestral_step():
+    one = sample(TableDenoiser(1), empty_canvas(300), StateDependent(torch.ones(VOCAB)), FULL, num_steps=4, seed=6)
+    other = sample(TableDenoiser(1), empty_canvas(300), Ancestral(Polynomial(), joint=True), FULL, num_steps=4, seed=6)
+    assert torch.equal(one.ids, other.ids)
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.9, -0.5])
+def test_tweedies_step_has_the_exact_law_also_where_it_is_clamped(shift):
+    """Score s_v (e^D - 1) by SEDD's own formula; where a sum exceeds 1 it is normalised, and the last step drops the mask."""
+
+    class Unnormalised(TableDenoiser):
+        def hidden(self, input_ids, visibility):
+            return super().hidden(input_ids, visibility) + shift
+
+    denoiser, num_samples, num_steps, schedule = Unnormalised(1), 20_000, 4, Polynomial()
+    clamped = []
+
+    def step_of(x_t, step):
+        t, s = (torch.tensor(1 - (step + k) / num_steps, dtype=torch.float64) for k in (0, 1))
+        logits = denoiser.hidden(torch.tensor(x_t)[None], None)[0]
+        if step == num_steps - 1:
+            return independent_positions(x_t, logits.softmax(-1))
+        # s_v (e^D - 1) with s_v = r exp(f_v) / V, r = alpha_t / (1 - alpha_t), e^D = alpha_s / alpha_t
+        becomes = (schedule.alpha(s) - schedule.alpha(t)) / schedule.mask_probability(t) * logits.exp() / VOCAB
+        total = becomes.sum(-1, keepdim=True)
+        clamped.extend((total > 1).flatten().tolist())
+        return independent_positions(x_t, torch.where(total > 1, becomes / total, becomes))
+
+    exact = exact_by_states(num_steps, step_of)
+    done = sample(denoiser, empty_canvas(num_samples), Tweedie(schedule, VOCAB), FULL, num_steps=num_steps, seed=8)
+    assert abs(chi_square_z(tally(done.ids), exact, num_samples)) < 4
+    assert any(clamped)
+
+
+def test_tweedie_with_a_normalised_score_is_mds_ancestral_step():
+    class Normalised(TableDenoiser):
+        def reduce_logits(self, rows, fn, *arguments):
+            return fn(rows.log_softmax(-1) + math.log(VOCAB), *arguments)
+
+    one = sample(Normalised(1), empty_canvas(300), Tweedie(Polynomial(), VOCAB), FULL, num_steps=4, seed=6)
+    other = sample(Normalised(1), empty_canvas(300), Ancestral(Polynomial(), joint=True), FULL, num_steps=4, seed=6)
+    assert torch.equal(one.ids, other.ids)
+
+
+def test_float32_gumbel_noise_cuts_the_tail_that_float64_keeps():
+    """Two outcomes of 1e-9 and nearly 1: the inverse of the cumulative distribution draws the first, no float32 Gumbel pair can."""
+    log_p = torch.tensor([1e-9, 1 - 1e-9], dtype=torch.float64).log()
+    uniform = torch.linspace(0, 0.9e-9, 4, dtype=torch.float64)
+    assert (draw_tokens(log_p.repeat(4, 1), uniform, 1.0, 1.0, None)[0] == 0).all()
+    numbers = torch.tensor([np.nextafter(np.float32(1), np.float32(0)), np.finfo(np.float32).tiny, 2**-24])
+    highest, lowest, usual_lowest = (-torch.log(-torch.log(numbers))).tolist()
+    assert highest - usual_lowest < math.log(1e9) + math.log(2)
+    assert lowest > -5
