@@ -134,6 +134,19 @@ def test_two_workers_take_the_same_steps_as_one_process_and_a_killed_one_changes
     assert again.already_finished and again.checkpoint == whole.checkpoint
 
 
+def test_an_objective_with_parameters_of_its_own_runs_on_two_workers_as_in_one_process(ray_session, data_folder, tmp_path):
+    """GenMD4: its exponents are whole on both workers and move together, as one process moves them."""
+    from dlm_ray.runtime.train import fit
+
+    recipe = tiny_recipe(data_folder, "genmd4", objective__name="genmd4", parallelism__workers=2, optimizer__learning_rate=0.01)
+    two = fit(recipe, tmp_path)
+    loop.fit(recipe, tmp_path / "alone")
+    alone = losses(tmp_path / "alone")
+    assert all(alone[step] == pytest.approx(loss, rel=1e-4) for step, loss in losses(two.run_dir).items())
+    theta = [commit.read_tensor(listing.latest(str(path)), "objective.theta") for path in (two.run_dir, tmp_path / "alone")]
+    assert torch.allclose(*theta, atol=2e-4) and theta[0].std() > 1e-3
+
+
 def _a_worker():
     """The process of a Ray Train worker."""
     deadline = time.time() + 30
@@ -153,6 +166,9 @@ def test_a_failure_in_the_workers_comes_back_as_one_message(ray_session, data_fo
     from dlm_ray.runtime.train import fit
 
     recipe = tiny_recipe(data_folder, "explodes", optimizer__learning_rate=1e30, optimizer__warmup_steps=0, parallelism__max_failures=0)
-    with pytest.raises(FloatingPointError, match="is not finite"):
+    with pytest.raises(
+        FloatingPointError,
+        match=r"step 2 \(rows 12 to 23 of the run's order\) of objective masked: loss \S+, gradient norm \S+, not finite",
+    ):
         fit(recipe, tmp_path)
     assert listing.latest(str(next(tmp_path.glob("explodes-*")))) is None

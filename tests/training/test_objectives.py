@@ -1,7 +1,10 @@
 """Every objective is a run like any other: it learns, resumes bit for bit, is scored and sampled by what belongs to it."""
 
 import json
+import math
+import os
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,8 @@ from dlm_ray.checkpoint import commit, listing
 from dlm_ray.checkpoint.export import export
 from dlm_ray.config.errors import UserError
 from dlm_ray.config.objective import rules_of
+from dlm_ray.diffusion.denoiser import LossSum
+from dlm_ray.diffusion.objectives import Masked
 from dlm_ray.training import loop
 
 OBJECTIVES = {
@@ -41,6 +46,74 @@ def curve(run_dir):
 def tensors(run_dir):
     directory = listing.latest(str(run_dir))
     return {name: commit.read_tensor(directory, name) for name in commit.read_manifest(directory).arrays}
+
+
+class Overflows(Masked):
+    """An objective of somebody's own whose loss is infinite at step 6."""
+
+    def draw(self, key, x_0, maskable):
+        self.is_bad = key.step == 5
+        return super().draw(key, x_0, maskable)
+
+    def forward(self, denoiser, batch):
+        result = super().forward(denoiser, batch)
+        return LossSum(result.weighted_sum * math.inf) if self.is_bad else LossSum(result.weighted_sum)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_by_name_and_leaves_the_last_checkpoint_good(data_folder, tmp_path):
+    recipe = tiny_recipe(data_folder, "bad", objective__name=f"{__name__}:Overflows", training__steps=16, checkpoint__every_steps=4)
+    message = r"step 6 \(rows 60 to 71 of the run's order\) of objective test_objectives:Overflows: loss inf, gradient norm nan, not finite"
+    with pytest.raises(FloatingPointError, match=message):
+        loop.fit(recipe, tmp_path / "run")
+    last = listing.latest(str(tmp_path / "run"))
+    assert commit.read_manifest(last).step == 4 and commit.verify(last) == []
+    assert all(torch.isfinite(commit.read_tensor(last, name)).all() for name in commit.read_manifest(last).arrays)
+
+
+def _fit_on_a_rank(rank, port, recipes, out):
+    """What torchrun would start."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    for recipe in recipes:
+        loop.fit(recipe, Path(out) / recipe.name)
+    torch.distributed.barrier()
+    os._exit(0)
+
+
+def test_two_ranks_are_one_process_also_with_own_parameters_and_a_frozen_teacher(data_folder, tmp_path):
+    base = tiny_recipe(data_folder, "base", objective__name="autoregressive")
+    loop.fit(base, tmp_path / "base")
+    aligned = {"model__architecture": None, "model__base": str(tmp_path / "base"), "objective__alignment_weight": 10.0}
+    ssd_lm = dict(OBJECTIVES["ssd_lm"])
+    recipes = [
+        tiny_recipe(data_folder, "aligned", **aligned),
+        tiny_recipe(data_folder, "ssd_lm", **ssd_lm),
+        tiny_recipe(data_folder, "d3pm", **OBJECTIVES["d3pm"]),
+    ]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(_fit_on_a_rank, args=(port, recipes, str(tmp_path / "two")), nprocs=2)
+    for recipe in recipes:
+        loop.fit(recipe, tmp_path / "one" / recipe.name)
+        for one, two in zip(curve(tmp_path / "one" / recipe.name), curve(tmp_path / "two" / recipe.name), strict=True):
+            assert one["loss"] == pytest.approx(two["loss"], rel=2e-4), recipe.name
+    assert not any("teacher" in name for name in tensors(tmp_path / "one/aligned"))
+
+
+def test_alignment_pulls_the_states_towards_the_frozen_model(data_folder, tmp_path):
+    """The term falls, it starts near 0 for a base that still attends causally, and the bound is logged without it."""
+    loop.fit(tiny_recipe(data_folder, "base", objective__name="autoregressive", training__steps=30), tmp_path / "base")
+    logged = {}
+    for weight in (0.001, 30.0):
+        changes = {"model__architecture": None, "model__base": str(tmp_path / "base"), "objective__alignment_weight": weight}
+        loop.fit(tiny_recipe(data_folder, f"aligned-{weight}", training__steps=30, **changes), tmp_path / str(weight))
+        logged[weight] = [line["alignment"] / weight for line in curve(tmp_path / str(weight))]
+    assert logged[0.001][0] == pytest.approx(logged[30.0][0], rel=1e-4)  # the same first step
+    assert logged[30.0][-1] < 0.95 * logged[0.001][-1]
+    line = curve(tmp_path / "30.0")[-1]
+    assert line["loss"] == pytest.approx(line["bound"] + line["alignment"], rel=1e-5)
 
 
 @pytest.fixture(scope="module", params=OBJECTIVES)
