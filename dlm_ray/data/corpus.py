@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import sysconfig
+from bisect import bisect_right
 from collections.abc import Iterator
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +32,16 @@ def write_corpus(path: str, max_bytes: int | None = None) -> dict[str, Any]:
         UserError: if this Python came without its sources.
     """
     lines = [json.dumps({"path": name, "text": text}, ensure_ascii=False) + "\n" for name, text in _documents()]
-    content = "".join(lines).encode()
-    if len(content) < _LEAST_BYTES:
+    ends = list(accumulate(len(line.encode()) for line in lines))
+    if not ends or ends[-1] < _LEAST_BYTES:
         raise UserError(
-            f"this Python has only {len(content):,} bytes of sources in {sysconfig.get_paths()['stdlib']} (a stripped or zipped installation?), and the "
-            f"quickstart's corpus needs {_LEAST_BYTES:,}; use a Python with its standard library's .py files, or your own text with `dlm-ray data build`"
+            f"this Python has only {ends[-1] if ends else 0:,} bytes of sources in {sysconfig.get_paths()['stdlib']} (a stripped or zipped installation?), "
+            f"and the quickstart's corpus needs {_LEAST_BYTES:,}; use a Python with its standard library's .py files, or your own text with "
+            "`dlm-ray data build`"
         )
-    while max_bytes is not None and len(content) > max_bytes:
-        content = content[: -len(lines.pop().encode())]
+    content = "".join(lines if max_bytes is None else lines[: bisect_right(ends, max_bytes)]).encode()
     storage.write(path, content)
-    return {"documents": len(lines), "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    return {"documents": content.count(b"\n"), "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def _documents() -> Iterator[tuple[str, str]]:

@@ -1,0 +1,97 @@
+"""Few numbers, honestly: paired t and sign-flip tests, Holm's correction, and the smallest effect that a sample could have shown."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+NUM_FLIPS = 20_000
+_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(200)
+NUM_RESAMPLES = 4_000
+
+
+def t_tail(t: float, dof: int) -> float:
+    """P(|T| > |t|) for Student's t: with T = sqrt(dof) tan(angle) the density of the angle is cos(angle) ** (dof - 1)."""
+
+    def area(low: float, high: float) -> float:
+        angles = (low + high) / 2 + (high - low) / 2 * _NODES
+        return float((high - low) / 2 * (_WEIGHTS * np.cos(angles) ** (dof - 1)).sum())
+
+    angle = math.atan(abs(t) / math.sqrt(dof))
+    return area(angle, math.pi / 2) / area(0.0, math.pi / 2)
+
+
+def t_quantile(p: float, dof: int) -> float:
+    """The t with P(T <= t) = p, for 0.5 < p < 1."""
+    low, high = 0.0, 1.0
+    while t_tail(high, dof) > 2 * (1 - p):
+        high *= 2
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if t_tail(middle, dof) > 2 * (1 - p) else (low, middle)
+    return high
+
+
+def t_interval(values: Sequence[float]) -> tuple[float, float | None, float | None]:
+    """Mean, and its 95 % interval by Student's t; no interval for a single value."""
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return mean, None, None
+    half = t_quantile(0.975, len(values) - 1) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    return mean, mean - half, mean + half
+
+
+def t_test_p(differences: Sequence[float]) -> float | None:
+    """Two-sided p of a paired t test; None for a single pair."""
+    if len(differences) < 2:
+        return None
+    error = float(np.std(differences, ddof=1)) / math.sqrt(len(differences))
+    mean = float(np.mean(differences))
+    if error == 0:
+        return 1.0 if mean == 0 else 0.0
+    return t_tail(mean / error, len(differences) - 1)
+
+
+def sign_flip_p(differences: Sequence[float], seed: int = 0) -> float:
+    """Two-sided p of the mean under flips of signs: exact up to 12 pairs, by chance above; n pairs can reach 2 ** (1 - n) at best."""
+    values = np.asarray(differences, dtype=np.float64)
+    observed = abs(values.sum()) * (1 - 1e-12)
+    if len(values) <= 12:
+        signs = np.array(list(itertools.product([1, -1], repeat=len(values))))
+        return float((np.abs(signs @ values) >= observed).mean())
+    signs = np.random.default_rng(seed).choice([1, -1], size=(NUM_FLIPS, len(values)))
+    return float((1 + (np.abs(signs @ values) >= observed).sum()) / (1 + NUM_FLIPS))
+
+
+def bootstrap_interval(differences: Sequence[float], weights: Sequence[float] | None = None, seed: int = 0) -> tuple[float, float]:
+    """95 % interval of sum(differences) / sum(weights) over resampled pairs; the mean if no weights are given."""
+    values = np.asarray(differences, dtype=np.float64)
+    sizes = np.ones(len(values)) if weights is None else np.asarray(weights, dtype=np.float64)
+    counts = np.random.default_rng(seed).multinomial(len(values), np.full(len(values), 1 / len(values)), size=NUM_RESAMPLES)
+    low, high = np.quantile((counts @ values) / np.maximum(counts @ sizes, 1e-300), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjusted p values, in the order given: the k-th smallest times (n - k + 1), never below the one before it, at most 1."""
+    order = np.argsort(p_values, kind="stable")
+    adjusted = [0.0] * len(p_values)
+    highest = 0.0
+    for rank, index in enumerate(order.tolist()):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = highest
+    return adjusted
+
+
+def smallest_visible_effect(differences: Sequence[float], power: float = 0.8, alpha: float = 0.05) -> float | None:
+    """The mean difference that a paired two-sided t test at this n and spread finds with this power; None for a single pair.
+
+    (t_{1 - alpha/2} + t_power) s / sqrt(n), with n - 1 degrees of freedom.
+    """
+    n = len(differences)
+    if n < 2:
+        return None
+    return (t_quantile(1 - alpha / 2, n - 1) + t_quantile(power, n - 1)) * float(np.std(differences, ddof=1)) / math.sqrt(n)

@@ -1,0 +1,228 @@
+"""The study runner: it loses nothing when it is stopped, and its statistics agree with tables, enumeration and simulation."""
+
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+from dlm_ray.evaluation.studies import objectives, runner, statistics, text8
+from dlm_ray.evaluation.studies.report import write_report
+from dlm_ray.evaluation.studies.runner import Arm, Outcome, Record, Study
+
+from dlm_ray.config.errors import UserError
+from dlm_ray.data.index import load_index
+from dlm_ray.data.reading import read_split
+from dlm_ray.data.tokenizer import load_tokenizer
+
+STUDY = Study(
+    name="toy",
+    question="Which?",
+    metric="bits",
+    unit="bits",
+    arms=(Arm("base", {"a": 1}, "1.00"), Arm("better", {"a": 2}, "<= 0.90"), Arm("same", {"a": 3}), Arm("other unit", {"a": 4})),
+    seeds=(0, 1, 2, 3),
+    baseline="base",
+    orderings=(("better", "base", "table 1"), ("base", "better", "nobody"), ("same", "base", "rumour"), ("other unit", "base", "x")),
+)
+
+
+def outcome(arm, seed, folder):
+    """Better by 0.2 with a spread of 0.01 over seeds; `same` is the base with noise of its own."""
+    random = np.random.default_rng([seed, *arm.name.encode()])
+    level = {"base": 1.0, "better": 0.8, "same": 1.0}.get(arm.name)
+    if level is None:
+        return Outcome({"speed": 2.0})
+    documents = np.random.default_rng(7).uniform(5, 15, 40) * (level + 0.01 * random.normal(size=40))
+    return Outcome({"bits": level + 0.01 * random.normal(), "speed": 1.0}, documents.tolist(), [10.0] * 40)
+
+
+def test_a_study_that_is_stopped_goes_on_where_it_stopped(tmp_path):
+    made = []
+
+    def stops_at_6(arm, seed, folder):
+        if len(made) == 6:
+            raise KeyboardInterrupt
+        made.append((arm.name, seed))
+        return outcome(arm, seed, folder)
+
+    with pytest.raises(KeyboardInterrupt):
+        runner.run(STUDY, stops_at_6, tmp_path)
+    assert [seed for _, seed in made] == [0, 0, 0, 0, 1, 1]  # balanced: all arms of a seed first
+    with (tmp_path / "results.jsonl").open("a") as lines:
+        lines.write('{"study": "toy", "arm": "sa')  # the machine went down while a line was written
+    said, again = [], []
+    records = runner.run(
+        STUDY, lambda arm, seed, folder: again.append((arm.name, seed)) or outcome(arm, seed, folder), tmp_path, None, said.append
+    )
+    assert len(records) == 16 and len(again) == 10 and not set(again) & set(made)
+    assert any("torn" in line for line in said)
+    assert runner.run(STUDY, stops_at_6, tmp_path) == records  # nothing is left to do
+    assert [json.loads(line)["study"] for line in (tmp_path / "results.jsonl").read_text().splitlines()] == ["toy"] * 16
+
+
+def test_a_run_that_fails_is_one_row_with_its_reason_and_is_tried_again(tmp_path):
+    def fails(arm, seed, folder):
+        if (arm.name, seed) == ("same", 1):
+            raise FloatingPointError("step 7 is not finite")
+        return outcome(arm, seed, folder)
+
+    records = runner.run(STUDY, fails, tmp_path)
+    assert [(one.arm, one.seed, one.error) for one in records if one.error] == [("same", 1, "FloatingPointError: step 7 is not finite")]
+    assert next(one for one in runner.compare(STUDY, records) if one.arm == "same").n == 3
+    text = write_report(STUDY, records, tmp_path / "report", "a machine", [])[0].read_text()
+    assert "- same, seed 1: FloatingPointError: step 7 is not finite" in text
+    assert not [one for one in runner.run(STUDY, outcome, tmp_path) if one.error]
+
+
+def test_other_settings_are_refused_and_named(tmp_path):
+    runner.run(STUDY, outcome, tmp_path)
+    changed = Study(**{**vars(STUDY), "arms": (*STUDY.arms[:1], Arm("better", {"a": 5}), *STUDY.arms[2:])})
+    with pytest.raises(UserError, match="better .seed 0. with other settings: a was 2, asked 5; choose another --out"):
+        runner.run(changed, outcome, tmp_path)
+
+
+def test_no_run_is_started_that_would_end_too_late(tmp_path, monkeypatch):
+    clock = itertools.count(0, 20)  # every look at the clock costs 20 s, a run therefore 20 s
+    monkeypatch.setattr(runner.time, "monotonic", lambda: float(next(clock)))
+    said = []
+    records = runner.run(STUDY, outcome, tmp_path, 2.0, said.append)
+    assert 1 <= len(records) < 6
+    assert sum("left out for lack of time" in line for line in said) == 16 - len(records)
+
+
+def test_seeds_and_documents_are_two_questions(tmp_path):
+    records = runner.run(STUDY, outcome, tmp_path)
+    found = {(one.arm, one.over): one for one in runner.compare(STUDY, records)}
+    assert set(found) == {(arm, over) for arm in ("better", "same") for over in ("training seeds", "documents")}
+    seeds, documents = found["better", "training seeds"], found["better", "documents"]
+    assert seeds.n == 4 and documents.n == 40
+    assert seeds.low < -0.2 < seeds.high < 0 and seeds.p_holm < 0.05
+    assert documents.low < documents.difference < documents.high < -0.15 and documents.p_holm < 0.05
+    assert found["same", "training seeds"].p_holm > 0.05
+    assert 0 < found["same", "training seeds"].smallest_visible < 0.1
+
+
+def test_what_became_of_published_orderings(tmp_path):
+    records = runner.run(STUDY, outcome, tmp_path)
+    verdicts = {(one.better, one.worse): one.verdict for one in runner.orderings(STUDY, records)}
+    assert verdicts == {
+        ("better", "base"): "held",
+        ("base", "better"): "reversed",
+        ("same", "base"): "not resolved at this size",
+        ("other unit", "base"): "not comparable",
+    }
+
+
+def test_the_report_stands_beside_what_was_published_and_is_reproducible(tmp_path):
+    records = runner.run(STUDY, outcome, tmp_path)
+    paths = write_report(STUDY, records, tmp_path / "one", "two cores", ["a note"])
+    text = paths[0].read_text()
+    for part in (
+        "| better | 4 | 0.8",
+        "<= 0.90",
+        "two cores",
+        "seeds 0, 1, 2, 3",
+        "(n 40)",
+        "sees 0.0",
+        "- a note",
+        "| better below base | table 1 |",
+    ):
+        assert part in text, part
+    again = write_report(STUDY, records, tmp_path / "two", "two cores", ["a note"])
+    assert all(one.read_bytes() == two.read_bytes() for one, two in zip(paths, again, strict=True))
+    numbers = json.loads(paths[2].read_text())
+    assert len(numbers["runs"]) == 16 and "documents" not in numbers["runs"][0] and numbers["comparisons"]
+    partial = write_report(STUDY, records[:3], tmp_path / "three", "two cores", [])[0].read_text()
+    assert "- better, seed 3" in partial
+
+
+@pytest.mark.parametrize(
+    ("p", "dof", "expected"), [(0.975, 2, 4.303), (0.975, 10, 2.228), (0.95, 5, 2.015), (0.9, 1, 3.078), (0.995, 30, 2.750)]
+)
+def test_quantiles_are_those_of_the_printed_tables(p, dof, expected):
+    assert statistics.t_quantile(p, dof) == pytest.approx(expected, abs=6e-4)
+    assert statistics.t_tail(expected, dof) == pytest.approx(2 * (1 - p), rel=2e-3)
+
+
+def test_holm_on_a_worked_example():
+    assert statistics.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert statistics.holm([0.9, 0.8]) == [1.0, 1.0]
+
+
+def test_flips_of_signs_by_brute_force_and_by_chance():
+    differences = [0.3, -0.1, 0.4, 0.2]
+    flips = [
+        abs(sum(sign * value for sign, value in zip(signs, differences, strict=True))) for signs in itertools.product([1, -1], repeat=4)
+    ]
+    assert statistics.sign_flip_p(differences) == pytest.approx(sum(flip >= 0.8 - 1e-9 for flip in flips) / 16)
+    assert statistics.sign_flip_p([1.0, 1.0, 1.0]) == 0.25  # all that three pairs can say
+    random = np.random.default_rng(0)
+    assert statistics.sign_flip_p(random.normal(size=60)) > 0.05 > statistics.sign_flip_p(0.7 + random.normal(size=60))
+
+
+def test_the_smallest_visible_effect_is_found_as_often_as_it_says():
+    n, spread, random = 5, 0.3, np.random.default_rng(1)
+    sizes = [statistics.smallest_visible_effect(random.normal(0, spread, n)) for _ in range(300)]
+    exact = (statistics.t_quantile(0.975, n - 1) + statistics.t_quantile(0.8, n - 1)) * spread / math.sqrt(n)
+    assert np.mean(sizes) == pytest.approx(exact, rel=0.1)
+    hits = np.mean([statistics.t_test_p(random.normal(exact, spread, n)) < 0.05 for _ in range(400)])
+    assert 0.7 < hits < 0.95
+
+
+def test_intervals_cover_what_they_should():
+    random = np.random.default_rng(2)
+    covered = [low < 1.0 < high for _, low, high in (statistics.t_interval(random.normal(1.0, 0.5, 4)) for _ in range(400))]
+    assert 0.92 < np.mean(covered) < 0.98
+    low, high = statistics.bootstrap_interval(random.normal(1.0, 0.5, 200))
+    assert low < 1.0 < high and high - low == pytest.approx(2 * 1.96 * 0.5 / math.sqrt(200), rel=0.2)
+    assert statistics.t_interval([2.0]) == (2.0, None, None) and statistics.t_test_p([2.0]) is None
+
+
+def test_text8_has_27_letters():
+    assert text8.text8_form("Hello, World 42!\n\tNo_2") == "hello world four two no two"
+    assert text8.text8_form("é--x") == "x"
+
+
+@pytest.fixture(scope="module")
+def text8_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text8")
+    text8.build_data(folder, 32, max_bytes=2**19)
+    return folder
+
+
+def test_a_token_is_a_character(text8_folder):
+    data = str(text8_folder / "data")
+    tokenizer = load_tokenizer(f"{data}/tokenizer")
+    index = load_index(data)
+    assert index.tokenizer.vocab_size == 28 and index.tokenizer.start_id == index.tokenizer.end_id == 27
+    row = read_split(data, "train", 1)[0]
+    text = tokenizer.decode([token for token in row.input_ids.tolist() if token < 27])
+    assert text8.text8_form(text) == text.strip()
+    assert (row.num_bytes == (row.input_ids < 27)).all()
+    corpus = json.loads((text8_folder / "corpus.json").read_text())
+    assert text8.build_data(text8_folder, 32) == corpus  # built once
+
+
+def test_every_arm_of_the_objectives_study_runs_from_training_to_the_table(text8_folder, tmp_path, monkeypatch):
+    """Two steps of each on a hundred rows: what the committed study did, small."""
+    for name, value in {"ROW_TOKENS": 32, "ROWS": 4, "BASE_STEPS": 2, "HELD_OUT_ROWS": 8, "DRAWS": 2, "TIMESTEPS": (10,)}.items():
+        monkeypatch.setattr(objectives, name, value)
+    data, base = str(text8_folder / "data"), str(tmp_path / "base")
+    objectives.loop.fit(objectives.base_recipe(data), base)
+    small = objectives.study(1, 2)
+    records = runner.run(small, lambda arm, seed, folder: objectives.one(arm, seed, folder, data, base), tmp_path / "study")
+    assert [record.error for record in records] == [None] * len(objectives.ARMS)
+    by_arm = {record.arm: record for record in records}
+    assert all((record.metrics.get("bits_per_character") is None) == (arm == "SSD-LM") for arm, record in by_arm.items())
+    parts = by_arm["MD4"].details["by_timesteps"]
+    assert set(parts) == {"10", "continuous, shifted", "continuous"} and parts["10"]["prior"] > 0
+    assert by_arm["AR"].metrics["nelbo_variance"] == 0 < by_arm["MD4"].metrics["nelbo_variance"]
+    corpus = json.loads((text8_folder / "corpus.json").read_text())
+    text = write_report(small, records, tmp_path / "report", "two cores", objectives.notes(records, corpus, 2))[0].read_text()
+    assert "MD4, seed 0, evaluated at T = 10" in text and "| SSD-LM | 1 | none |" in text
+
+
+def test_a_record_survives_its_line():
+    record = Record("s", "a", 0, "f", {"x": [1]}, "2026-11-21", 1.5, {"bits": 1.0}, [1.0], [2.0], {"d": None})
+    assert Record(**json.loads(json.dumps(vars(record)))) == record
