@@ -150,5 +150,5 @@ def _context(is_masked: np.ndarray, maskable: np.ndarray, p: float) -> np.ndarra
 
 
 def step_before(t: Tensor, num_timesteps: int) -> Tensor:
-    """T in 1/T .. 1 -> s = t - 1/T, exactly 0 for the first."""
+    """Times t in 1/T .. 1 -> s = t - 1/T, exactly 0 for the first."""
     return (torch.round(t * num_timesteps) - 1) / num_timesteps

@@ -24,7 +24,7 @@ class Schedule(Protocol):
         """alpha(t)."""
 
     def alpha_prime(self, t: Tensor) -> Tensor:
-        """D alpha / dt, at most 0."""
+        """The derivative d alpha / dt, at most 0."""
 
     def mask_probability(self, t: Tensor) -> Tensor:
         """1 - alpha(t)."""
@@ -48,11 +48,11 @@ class Polynomial:
         return -self.exponent * t ** (self.exponent - 1)
 
     def mask_probability(self, t: Tensor) -> Tensor:
-        """T ** w."""
+        """The power t ** w."""
         return t**self.exponent
 
     def weight(self, t: Tensor) -> Tensor:
-        """W / t."""
+        """The ratio w / t."""
         return self.exponent / t
 
 

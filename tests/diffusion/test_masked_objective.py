@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -113,3 +114,61 @@ def test_an_objective_of_ones_own_is_taken_by_its_path():
     for wrong in ("maskd", "no.such:Class", "dlm_ray.diffusion.objectives.masked:Nothing"):
         with pytest.raises(ValueError, match="objective.name"):
             find(wrong)
+
+
+def diffullama_loss(nll, weight):
+    """What the authors' trainers compute for one micro-batch: the weighted sum over its masked tokens, divided by their number."""
+    return (weight * nll).sum() / (weight > 0).sum()
+
+
+def test_the_global_count_of_masked_tokens_is_diffullamas_normalisation_without_its_dependence_on_the_micro_batch():
+    denoiser, objective, rows = TableDenoiser(), Masked(normalize_by="global_masked"), 16
+    x_0 = torch.tensor([0, 2, 1, 3]).repeat(rows, 1)
+    maskable = np.ones((rows, 1 + LENGTH), dtype=bool)
+    maskable[:, 0] = False
+
+    def parts(micro_batch):
+        for start in range(0, rows, micro_batch):
+            chosen = range(start, start + micro_batch)
+            draw = objective.draw(DrawKey(1, 0, chosen, rows), None, maskable[chosen])
+            batch = Batch(x_0[chosen], draw, FULL)
+            yield objective(denoiser, batch).weighted_sum, objective.count(draw), (objective.token_nll(denoiser, batch), draw.weight)
+
+    sums, theirs = {}, {}
+    for micro_batch in (16, 4, 1):
+        found = list(parts(micro_batch))
+        sums[micro_batch] = (sum(loss for loss, _, _ in found) / sum(count for _, count, _ in found)).item()
+        theirs[micro_batch] = np.mean([diffullama_loss(*scored).item() for _, count, scored in found if count])
+    assert sums[16] == pytest.approx(theirs[16])
+    assert sums[4] == pytest.approx(sums[16], rel=1e-6) and sums[1] == pytest.approx(sums[16], rel=1e-6)
+    assert theirs[1] > 1.1 * theirs[16]  # one row a micro-batch: 1/t times the mean, and small t weighs too much
+
+
+@dataclass(frozen=True)
+class MaskAndReplace(Absorbing):
+    """A forward process of somebody's own: of what is masked, every other token is a wrong word instead of the mask."""
+
+    def inputs(self, denoiser, batch):
+        x_t = super().inputs(denoiser, batch)
+        odd = batch.draw.is_masked & (torch.arange(x_t.shape[1]) % 2 == 1)
+        return torch.where(odd, (batch.x_0 + 1) % 4, x_t)
+
+
+def test_another_forward_process_is_an_argument_of_the_objective():
+    objective, denoiser = Masked(MaskAndReplace()), TableDenoiser()
+    x_0, is_masked = torch.tensor([[0, 2, 1, 3]]), np.array([[False, True, True, False]])
+    loss = objective(denoiser, batch_of(x_0, is_masked, 1.0)).weighted_sum.item()
+    log_probs = denoiser.log_probs(torch.tensor([0, 3, MASK, 3]))
+    assert loss == pytest.approx(-(log_probs[1, 2] + log_probs[2, 1]).item())
+
+
+@pytest.mark.parametrize(("weight", "expected"), [("elbo", lambda t: 1 / t), ("flat", lambda t: t / t), ("time", lambda t: t)])
+def test_diffullamas_three_weights_are_switches_of_training_and_not_of_the_bound(weight, expected):
+    maskable = np.ones((12, 30), dtype=bool)
+    maskable[:, 0] = False
+    objective = Masked(Absorbing(weight=weight))
+    draw = objective.draw(DrawKey(0, 0, range(12), 12), None, maskable)
+    t = draw.t[draw.scored // 30]
+    assert torch.allclose(draw.weight[: draw.num_scored], expected(t)[: draw.num_scored])
+    scored = objective.evaluation_draw(0, [(0, row) for row in range(12)], np.linspace(0.1, 0.9, 12), None, maskable)
+    assert torch.allclose(scored.weight[: scored.num_scored], 1 / scored.t[scored.scored // 30][: scored.num_scored])

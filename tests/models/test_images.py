@@ -37,10 +37,10 @@ def test_masked_diffusion_learns_images_and_draws_them():
     denoiser = parallel.build(config, LEVELS, shift=False)
     parallel.materialize(denoiser, torch.device("cpu"))
     parallel.initialize(denoiser, 0)
-    objective, rows, maskable = Masked(), 64, np.ones((64, SIDE * SIDE), dtype=bool)  # every pixel, the first too
+    objective, rows, maskable = Masked(), 48, np.ones((48, SIDE * SIDE), dtype=bool)  # every pixel, the first too
     optimizer = torch.optim.AdamW(denoiser.parameters(), lr=3e-3, betas=(0.9, 0.98))
     bounds = []
-    for step in range(200):
+    for step in range(130):
         x_0 = images(rows, step)
         draw = objective.draw(DrawKey(0, step, range(rows), rows), x_0, maskable)
         loss = objective(denoiser, Batch(torch.from_numpy(x_0), draw, FULL)).weighted_sum / draw.num_maskable
@@ -49,7 +49,7 @@ def test_masked_diffusion_learns_images_and_draws_them():
         optimizer.step()
         optimizer.zero_grad()
     # 2 levels, a place and a size are 10.4 bits of 64 pixels; pixels alone are 2 bits each.
-    assert 1.8 < bounds[0] < 3.0 and np.mean(bounds[-20:]) < 0.75
+    assert 1.8 < bounds[0] < 3.0 and np.mean(bounds[-20:]) < 1.0
     num_samples = 32
     empty = Canvas(torch.zeros(num_samples, SIDE * SIDE, dtype=torch.long), torch.ones(num_samples, SIDE * SIDE, dtype=torch.bool))
     drawn = sample(denoiser, empty, Ancestral(Polynomial()), FULL, num_steps=64, seed=0).ids

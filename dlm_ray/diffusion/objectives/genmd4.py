@@ -52,7 +52,7 @@ class GenMD4(nn.Module):
         return F.softplus(self.theta).expand(self.vocab_size)
 
     def draw(self, key: DrawKey, x_0: np.ndarray, maskable: np.ndarray) -> Draw:
-        """T in [t_1, 1], one for a pair; every token masked with probability t ** w; the masked ones are scored with weight 1 - t_1."""
+        """Times in [t_1, 1], one for a pair; every token masked with probability t ** w; the masked ones are scored with weight 1 - t_1."""
         pairs = replace(key, rows=[row // 2 for row in key.rows], global_batch_rows=key.global_batch_rows // 2)
         t, is_masked = self._masks(
             key.seed, MASK, [(key.step, row) for row in key.rows], times(self.process.times, pairs)[:, 0], x_0, maskable
@@ -93,7 +93,7 @@ class GenMD4(nn.Module):
     def _masks(
         self, seed: int, stream: int, keys: Sequence[tuple[int, int]], t: np.ndarray, x_0: np.ndarray, maskable: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """T [B] in [t_1, 1) and masks [B, L] by t ** w of every token."""
+        """Times [B] in [t_1, 1) and masks [B, L] by t ** w of every token."""
         exponents = self.exponents.detach().double().cpu().numpy()
         t = np.minimum(T_1 + (1 - T_1) * t, _LATEST)
         probability = t[:, None] ** exponents[np.minimum(x_0, self.vocab_size - 1)]

@@ -79,7 +79,7 @@ class SsdLm(nn.Module):
             self.diffusion_embedding.copy_(embedding[: self.vocab_size])
 
     def draw(self, key: DrawKey, x_0: np.ndarray, maskable: np.ndarray) -> Draw:
-        """T on the grid 1/T .. 1, a block that begins anywhere behind the first token, the seed of the row's noise."""
+        """Times on the grid 1/T .. 1, a block that begins anywhere behind the first token, the seed of the row's noise."""
         return self._draw(key.seed, MASK, [(key.step, row) for row in key.rows], times(self.times, key)[:, 0], maskable)
 
     def evaluation_draw(self, seed: int, keys: Sequence[tuple[int, int]], t: np.ndarray, x_0: np.ndarray, maskable: np.ndarray) -> Draw:

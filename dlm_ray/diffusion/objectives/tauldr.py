@@ -30,7 +30,7 @@ class TauLDR(Masked):
         self.schedule, self.estimator = process.schedule, estimator
 
     def draw(self, key: DrawKey, x_0: np.ndarray, maskable: np.ndarray) -> Draw:
-        """X_t with one more token masked, and what is scored with which weight."""
+        """Masks of x_t with one position more, and what is scored with which weight."""
         before = self.process.draw(key, maskable)
         is_masked = before.is_masked.numpy()
         unmasked = maskable & ~is_masked
