@@ -76,6 +76,7 @@ def study(seeds: int, steps: int) -> Study:
         seeds=tuple(range(seeds)),
         baseline="MD4",
         orderings=ORDERINGS,
+        ratios=("steps_per_second", "train_seconds", "nelbo_variance", "gradient_variance"),
     )
 
 
@@ -83,7 +84,13 @@ def _tree(objective: dict[str, Any], steps: int) -> dict[str, Any]:
     return {
         "name": "study",
         "objective": objective,
-        "optimizer": {"learning_rate": LEARNING_RATE, "betas": [0.9, 0.98], "weight_decay": 0.03, "warmup_steps": min(30, steps // 4), "rate": "cosine"},
+        "optimizer": {
+            "learning_rate": LEARNING_RATE,
+            "betas": [0.9, 0.98],
+            "weight_decay": 0.03,
+            "warmup_steps": min(30, steps // 4),
+            "rate": "cosine",
+        },
         "ema": {"decay": 0.98},
         "training": {"steps": steps, "global_batch_rows": ROWS, "micro_batch_rows": ROWS},
         "validation": {"rows": 0},
@@ -236,6 +243,8 @@ def main() -> None:
     )
     hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()}, {torch.get_num_threads()} threads"
     written = write_report(chosen, records, arguments.results or arguments.out, hardware, notes(records, corpus, arguments.steps))
+    for verdict in runner.orderings(chosen, records):
+        print(f"{verdict.better} below {verdict.worse} ({verdict.source}): {verdict.verdict}", file=sys.stderr)
     sys.stdout.write(json.dumps([str(path) for path in written]) + "\n")
 
 

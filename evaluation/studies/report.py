@@ -53,7 +53,8 @@ def _markdown(
     notes: Sequence[str],
 ) -> str:
     metrics = sorted({name for record in records for name in record.metrics} - {study.metric})
-    header = ["arm", "seeds", f"{study.unit} (95 %, seeds)", "less the baseline, over seeds", "over documents", *metrics, "published"]
+    header = ["arm", "seeds", f"{study.unit} (95 %, seeds)", "less the baseline, over seeds", "over documents"]
+    header += [f"{metric} / {study.baseline}'s" if metric in study.ratios else metric for metric in metrics] + ["published"]
     rows = []
     for arm in study.arms:
         own = [record for record in records if record.arm == arm.name and record.error is None]
@@ -67,7 +68,9 @@ def _markdown(
             found = [one for one in compared if one.arm == arm.name and one.over == over]
             cells.append(_comparison(found[0]) if found else "baseline" if arm.name == study.baseline else "")
         for metric in metrics:
-            numbers = [value for record in own if (value := record.metrics.get(metric)) is not None]
+            numbers = [
+                value / _beside(study, records, metric, record.seed) for record in own if (value := record.metrics.get(metric)) is not None
+            ]
             cells.append(f"{sum(numbers) / len(numbers):.4g}" if numbers else "")
         rows.append([*cells, arm.published])
     seeds = ", ".join(map(str, study.seeds))
@@ -124,6 +127,14 @@ def _figure(study: Study, records: Sequence[Record]) -> object:
             label = f"{arm.name} ({arm.published})" if arm.published else arm.name
             rows.append((label, mean, mean if low is None else low, mean if high is None else high))
     return figures.intervals(rows, f"{study.unit}; in brackets: published")
+
+
+def _beside(study: Study, records: Sequence[Record], metric: str, seed: int) -> float:
+    """What a metric is divided by: 1, or the baseline's of the same seed."""
+    if metric not in study.ratios:
+        return 1.0
+    base = [record.metrics.get(metric) for record in records if record.arm == study.baseline and record.seed == seed]
+    return base[0] if base and base[0] else float("nan")
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

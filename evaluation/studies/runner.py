@@ -60,6 +60,8 @@ class Study:
     baseline: str
     orderings: tuple[tuple[str, str, str], ...] = ()
     """(better arm, worse arm, where that is claimed)."""
+    ratios: tuple[str, ...] = ()
+    """Metrics that mean something only beside the baseline's of the same seed."""
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ STUDY = Study(
     arms=(Arm("base", {"a": 1}, "1.00"), Arm("better", {"a": 2}, "<= 0.90"), Arm("same", {"a": 3}), Arm("other unit", {"a": 4})),
     seeds=(0, 1, 2, 3),
     baseline="base",
+    ratios=("speed",),
     orderings=(("better", "base", "table 1"), ("base", "better", "nobody"), ("same", "base", "rumour"), ("other unit", "base", "x")),
 )
 
@@ -129,6 +130,7 @@ def test_the_report_stands_beside_what_was_published_and_is_reproducible(tmp_pat
         "| better below base | table 1 |",
     ):
         assert part in text, part
+    assert "speed / base's" in text and "| other unit | 4 | none |  |  | 2 |" in text
     again = write_report(STUDY, records, tmp_path / "two", "two cores", ["a note"])
     assert all(one.read_bytes() == two.read_bytes() for one, two in zip(paths, again, strict=True))
     numbers = json.loads(paths[2].read_text())
