@@ -58,6 +58,11 @@ class Draw:
     noise_seeds: tuple[int, ...] = ()
     """Of every row, for an objective whose noise is made on the device."""
 
+    @property
+    def is_scored(self) -> Tensor:
+        """[R] bool: which of `scored` are positions, and not padding; a position's own weight may be 0."""
+        return torch.arange(len(self.scored), device=self.scored.device) < self.num_scored
+
     def to(self, device: torch.device) -> Draw:
         """The same draw with its tensors on `device`; the counts stay on the host."""
         names = ("t", "is_masked", "scored", "weight", "maskable")

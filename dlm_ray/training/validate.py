@@ -53,7 +53,7 @@ def validate(
                 is_real=len(part) > 0,
             )
             nll = root(batch, score_only=True).double()
-            is_scored = (batch.draw.weight > 0).double()
+            is_scored = batch.draw.is_scored.double()
             sums[0] += (batch.draw.weight * nll).sum()
             bins = (batch.draw.t[batch.draw.scored // x_0.shape[1]] * TIME_BINS).long().clamp(max=TIME_BINS - 1)
             sums[1 : 1 + TIME_BINS].index_add_(0, bins, is_scored * nll)

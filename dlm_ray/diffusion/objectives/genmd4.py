@@ -87,7 +87,7 @@ class GenMD4(nn.Module):
         reconstruction = (self._reconstruction(batch.x_0) * draw.maskable).sum()
         advantage = (losses[:, 0] - losses[:, 1]).detach()
         surrogate = losses.sum() + (advantage * (log_q[:, 0] - log_q[:, 1])).sum() + reconstruction
-        masked_nll = (nll.detach() * (draw.weight > 0)).sum()
+        masked_nll = (nll.detach() * draw.is_scored).sum()
         return LossSum(surrogate, {"masked_nll": masked_nll}, {"bound": (losses.sum() + reconstruction).detach()})
 
     def _masks(

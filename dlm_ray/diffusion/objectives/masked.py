@@ -62,7 +62,7 @@ class Masked(nn.Module):
         else:
             nll = self.token_nll(denoiser, batch)
         weighted = (batch.draw.weight * nll).sum()
-        unweighted = (nll.detach() * (batch.draw.weight > 0)).sum()
+        unweighted = (nll.detach() * batch.draw.is_scored).sum()
         by_token = {name: value.detach() for name, value in extra.items()} | ({"bound": weighted.detach()} if extra else {})
         return LossSum(weighted + sum(extra.values(), weighted.new_zeros(())), {"masked_nll": unweighted}, by_token)
 

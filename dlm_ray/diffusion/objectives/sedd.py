@@ -46,7 +46,7 @@ class Sedd(Masked):
     def forward(self, denoiser: Denoiser, batch: Batch) -> LossSum:
         """The weighted sum over masked tokens; by name, its two parts without weights."""
         nll, gap = self.parts(denoiser, batch)
-        is_scored = batch.draw.weight > 0
+        is_scored = batch.draw.is_scored
         by_name = {"masked_nll": (nll.detach() * is_scored).sum(), "consistency_gap": (gap.detach() * is_scored).sum()}
         return LossSum((batch.draw.weight * (nll + gap)).sum(), by_name)
 

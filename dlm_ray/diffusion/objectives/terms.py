@@ -47,7 +47,7 @@ class Terms:
         found = {}
         past = Visibility("causal", document_ids=batch.visibility.document_ids)
         if confidence is not None:
-            found["confidence"] = self.confidence_weight * (confidence * (batch.draw.weight > 0)).sum()
+            found["confidence"] = self.confidence_weight * (confidence * batch.draw.is_scored).sum()
         if self.autoregressive_weight:
             hidden = denoiser.hidden(batch.x_0, past).flatten(0, 1)  # [B * L, D]
             everywhere = torch.arange(len(hidden), device=hidden.device)
