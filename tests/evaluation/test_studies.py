@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from dlm_ray.evaluation.studies import objectives, runner, statistics, text8
+from dlm_ray.evaluation.studies import draws, objectives, runner, statistics, text8
 from dlm_ray.evaluation.studies.report import write_report
 from dlm_ray.evaluation.studies.runner import Arm, Outcome, Record, Study
 
@@ -228,3 +228,21 @@ def test_every_arm_of_the_objectives_study_runs_from_training_to_the_table(text8
 def test_a_record_survives_its_line():
     record = Record("s", "a", 0, "f", {"x": [1]}, "2026-11-21", 1.5, {"bits": 1.0}, [1.0], [2.0], {"d": None})
     assert Record(**json.loads(json.dumps(vars(record)))) == record
+
+
+def test_every_way_to_draw_is_measured_on_the_models_that_were_trained(text8_folder, tmp_path, monkeypatch):
+    for name, value in {"ROWS": 4, "NUM_LOSSES": 3, "NUM_GRADIENTS": 2}.items():
+        monkeypatch.setattr(draws, name, value)
+    monkeypatch.setattr(objectives, "ROW_TOKENS", 32)
+    (tmp_path / "text8").symlink_to(text8_folder)
+    missing = draws.STUDY.arms[0]
+    with pytest.raises(UserError, match="is not there; run"):
+        draws.one(missing, 0, tmp_path)
+    base = objectives.base_recipe(str(text8_folder / "data"))
+    objectives.loop.fit(
+        base.model_copy(update={"objective": type(base.objective)(), "training": base.training.model_copy(update={"steps": 2})}),
+        tmp_path / "runs/md4-0",
+    )
+    for arm in draws.STUDY.arms:
+        measured = draws.one(arm, 0, tmp_path).metrics
+        assert measured["nelbo_variance"] > 0 and measured["gradient_variance"] > 0, arm.name
