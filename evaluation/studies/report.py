@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from dlm_ray.evaluation.studies import statistics
 from dlm_ray.evaluation.studies.runner import Comparison, Record, Study, Verdict, compare, orderings
@@ -29,10 +30,15 @@ def write_report(study: Study, records: Sequence[Record], out: Path, hardware: s
     compared, verdicts = compare(study, records), orderings(study, records)
     paths = [out / f"{study.name}.{kind}" for kind in ("md", "svg", "json")]
     paths[0].write_text(_markdown(study, records, compared, verdicts, hardware, notes))
-    _figure(study, records).savefig(paths[1], format="svg", metadata={"Date": None, "Creator": None})
+    _figure(study, records).savefig(paths[1], format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
     numbers = {
         "study": study.name,
         "question": study.question,
+        "metric": study.metric,
+        "unit": study.unit,
+        "seeds": list(study.seeds),
+        "baseline": study.baseline,
+        "published": {arm.name: arm.published for arm in study.arms},
         "hardware": hardware,
         "dates": _dates(records),
         "comparisons": [asdict(one) for one in compared],
@@ -101,7 +107,12 @@ def _markdown(
         ]
     failed = [record for record in records if record.error is not None]
     if failed:
-        lines += ["## Runs that failed", "", *(f"- {record.arm}, seed {record.seed}: {record.error}" for record in failed), ""]
+        lines += [
+            "## Runs that failed",
+            "",
+            *(f"- {record.arm}, seed {record.seed}: {' '.join((record.error or '').split())}" for record in failed),
+            "",
+        ]
     missing = [
         f"{arm.name}, seed {seed}"
         for arm in study.arms
@@ -114,7 +125,7 @@ def _markdown(
     return "\n".join(lines)
 
 
-def _figure(study: Study, records: Sequence[Record]) -> object:
+def _figure(study: Study, records: Sequence[Record]) -> Any:
     rows = []
     for arm in study.arms:
         values = [

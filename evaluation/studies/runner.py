@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import math
 import os
 import re
 import time
@@ -62,6 +63,14 @@ class Study:
     """(better arm, worse arm, where that is claimed)."""
     ratios: tuple[str, ...] = ()
     """Metrics that mean something only beside the baseline's of the same seed."""
+
+    def __post_init__(self) -> None:
+        names = {arm.name for arm in self.arms}
+        unknown = {self.baseline, *(name for ordering in self.orderings for name in ordering[:2])} - names
+        if unknown:
+            raise UserError(f"study {self.name} compares {sorted(unknown)}, which none of its arms {sorted(names)} is called")
+        if len({_folder_name(arm.name) for arm in self.arms}) < len(self.arms):
+            raise UserError(f"study {self.name}: two of {sorted(names)} would share a folder; arms differ in letters or digits")
 
 
 @dataclass(frozen=True)
@@ -213,10 +222,10 @@ def orderings(study: Study, records: Sequence[Record]) -> list[Verdict]:
 
 def _over_documents(name: str, pairs: Sequence[tuple[Record, Record]]) -> Comparison:
     """Differences by document, averaged over seeds; the ratio to the documents' weights keeps the unit of the metric."""
-    differences = np.mean([np.subtract(own.documents, base.documents) for own, base in pairs], axis=0)
-    weights = np.ones(len(differences)) if pairs[0][0].weights is None else np.asarray(pairs[0][0].weights)
-    low, high = statistics.bootstrap_interval(differences, weights)
-    visible = statistics.smallest_visible_effect(differences)
+    differences = np.mean([np.asarray(own.documents, float) - np.asarray(base.documents, float) for own, base in pairs], axis=0)
+    weights = np.ones(len(differences)) if pairs[0][0].weights is None else np.asarray(pairs[0][0].weights, float)
+    low, high = statistics.bootstrap_interval(differences.tolist(), weights.tolist())
+    visible = statistics.smallest_visible_effect(differences.tolist())
     return Comparison(
         name,
         "documents",
@@ -224,7 +233,7 @@ def _over_documents(name: str, pairs: Sequence[tuple[Record, Record]]) -> Compar
         float(differences.sum() / weights.sum()),
         low,
         high,
-        statistics.sign_flip_p(differences),
+        statistics.sign_flip_p(differences.tolist()),
         smallest_visible=None if visible is None else visible * len(differences) / float(weights.sum()),
     )
 
@@ -257,13 +266,27 @@ def _check_same(study: Study, arm: Arm, record: Record | None, out: Path) -> Non
     raise UserError(f"{out} holds {arm.name} (seed {record.seed}) with other settings: {changed}; choose another --out")
 
 
+def _folder_name(arm: str) -> str:
+    return re.sub(r"[^A-Za-z0-9]+", "-", arm).strip("-").lower()
+
+
+def _plain(study: Study, outcome: Outcome) -> Outcome:
+    """The outcome in the types that a line of JSON holds; what it cannot hold fails this run, not the study."""
+    metrics = {name: None if value is None else float(value) for name, value in outcome.metrics.items()}
+    value = metrics.get(study.metric)
+    if value is not None and not math.isfinite(value):
+        raise FloatingPointError(f"{study.metric} is {value}")
+    documents, weights = (None if own is None else [float(one) for one in own] for own in (outcome.documents, outcome.weights))
+    return Outcome(metrics, documents, weights, json.loads(json.dumps(dict(outcome.details))))
+
+
 def _one(study: Study, arm: Arm, seed: int, one: Callable[[Arm, int, Path], Outcome], out: Path) -> Record:
-    folder = out / "runs" / f"{re.sub(r'[^A-Za-z0-9]+', '-', arm.name).strip('-').lower()}-{seed}"
+    folder = out / "runs" / f"{_folder_name(arm.name)}-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     outcome, error = Outcome({}), None
     try:
-        outcome = one(arm, seed, folder)
+        outcome = _plain(study, one(arm, seed, folder))
     except Exception as failure:  # one row of the table, with its reason; the study goes on
         error = f"{type(failure).__name__}: {failure}"
     record = Record(
@@ -274,10 +297,10 @@ def _one(study: Study, arm: Arm, seed: int, one: Callable[[Arm, int, Path], Outc
         settings=dict(arm.settings),
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         seconds=round(time.monotonic() - started, 1),
-        metrics=dict(outcome.metrics),
-        documents=None if outcome.documents is None else [float(value) for value in outcome.documents],
-        weights=None if outcome.weights is None else [float(value) for value in outcome.weights],
-        details=dict(outcome.details),
+        metrics=outcome.metrics,
+        documents=outcome.documents,
+        weights=outcome.weights,
+        details=outcome.details,
         error=error,
     )
     with (out / "results.jsonl").open("a") as lines:

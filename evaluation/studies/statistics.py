@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 NUM_FLIPS = 20_000
+_FLIPS_AT_ONCE = 500
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(200)
 NUM_RESAMPLES = 4_000
 
@@ -62,8 +63,11 @@ def sign_flip_p(differences: Sequence[float], seed: int = 0) -> float:
     if len(values) <= 12:
         signs = np.array(list(itertools.product([1, -1], repeat=len(values))))
         return float((np.abs(signs @ values) >= observed).mean())
-    signs = np.random.default_rng(seed).choice([1, -1], size=(NUM_FLIPS, len(values)))
-    return float((1 + (np.abs(signs @ values) >= observed).sum()) / (1 + NUM_FLIPS))
+    random, reached = np.random.default_rng(seed), 0
+    for _ in range(NUM_FLIPS // _FLIPS_AT_ONCE):  # all at once, a thousand documents would take half a gigabyte
+        signs = 2 * random.integers(0, 2, size=(_FLIPS_AT_ONCE, len(values)), dtype=np.int8) - 1
+        reached += int((np.abs(signs @ values) >= observed).sum())
+    return (1 + reached) / (1 + NUM_FLIPS)
 
 
 def bootstrap_interval(differences: Sequence[float], weights: Sequence[float] | None = None, seed: int = 0) -> tuple[float, float]:
@@ -89,9 +93,27 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def smallest_visible_effect(differences: Sequence[float], power: float = 0.8, alpha: float = 0.05) -> float | None:
     """The mean difference that a paired two-sided t test at this n and spread finds with this power; None for a single pair.
 
-    (t_{1 - alpha/2} + t_power) s / sqrt(n), with n - 1 degrees of freedom.
+    By the noncentral t: the usual (t_{1 - alpha/2} + t_power) s / sqrt(n) finds 0.73 instead of 0.8 at n = 2 and 0.77 at n = 3.
     """
     n = len(differences)
     if n < 2:
         return None
-    return (t_quantile(1 - alpha / 2, n - 1) + t_quantile(power, n - 1)) * float(np.std(differences, ddof=1)) / math.sqrt(n)
+    critical = t_quantile(1 - alpha / 2, n - 1)
+    low, high = 0.0, 1.0
+    while _power(high, critical, n - 1) < power:
+        high *= 2
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _power(middle, critical, n - 1) < power else (low, middle)
+    return high * float(np.std(differences, ddof=1)) / math.sqrt(n)
+
+
+def _power(shift: float, critical: float, dof: int) -> float:
+    """P(|Z + shift| > critical S), Z standard normal and dof S^2 a chi-square of dof: what a t test finds of `shift` standard errors."""
+    reach = 10 / math.sqrt(2 * dof)
+    low, high = max(0.0, 1 - reach), 1 + reach
+    spreads = (low + high) / 2 + (high - low) / 2 * _NODES
+    logs = (dof - 1) * np.log(spreads) - dof * spreads**2 / 2
+    density = _WEIGHTS * np.exp(logs - logs.max())
+    found = [math.erfc((critical * s - shift) / math.sqrt(2)) / 2 + math.erfc((critical * s + shift) / math.sqrt(2)) / 2 for s in spreads]
+    return float(density @ found / density.sum())

@@ -54,7 +54,8 @@ def build_data(folder: Path, row_tokens: int, held_out: float = 0.1, max_bytes: 
     folder.mkdir(parents=True, exist_ok=True)
     raw, converted = folder / "raw.jsonl", folder / "text8.jsonl"
     corpus = write_corpus(str(raw), max_bytes)
-    records = [json.loads(line) for line in raw.read_text().splitlines()]
+    with raw.open(encoding="utf-8") as lines:  # str.splitlines would also break at U+2028, which JSON leaves as it is
+        records = [json.loads(line) for line in lines]
     texts = [text for text in (text8_form(record["text"]) for record in records) if len(text) >= _LEAST_CHARACTERS]
     converted.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     write_tokenizer(data / "tokenizer")

@@ -76,6 +76,31 @@ def test_a_run_that_fails_is_one_row_with_its_reason_and_is_tried_again(tmp_path
     assert not [one for one in runner.run(STUDY, outcome, tmp_path) if one.error]
 
 
+@pytest.mark.parametrize(
+    ("result", "error"),
+    [
+        (Outcome({"bits": 1.0}, details={"x": {1}}), "TypeError: Object of type set is not JSON serializable"),
+        (Outcome({"bits": float("nan")}), "FloatingPointError: bits is nan"),
+        (None, "AttributeError: 'NoneType' object has no attribute 'metrics'"),
+    ],
+)
+def test_an_outcome_that_no_line_can_hold_is_a_failed_row_too(tmp_path, result, error):
+    assert {record.error for record in runner.run(STUDY, lambda arm, seed, folder: result, tmp_path)} == {error}
+
+
+def test_metrics_may_be_of_numpy(tmp_path):
+    records = runner.run(STUDY, lambda arm, seed, folder: Outcome({"bits": np.float32(1)}, np.ones(3, np.float32)), tmp_path)
+    assert not any(record.error for record in records)
+    assert {(one.arm, one.seed): one for one in runner.read(tmp_path)} == {(one.arm, one.seed): one for one in records}
+
+
+def test_a_study_that_cannot_be_compared_is_refused_before_it_runs():
+    with pytest.raises(UserError, match="compares .'nobody'."):
+        Study(**{**vars(STUDY), "baseline": "nobody"})
+    with pytest.raises(UserError, match="would share a folder"):
+        Study(**{**vars(STUDY), "arms": (*STUDY.arms, Arm("Other-Unit", {}))})
+
+
 def test_other_settings_are_refused_and_named(tmp_path):
     runner.run(STUDY, outcome, tmp_path)
     changed = Study(**{**vars(STUDY), "arms": (*STUDY.arms[:1], Arm("better", {"a": 5}), *STUDY.arms[2:])})
@@ -163,13 +188,14 @@ def test_flips_of_signs_by_brute_force_and_by_chance():
     assert statistics.sign_flip_p(random.normal(size=60)) > 0.05 > statistics.sign_flip_p(0.7 + random.normal(size=60))
 
 
-def test_the_smallest_visible_effect_is_found_as_often_as_it_says():
-    n, spread, random = 5, 0.3, np.random.default_rng(1)
-    sizes = [statistics.smallest_visible_effect(random.normal(0, spread, n)) for _ in range(300)]
-    exact = (statistics.t_quantile(0.975, n - 1) + statistics.t_quantile(0.8, n - 1)) * spread / math.sqrt(n)
-    assert np.mean(sizes) == pytest.approx(exact, rel=0.1)
-    hits = np.mean([statistics.t_test_p(random.normal(exact, spread, n)) < 0.05 for _ in range(400)])
-    assert 0.7 < hits < 0.95
+@pytest.mark.parametrize("n", [2, 3, 5, 20])
+def test_the_smallest_visible_effect_is_found_as_often_as_it_says(n):
+    differences = np.resize([-1.0, 1.0], n)
+    differences *= 0.3 / differences.std(ddof=1)
+    effect = statistics.smallest_visible_effect(differences)
+    samples = np.random.default_rng(1).normal(effect, 0.3, (100_000, n))
+    t = samples.mean(1) / (samples.std(1, ddof=1) / math.sqrt(n))
+    assert np.mean(np.abs(t) > statistics.t_quantile(0.975, n - 1)) == pytest.approx(0.8, abs=0.005)
 
 
 def test_intervals_cover_what_they_should():
