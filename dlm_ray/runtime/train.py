@@ -20,6 +20,7 @@ from dlm_ray.runtime import cluster  # first of all: it sets what Ray reads when
 # isort: split
 import ray
 import ray.train
+import torch
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 from ray.train.v2.api.report_config import CheckpointUploadMode
@@ -27,7 +28,7 @@ from ray.train.v2.api.report_config import CheckpointUploadMode
 from dlm_ray.data import storage
 from dlm_ray.data.reading import open_sources
 from dlm_ray.runtime.stream import ray_data_stream
-from dlm_ray.training import loop, start
+from dlm_ray.training import loop, start, teacher
 
 log = logging.getLogger(__name__)
 
@@ -161,7 +162,10 @@ def _check_before_starting(recipe: Recipe) -> None:
     """What would fail in every worker fails here, once and in seconds: data, tokenizer, base, family, objective."""
     indexes = open_sources(recipe.data.sources)
     network = start.resolve(recipe, start.is_causal(recipe), indexes[0].tokenizer)
-    start.build_objective(recipe, network, indexes[0].row_tokens)
+    with torch.device("meta"):  # what it keeps beside the network may be large, and here only its mistakes matter
+        start.build_objective(recipe, network, indexes[0].row_tokens)
+    if recipe.objective.alignment_weight:
+        teacher.describe(recipe)
     positions = network.config.get("max_position_embeddings") or network.config.get("n_positions")
     if positions is not None and positions < indexes[0].row_tokens:
         raise UserError(

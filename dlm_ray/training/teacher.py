@@ -28,23 +28,27 @@ class Teacher(nn.Module):
         return states
 
 
-def load(recipe: Recipe, mesh: DeviceMesh, device: torch.device) -> Teacher:
-    """The base as it was before the run.
+def describe(recipe: Recipe) -> dict[str, Any]:
+    """The configuration of the base.
 
     Raises:
         UserError: if the base is not autoregressive.
     """
-    base = recipe.model.base
-    assert base is not None, "the recipe says so"
+    base = recipe.model.base or ""
     fields, mask_id, _ = start.describe_base(base)
     if mask_id is not None:
         raise UserError(
             f"objective.alignment_weight aligns with an autoregressive model, and model.base={base} is a diffusion model; set it to 0"
         )
-    denoiser = parallel.build(families.read_config(fields), None, recipe.objective.shift, recipe.model.attention)
+    return fields
+
+
+def load(recipe: Recipe, mesh: DeviceMesh, device: torch.device) -> Teacher:
+    """The base as it was before the run."""
+    denoiser = parallel.build(families.read_config(describe(recipe)), None, recipe.objective.shift, recipe.model.attention)
     denoiser.requires_grad_(False)
     teacher = Teacher(denoiser)
     parallel.shard(teacher, denoiser, mesh, recipe.training.precision, replicated=set())
     parallel.materialize(denoiser, device)
-    start.fill_from(base, denoiser, extra_rows=set(), seed=recipe.seed)
+    start.fill_from(recipe.model.base or "", denoiser, extra_rows=set(), seed=recipe.seed)
     return teacher.eval()

@@ -18,7 +18,7 @@ from dlm_ray.config.errors import UserError
 from dlm_ray.config.objective import rules_of
 from dlm_ray.diffusion.denoiser import LossSum
 from dlm_ray.diffusion.objectives import Masked
-from dlm_ray.training import loop
+from dlm_ray.training import loop, teacher
 
 OBJECTIVES = {
     "masked-cosine": {"objective__schedule": {"name": "cosine"}},
@@ -112,6 +112,8 @@ def test_alignment_pulls_the_states_towards_the_frozen_model(data_folder, tmp_pa
         logged[weight] = [line["alignment"] / weight for line in curve(tmp_path / str(weight))]
     assert logged[0.001][0] == pytest.approx(logged[30.0][0], rel=1e-4)  # the same first step
     assert logged[30.0][-1] < 0.95 * logged[0.001][-1]
+    with pytest.raises(UserError, match="aligns with an autoregressive model, and model.base=.* is a diffusion model"):
+        teacher.describe(tiny_recipe(data_folder, **{**changes, "model__base": str(tmp_path / "30.0")}))
     line = curve(tmp_path / "30.0")[-1]
     assert line["loss"] == pytest.approx(line["bound"] + line["alignment"], rel=1e-5)
 
