@@ -48,6 +48,14 @@ def tensors(run_dir):
     return {name: commit.read_tensor(directory, name) for name in commit.read_manifest(directory).arrays}
 
 
+def test_a_head_of_zeros_begins_at_ln_v_a_token(data_folder, tmp_path):
+    """Exactly, where every row's weights sum to its tokens: counted masks."""
+    head = {"model__architecture__zero_head": True, "model__architecture__tie_embeddings": False, "objective__mask_sampler": "count"}
+    loop.fit(tiny_recipe(data_folder, "zeros", training__steps=2, optimizer__warmup_steps=0, **head), tmp_path / "run")
+    vocab = commit.read_manifest(listing.latest(str(tmp_path / "run"))).tokenizer["vocab_size"]
+    assert curve(tmp_path / "run")[0]["loss"] == pytest.approx(math.log(vocab), rel=1e-5)
+
+
 class Overflows(Masked):
     """An objective of somebody's own whose loss is infinite at step 6."""
 
