@@ -203,9 +203,9 @@ def notes(records: Sequence[runner.Record], corpus: dict[str, Any], steps: int) 
         f"Text: the standard library of the Python that ran this, in text8's form: {corpus['documents']} documents, {corpus['characters']:,} "
         f"characters (sha256 of the source {corpus['sha256'][:12]}); a tenth of the documents held out; {HELD_OUT_ROWS} rows scored with {DRAWS} draws each.",
         f"Every run starts from one AR model ({BASE_STEPS} steps) and takes {steps} steps of {ROWS} rows of {ROW_TOKENS} characters with shift: "
-        f"Llama of width 128 with 4 layers, no time input, AdamW {LEARNING_RATE:g}. GenMD4 sees each row twice a step, as MD4 with two draws does. From scratch, this budget "
-        "leaves a masked model at the frequencies of letters (4.0 bits after 400 steps). The published column is text8 test from scratch, 1 M steps "
-        "of 512 rows, 12 layers of 768: not the same question.",
+        f"Llama of width 128 with 4 layers, no time input, AdamW {LEARNING_RATE:g}. GenMD4 sees each row twice a step, as MD4 with two draws does. "
+        "From scratch, this budget leaves a masked model at the frequencies of letters (4.0 bits after 400 steps). The published column is text8 test "
+        "from scratch, 1 M steps of 512 rows, 12 layers of 768: not the same question.",
         "The bound of D3PM and tauLDR models is MD4's form of the same integral; SEDD's is its own, with the consistency gap; GenMD4's its own, with "
         "the reconstruction term.",
         f"Variances are over draws of t and masks of one batch of {ROWS} training rows at the end of training, each objective by its own loss; SSD-LM's "
