@@ -91,7 +91,7 @@ class Objective(Part):
     mask_sampler: Literal["bernoulli", "count"] = "bernoulli"
     """`count`: k uniform in 1..N, a uniform subset of k of N tokens, weight N/k: unbiased, and never nothing masked."""
     draws_per_row: Positive = 1
-    """So many draws of every row in a batch; a micro-batch holds micro_batch_rows times as many."""
+    """So many draws of every row in a batch; training.micro_batch_rows counts them, too."""
     clip: Clip | None = None
     weight: Literal["elbo", "flat", "time"] = "elbo"
     """DiffuLLaMA's 1/t, 1 and t. Reported bounds always have the ELBO's."""

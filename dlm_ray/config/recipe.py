@@ -105,7 +105,7 @@ class Training(Part):
     global_batch_rows: Positive
     """Rows of one optimizer step over all workers; the number of workers never changes it."""
     micro_batch_rows: Positive
-    """Rows of one forward pass of one worker."""
+    """Rows of one forward pass of one worker, all draws of a row counted."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of activations and gathered weights; the master weights, EMA and gradients' sums are float32."""
 

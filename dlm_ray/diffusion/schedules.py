@@ -191,4 +191,4 @@ def reconstruction_nats(schedule: Schedule, vocab_size: int, t: float = 0.0) -> 
 
 def prior_nats(schedule: Schedule, vocab_size: int) -> float:
     """alpha(1) ln V nats a token: KL(q(x_1 | x_0) || p(x_1)) with p(x_1) uniform over the tokens with mass alpha(1), else masked."""
-    return at(schedule.alpha, 1.0) * math.log(vocab_size)
+    return max(0.0, at(schedule.alpha, 1.0)) * math.log(vocab_size)

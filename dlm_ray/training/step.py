@@ -56,10 +56,13 @@ class StepResult:
         return {"loss": values[0] / self.count, "gradient_norm": self.gradient_norm.item(), **named}
 
 
-def num_micro_steps(recipe: Recipe, world_size: int) -> int:
-    """Forward passes of one worker in one step: as many on every worker as the one with most rows needs."""
+def num_micro_steps(recipe: Recipe, world_size: int, draws_per_row: int = 1) -> int:
+    """Forward passes of one worker in one step: as many on every worker as the one with most rows needs.
+
+    The draws of a row are passed together, and count as rows of the pass.
+    """
     most = -(-recipe.training.global_batch_rows // world_size)
-    return -(-most // recipe.training.micro_batch_rows)
+    return -(-most // max(1, recipe.training.micro_batch_rows // draws_per_row))
 
 
 def micro_batches(
@@ -74,7 +77,7 @@ def micro_batches(
     share = np.array_split(np.arange(total), world_size)[rank]
     assert len(share) == len(rows), f"the stream gave {len(rows)} rows where this rank's share of the global batch is {len(share)}"
     batches = []
-    for part in np.array_split(np.arange(len(share)), num_micro_steps(recipe, world_size)):
+    for part in np.array_split(np.arange(len(share)), num_micro_steps(recipe, world_size, copies)):
         chosen = [rows[i] for i in part] or [rows[0]]
         x_0 = np.stack([row.input_ids for row in chosen]).astype(np.int64).repeat(copies, axis=0)
         document_ids = np.stack([row.document_ids for row in chosen]).astype(np.int32).repeat(copies, axis=0)

@@ -6,6 +6,7 @@ DIR is the folder of the study `objectives`; its MD4 models, one a seed, are mea
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import sys
 from collections.abc import Mapping
@@ -25,7 +26,7 @@ from dlm_ray.diffusion.absorbing import Absorbing
 from dlm_ray.diffusion.objectives import Masked, TauLDR
 from dlm_ray.serving.loading import load
 
-ROWS, NUM_LOSSES, NUM_GRADIENTS = 16, 64, 16
+ROWS, NUM_LOSSES, NUM_GRADIENTS = 16, 40, 10
 
 STUDY = Study(
     name="draws",
@@ -94,7 +95,11 @@ def main() -> None:
     out = arguments.runs / "draws"
     say = lambda message: print(message, file=sys.stderr, flush=True)  # noqa: E731
     records = runner.run(STUDY, lambda arm, seed, folder: one(arm, seed, arguments.runs), out, arguments.minutes, say)
-    hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    hardware = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{platform.machine()}, {torch.get_num_threads()} of {os.cpu_count()} cores"
+    )
     notes = [
         f"Models: MD4 of the study `objectives`, one a training seed; {ROWS} rows, {NUM_LOSSES} draws for the bound and {NUM_GRADIENTS} for the "
         "gradient. Pairs are drawn on half as many rows: as many passes, fewer texts.",

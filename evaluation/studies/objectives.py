@@ -211,11 +211,14 @@ def notes(records: Sequence[runner.Record], corpus: dict[str, Any], steps: int) 
         f"Variances are over draws of t and masks of one batch of {ROWS} training rows at the end of training, each objective by its own loss; SSD-LM's "
         "loss is of another quantity.",
     ]
+    found.append(
+        "Times of runs are rough, because the machine had other work during some; `python -m dlm_ray.evaluation.speed objectives` measures steps interleaved."
+    )
     for record in records:
         for name, parts in record.details.get("by_timesteps", {}).items():
             found.append(
                 f"MD4, seed {record.seed}, evaluated at T = {name}: {parts['total']:.4f} = integral {parts['integral']:.4f} + reconstruction "
-                f"{parts['reconstruction']:.5f} + prior {parts['prior']:.5f} bits per character"
+                f"{parts['reconstruction']:.5f} + prior {abs(parts['prior']):.5f} bits per character"
             )
     return found
 
@@ -243,7 +246,11 @@ def main() -> None:
         arguments.minutes,
         lambda message: print(message, file=sys.stderr, flush=True),
     )
-    hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    hardware = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{platform.machine()}, {torch.get_num_threads()} of {os.cpu_count()} cores"
+    )
     written = write_report(chosen, records, arguments.results or arguments.out, hardware, notes(records, corpus, arguments.steps))
     for verdict in runner.orderings(chosen, records):
         print(f"{verdict.better} below {verdict.worse} ({verdict.source}): {verdict.verdict}", file=sys.stderr)

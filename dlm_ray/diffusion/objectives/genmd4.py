@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dlm_ray.diffusion.absorbing import Absorbing
-from dlm_ray.diffusion.denoiser import Batch, Denoiser, LossSum, cross_entropy, scored_rows
+from dlm_ray.diffusion.denoiser import Batch, Denoiser, LossSum, scored_rows
 from dlm_ray.diffusion.draws import EVALUATION_MASK, MASK, Draw, DrawKey, make_draw, times, uniforms
 
 T_1 = 1e-3
@@ -104,8 +104,9 @@ class GenMD4(nn.Module):
         draw, exponents = batch.draw, self.exponents
 
         def bracket(logits: Tensor, targets: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-            nll = cross_entropy(logits, targets)
-            return (logits.softmax(-1) @ exponents.to(logits) - exponents[targets] * (1 - nll)) / t, nll
+            log_mu = logits.log_softmax(-1)  # one pass over the vocabulary for both
+            nll = -log_mu.gather(1, targets[:, None])[:, 0]
+            return (log_mu.exp() @ exponents.to(logits) - exponents[targets] * (1 - nll)) / t, nll
 
         hidden = denoiser.hidden(self.process.inputs(denoiser, batch), batch.visibility)
         t = draw.t[draw.scored // batch.x_0.shape[1]]

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dlm_ray.diffusion.denoiser import Batch, Denoiser, LossSum, cross_entropy, scored_rows
+from dlm_ray.diffusion.denoiser import Batch, Denoiser, LossSum, scored_rows
 from dlm_ray.diffusion.objectives.masked import Masked
 
 
@@ -32,8 +32,9 @@ class Sedd(Masked):
         """[R] nats each: -ln mu_{x_0}, and the gap Z - 1 - ln Z."""
 
         def score_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-            log_z = log_normaliser(logits, self.vocab_size)
-            return cross_entropy(logits, targets), torch.expm1(log_z) - log_z
+            log_z = log_normaliser(logits, self.vocab_size)  # also what -ln mu is normalised by: one pass over the vocabulary for both
+            nll = log_z + math.log(self.vocab_size) - logits.gather(1, targets[:, None])[:, 0]
+            return nll, torch.expm1(log_z) - log_z
 
         hidden = denoiser.hidden(self.process.inputs(denoiser, batch), batch.visibility)
         return denoiser.reduce_logits(scored_rows(denoiser, hidden, batch.draw), score_entropy, batch.x_0.flatten()[batch.draw.scored])
