@@ -13,14 +13,41 @@ from dlm_ray.diffusion.draws import Draw, DrawKey
 from dlm_ray.diffusion.visibility import Visibility
 
 
+class Cache(Protocol):
+    """Keys and values of committed blocks, a slot a request; slots in use are the first ones."""
+
+    lengths: list[int]
+    """Committed positions of every slot."""
+    last_rows: Tensor
+    """[slots, D]: the hidden row of every slot's last committed position, which with shift predicts the next block's first."""
+
+    def commit(self, slot: int, num_tokens: int, last_row: Tensor) -> None:
+        """The next `num_tokens` positions of a slot, as the last pass wrote them, stay; `last_row` [D] is the last one's hidden row."""
+
+    def fork(self, source: int, target: int) -> None:
+        """Makes slot `target` a copy of slot `source`."""
+
+    def release(self, slot: int) -> None:
+        """Empties a slot."""
+
+
 class Denoiser(Protocol):
     """A network that turns a partly masked row into hidden rows, and hidden rows into whatever of the logits is asked for."""
 
     mask_id: int | None
     """None if it is autoregressive only."""
 
-    def hidden(self, inputs: Tensor, visibility: Visibility) -> Tensor:
-        """[B, L] ids, or [B, L, D] embeddings -> [B, L, D] final hidden states."""
+    def hidden(self, inputs: Tensor, visibility: Visibility, memory: Any = None) -> Tensor:
+        """[B, L] ids, or [B, L, D] embeddings -> [B, L, D] final hidden states.
+
+        `memory` is a cache of `new_cache`, behind whose first B slots the rows go on, or a recording of `record`, which the rows see.
+        """
+
+    def new_cache(self, num_slots: int, capacity_tokens: int) -> Cache:
+        """An empty cache."""
+
+    def record(self, inputs: Tensor, visibility: Visibility) -> tuple[Tensor, Any]:
+        """`hidden`, and its keys and values for later passes to see."""
 
     def states(self, inputs: Tensor, visibility: Visibility) -> tuple[Tensor, ...]:
         """The same with what is below: the embeddings, the states after every block, [B, L, D] each; the last is `hidden`."""

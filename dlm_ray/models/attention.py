@@ -8,7 +8,7 @@ ids).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, Literal
 
 import torch
@@ -18,6 +18,7 @@ from transformers import AttentionInterface
 
 from dlm_ray.config.errors import UserError
 from dlm_ray.diffusion.visibility import Visibility
+from dlm_ray.models.kv_cache import Memory
 
 NAME = "dlm_ray"
 
@@ -29,32 +30,44 @@ class Prepared:
     kernel: Literal["sdpa", "flex", "flash"]
     is_causal: bool = False
     mask: Any = None
-    """[B or 1, 1, L, L] bool for sdpa, a BlockMask for flex, None where the kernel needs none."""
+    """[B or 1, 1, queries, keys] bool for sdpa, a BlockMask for flex, None where the kernel needs none."""
+    memory: Memory | None = None
+    """Keys and values of other passes that this one sees."""
 
 
-def prepare(visibility: Visibility, attention: str, num_positions: int, device: torch.device) -> Prepared:
-    """Chooses the kernel and builds its mask, once for all layers.
+def prepare(visibility: Visibility, attention: str, num_queries: int, num_keys: int, device: torch.device) -> Prepared:
+    """Chooses the kernel and builds its mask, once for all layers; a mask that every step needs is built once for all steps.
 
     Args:
         visibility: of the micro-batch.
         attention: `model.attention` of the recipe.
-        num_positions: L.
+        num_queries, num_keys: of one layer's attention.
         device: of the network.
 
     Raises:
         UserError: if flash is asked for a visibility that it cannot compute.
     """
-    fused = visibility.fused
+    fused = visibility.fused(num_queries, num_keys)
     if fused is not None:
         return Prepared("flash" if attention == "flash" else "sdpa", is_causal=fused == "causal")
     if attention == "flash":
         raise UserError(
-            "model.attention=flash computes plain causal and bidirectional attention only, and this run anneals or masks documents; "
-            "set model.attention=auto, or curriculum.annealing.pattern=none and data.document_mask=false"
+            "model.attention=flash computes plain causal and bidirectional attention only, and this run anneals, masks documents or attends in "
+            "blocks; set model.attention=auto, or curriculum.annealing.pattern=none and data.document_mask=false"
         )
-    if attention == "flex" or (attention == "auto" and device.type == "cuda"):
-        return Prepared("flex", mask=visibility.block_mask(num_positions, device))
-    return Prepared("sdpa", mask=visibility.dense(num_positions, device))
+    is_flex = visibility.offsets is None and (attention == "flex" or (attention == "auto" and device.type == "cuda"))
+    if visibility.is_static:
+        return _kept(visibility, is_flex, num_queries, num_keys, device)
+    return _masked(visibility, is_flex, num_queries, num_keys, device)
+
+
+def _masked(visibility: Visibility, is_flex: bool, num_queries: int, num_keys: int, device: torch.device) -> Prepared:
+    if is_flex:
+        return Prepared("flex", mask=visibility.block_mask(num_queries, device, num_keys))
+    return Prepared("sdpa", mask=visibility.dense(num_queries, device, num_keys))
+
+
+_kept = lru_cache(maxsize=8)(_masked)
 
 
 def attend(
@@ -69,6 +82,9 @@ def attend(
 ) -> tuple[Tensor, None]:
     """[B, H, L, D/H] queries, [B, H or fewer, L, D/H] keys and values -> [B, L, H, D/H]."""
     assert visibility is not None, f"{type(module).__name__} does not hand the visibility through to its attention"
+    if visibility.memory is not None:
+        layer: Any = module.layer_idx
+        key, value = visibility.memory.extend(layer, key, value)
     grouped = query.shape[1] != key.shape[1]
     if visibility.kernel == "flash":
         from flash_attn import flash_attn_func

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from dlm_ray.diffusion.visibility import Visibility
 from dlm_ray.models import attention
+from dlm_ray.models.kv_cache import KeyValueCache, Recording
 
 # Logits of at most so many elements exist at once (float32: 128 MiB); a call with fewer keeps them for its backward pass.
 CHUNK_ELEMENTS = 2**25
@@ -61,9 +63,12 @@ class HuggingFaceDenoiser(nn.Module):
         rows = (self.network.get_input_embeddings().weight, self.network.get_output_embeddings().weight)
         return {name for name, parameter in self.network.named_parameters() if any(parameter is row for row in rows)}
 
-    def hidden(self, inputs: Tensor, visibility: Visibility) -> Tensor:
-        """[B, L] int64 ids, or [B, L, D] embeddings -> [B, L, D]: the states after the final norm. Positions run on over packed documents."""
-        return self._run(inputs, visibility).last_hidden_state
+    def hidden(self, inputs: Tensor, visibility: Visibility, memory: Any = None) -> Tensor:
+        """[B, L] int64 ids, or [B, L, D] embeddings -> [B, L, D]: the states after the final norm. Positions run on over packed documents.
+
+        `memory` is a cache of `new_cache`, whose slots the rows go on, or a recording of `record`, which the rows see.
+        """
+        return self._run(inputs, visibility, memory).last_hidden_state
 
     def states(self, inputs: Tensor, visibility: Visibility) -> tuple[Tensor, ...]:
         """The same, with the embeddings and the states after every block; the last is after the final norm."""
@@ -73,10 +78,29 @@ class HuggingFaceDenoiser(nn.Module):
         """[B, L] ids -> [B, L, D] embeddings, as the network makes them from ids."""
         return self.network.get_input_embeddings()(input_ids)
 
-    def _run(self, inputs: Tensor, visibility: Visibility, **options: Any) -> Any:
+    def new_cache(self, num_slots: int, capacity_tokens: int) -> KeyValueCache:
+        """An empty cache for this network, on its device and in its precision."""
+        return KeyValueCache(self.network.config, num_slots, capacity_tokens, self.embedding.device, self.embedding.dtype)
+
+    def record(self, inputs: Tensor, visibility: Visibility) -> tuple[Tensor, Recording]:
+        """`hidden`, and the keys and values that it was made from, for later passes to see."""
+        recording = Recording()
+        hidden = self.hidden(inputs, visibility, recording)
+        recording.finish()
+        return hidden, recording
+
+    def _run(self, inputs: Tensor, visibility: Visibility, memory: Any = None, **options: Any) -> Any:
         num_rows, num_positions = inputs.shape[:2]
-        prepared = attention.prepare(visibility, self.attention_kernel, num_positions, inputs.device)
-        positions = torch.arange(num_positions, device=inputs.device).expand(num_rows, -1)
+        num_keys = num_positions
+        if isinstance(memory, KeyValueCache):
+            visibility = replace(visibility, offsets=tuple(memory.lengths[:num_rows]))
+            num_keys = memory.begin(visibility.offsets or (), num_positions)
+        elif memory is not None:
+            num_keys += memory.num_keys
+        prepared = attention.prepare(visibility, self.attention_kernel, num_positions, num_keys, inputs.device)
+        if memory is not None:
+            prepared = replace(prepared, memory=memory)
+        positions = visibility.positions(num_positions, inputs.device).expand(num_rows, -1)
         kind = "inputs_embeds" if inputs.is_floating_point() else "input_ids"
         return self.network.base_model(**{kind: inputs}, position_ids=positions, use_cache=False, visibility=prepared, **options)
 

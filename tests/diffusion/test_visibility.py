@@ -56,10 +56,10 @@ def test_flex_attention_computes_what_the_dense_mask_does(visibility):
 
 
 def test_annealing_starts_causal_and_ends_bidirectional():
-    assert annealed("bernoulli", 0.0, 1, LENGTH, None).fused == "causal"
-    assert annealed("bernoulli", 1.0, 1, LENGTH, None).fused == "full"
-    assert annealed("none", 0.0, 1, LENGTH, None).fused == "full"
-    assert annealed("bernoulli", 0.5, 1, LENGTH, None).fused is None
+    assert annealed("bernoulli", 0.0, 1, LENGTH, None).fused(LENGTH, LENGTH) == "causal"
+    assert annealed("bernoulli", 1.0, 1, LENGTH, None).fused(LENGTH, LENGTH) == "full"
+    assert annealed("none", 0.0, 1, LENGTH, None).fused(LENGTH, LENGTH) == "full"
+    assert annealed("bernoulli", 0.5, 1, LENGTH, None).fused(LENGTH, LENGTH) is None
 
 
 def test_visible_share_of_the_future_is_the_ratio_and_each_step_has_its_own():
