@@ -38,7 +38,7 @@ _WHOLE = ("confidence", "ancestral")
 RULES: dict[str, tuple[str, ...]] = {
     "autoregressive": ("left_to_right",),
     "masked": _WHOLE,
-    "block": _WHOLE,
+    "block": ("confidence", "first_hitting", "ancestral", "margin", "threshold", "factor", "entropy_bounded"),
     "genmd4": ("state_dependent", "confidence"),
     "sedd": ("tweedie", *_WHOLE),
     "d3pm": _WHOLE,
