@@ -16,6 +16,7 @@ from dlm_ray.data.tokenizer import TokenizerIdentity
 from dlm_ray.diffusion import likelihood
 from dlm_ray.diffusion.draws import maskable_positions
 from dlm_ray.diffusion.objectives import SsdLm
+from dlm_ray.diffusion.samplers.adjust import banned
 from dlm_ray.diffusion.samplers.rules import Ancestral, Canvas, Confidence, LeftToRight, Rule, StateDependent, Tweedie
 from dlm_ray.diffusion.samplers.simplex import Control, sample_blocks
 from dlm_ray.diffusion.samplers.whole_canvas import Sampled, sample
@@ -203,29 +204,30 @@ class TextModel:
             "num_steps": chosen["steps"],
             "temperature": chosen["temperature"],
             "top_p": chosen["top_p"],
-            "banned_ids": self._banned(bool(after)),
             "seed": options.get("seed", 0),
             "on_step": options.get("on_step"),
         }
         if isinstance(self.objective, SsdLm):
-            common |= {"control": options.get("control"), "control_weight": options.get("control_weight", 0.0)}
+            banned_ids = torch.tensor(self._banned(bool(after)), dtype=torch.long, device=self.device)
+            common |= {"banned_ids": banned_ids, "control": options.get("control"), "control_weight": options.get("control_weight", 0.0)}
             return sample_blocks(self.denoiser, self.objective, canvas, projection=chosen["rule"], **common)
+        common["adjust"] = banned(self._banned(bool(after)))
         rule = self._rule(chosen["rule"], canvas, chosen["noise"])
         return sample(self.denoiser, canvas, rule, Visibility(self.pattern), grid=chosen["grid"], noise=chosen["noise"], **common)
 
-    def _banned(self, has_suffix: bool) -> torch.Tensor | None:
+    def _banned(self, has_suffix: bool) -> list[int]:
         """Ids that are never drawn: rows without a token, the start token, and before a suffix the end token."""
         start_id, end_id = self.tokenizer_identity.start_id, self.tokenizer_identity.end_id
-        banned = set(range(self.tokenizer_identity.vocab_size, self.denoiser.vocab_size)) - {self.denoiser.mask_id}
+        never: set[int] = set(range(self.tokenizer_identity.vocab_size, self.denoiser.vocab_size)) - {self.denoiser.mask_id or -1}
         if has_suffix:
-            banned.add(end_id)  # a text with a suffix does not end in front of it
+            never.add(end_id)  # a text with a suffix does not end in front of it
         if start_id != end_id:
-            banned.add(start_id)
-        return torch.tensor(sorted(banned), device=self.device) if banned else None
+            never.add(start_id)
+        return sorted(never)
 
     def _rule(self, name: str, canvas: Canvas, noise: str) -> Rule:
         if name == "confidence":
-            return Confidence(Polynomial(), canvas.is_masked.sum(1))
+            return Confidence(Polynomial())
         if name == "state_dependent":
             return StateDependent(self.objective.exponents)
         if name == "tweedie":
