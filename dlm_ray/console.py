@@ -110,6 +110,19 @@ def print_bits(scored: dict[str, Any]) -> None:
         )
 
 
+def print_clips(found: list[dict[str, Any]], block_tokens: int, shown: int = 8) -> None:
+    """The best candidates of a clip search, and the full range beside them."""
+    table = Table(title=f"clips for blocks of {block_tokens}, least variance first")
+    for heading in ("beta", "omega", "variance of a block's bound", "masked tokens a block", "gradient variance"):
+        table.add_column(heading, justify="right")
+    full = [one for one in found[shown:] if one["omega"] - one["beta"] > 0.95]
+    for one in [*found[:shown], *full]:
+        gradient = "" if one["gradient_variance"] is None else f"{one['gradient_variance']:.4g}"
+        table.add_row(f"{one['beta']:g}", f"{one['omega']:g}", f"{one['variance']:.4g}", f"{one['masked_tokens']:.2f}", gradient)
+    Console().print(table)
+    say(f"train with: objective.clip={{beta: {found[0]['beta']:g}, omega: {found[0]['omega']:g}, weight: paper}}")
+
+
 def print_quickstart(report: dict[str, Any], out: Path) -> None:
     """The quickstart in one table, and where to go on."""
     table = Table(title="held-out text, bits per byte")

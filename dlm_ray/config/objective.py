@@ -2,39 +2,43 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from dlm_ray.config.parts import Fraction, Part, Positive
 
-_MASKED = {"masked", "d3pm", "tauldr", "sedd"}  # whose masks are Bernoulli by a schedule
+_MASKED = {"masked", "block", "d3pm", "tauldr", "sedd"}  # whose masks are Bernoulli by a schedule
 # Which objectives use a key; with any other, setting it is a mistake.
 _USED_BY: dict[str, set[str]] = {
     "schedule": _MASKED,
     "num_timesteps": {"masked", "d3pm"},
     "times": {*_MASKED, "genmd4", "ssd_lm"},
-    "mask_sampler": {"masked", "sedd"},
+    "mask_sampler": {"masked", "block", "sedd"},
     "draws_per_row": _MASKED,
-    "clip": {"masked", "sedd"},
-    "weight": {"masked"},
-    "complementary": {"masked", "sedd"},
+    "clip": {"masked", "block", "sedd"},
+    "weight": {"masked", "block"},
+    "complementary": {"masked", "block", "sedd"},
     "context_weights": {"masked"},
-    "confidence_weight": {"masked"},
-    "autoregressive_weight": {"masked"},
+    "confidence_weight": {"masked", "block"},
+    "autoregressive_weight": {"masked", "block"},
     "alignment_weight": {"masked"},
     "normalize_by": _MASKED,
     "exponents": {"genmd4"},
     "estimator": {"tauldr"},
     "posterior_epsilon": {"d3pm"},
     "simplex": {"ssd_lm"},
+    "block_tokens": {"block"},
+    "context": {"block"},
 }
-NAMES = ("autoregressive", "masked", "genmd4", "sedd", "d3pm", "tauldr", "ssd_lm")
+NAMES = ("autoregressive", "masked", "block", "genmd4", "sedd", "d3pm", "tauldr", "ssd_lm")
 # The rules that sample from a model of each objective, the default first.
 _WHOLE = ("confidence", "ancestral")
 RULES: dict[str, tuple[str, ...]] = {
     "autoregressive": ("left_to_right",),
     "masked": _WHOLE,
+    "block": _WHOLE,
     "genmd4": ("state_dependent", "confidence"),
     "sedd": ("tweedie", *_WHOLE),
     "d3pm": _WHOLE,
@@ -67,6 +71,13 @@ class Clip(Part):
     omega: float
     weight: Literal["unbiased", "paper"] = "unbiased"
     """`unbiased`: the ELBO's integral over the interval; `paper`: BD3-LM's code, without the constant omega - beta, flat if beta > 0.5."""
+    enforce: Literal["none", "counts"] = "none"
+    """`counts`: the masked share of every block is within [beta, omega], too, as in BD3-LM's code; drawn at once, without its rejection loop."""
+
+    def fits(self, block_tokens: int) -> bool:
+        """Whether a whole number of masked tokens of a block of so many lies within the interval."""
+        least = 0 if self.beta <= 1e-3 else math.ceil(self.beta * block_tokens - 1e-9)
+        return least <= math.floor(self.omega * block_tokens + 1e-9)
 
 
 class Simplex(Part):
@@ -82,7 +93,7 @@ class Objective(Part):
     """What is minimised."""
 
     name: str = "masked"
-    """`autoregressive`, `masked` (MD4, MDLM, DiffuLLaMA), `genmd4`, `sedd`, `d3pm`, `tauldr`, `ssd_lm`, or `package.module:Class`."""
+    """`autoregressive`, `masked` (MD4, MDLM, DiffuLLaMA), `block` (BD3-LM), `genmd4`, `sedd`, `d3pm`, `tauldr`, `ssd_lm`, or `package.module:Class`."""
     schedule: Schedule = Schedule()
     num_timesteps: Positive | None = None
     """T of discrete time; continuous if absent. `d3pm`: 1000 if absent."""
@@ -115,6 +126,10 @@ class Objective(Part):
     posterior_epsilon: Annotated[float, Field(gt=0.0)] = 1e-6
     """D3PM's, inside the logarithms of its posteriors."""
     simplex: Simplex | None = None
+    block_tokens: Positive | None = None
+    """K of `block`: 1 is the autoregressive end, the length of a row masked diffusion."""
+    context: Literal["clean", "noisy"] = "clean"
+    """What a block sees of those before it; `noisy` trains on x_t alone (BD3-LM's ablation)."""
 
     def contradictions(self, has_base: bool) -> list[str]:
         """Mistakes between the keys of `objective`."""
@@ -137,6 +152,10 @@ class Objective(Part):
             found.append(
                 f"objective.clip: beta={clip.beta}, omega={clip.omega}; allowed is 0 <= beta < omega <= 1, an interval of t within (0, 1)"
             )
+        if self.name == "block" and self.block_tokens is None:
+            found.append("objective.block_tokens is missing: objective.name=block needs the size of its blocks, such as 16; set it")
+        if clip is not None and clip.enforce == "counts" and self.name != "block":
+            found.append("objective.clip.enforce=counts is for objective.name=block; remove either")
         if self.name == "autoregressive" and not self.shift:
             found.append("objective.shift=false is impossible with objective.name=autoregressive; remove it")
         if self.mask_sampler == "count":

@@ -69,10 +69,32 @@ class Annealing(Part):
     steps: NonNegative = 0
 
 
+class BlockStage(Part):
+    """A part of the run at one block size."""
+
+    block_tokens: Positive
+    steps: Positive
+
+
+class ClipSearch(Part):
+    """BD3-LM's search (arXiv 2503.09573, section 5.2): every so many steps, the clip with the least variance of the blocks' bound is taken."""
+
+    every_steps: Positive
+    """The paper: about 5000."""
+    rows: Positive = 64
+    """Held-out rows that every candidate is measured on."""
+    draws: Positive = 4
+    """Draws of every row."""
+
+
 class Curriculum(Part):
     """What changes with the step, other than the learning rate."""
 
     annealing: Annealing = Annealing()
+    """With `block`, of the future within a block."""
+    block_sizes: tuple[BlockStage, ...] = ()
+    """Of `block`: sizes that come before `objective.block_tokens`, in order (LLaDA2.0: 1, 4, 32, 64, then the row, then down again)."""
+    clip_search: ClipSearch | None = None
 
 
 class Optimizer(Part):
@@ -208,6 +230,7 @@ class Recipe(Part):
                 f"curriculum.annealing.steps={annealing.steps} exceeds training.steps={self.training.steps}: the model would never "
                 "become bidirectional; lower the first"
             )
+        found += self._block_contradictions()
         optimizer = self.optimizer
         if (optimizer.rate == "warmup_stable_decay") != (optimizer.decay_steps > 0):
             found.append(
@@ -223,5 +246,34 @@ class Recipe(Part):
             found.append(
                 f"training.global_batch_rows={self.training.global_batch_rows} is fewer than "
                 f"parallelism.workers={self.parallelism.workers}: a worker would have no row; raise the first or lower the second"
+            )
+        return found
+
+    def _block_contradictions(self) -> list[str]:
+        """Mistakes between block sizes, clips and their curriculum."""
+        found = []
+        objective, stages, search = self.objective, self.curriculum.block_sizes, self.curriculum.clip_search
+        if (stages or search) and objective.name != "block":
+            key = "block_sizes" if stages else "clip_search"
+            return [f"curriculum.{key} is for objective.name=block, and the name is {objective.name}; remove either"]
+        if sum(stage.steps for stage in stages) > self.training.steps:
+            found.append(
+                f"curriculum.block_sizes take {sum(stage.steps for stage in stages)} steps and training.steps is {self.training.steps}: "
+                "objective.block_tokens would never be trained; lower the first"
+            )
+        clip = objective.clip
+        if clip is not None and clip.enforce == "counts":
+            for size in sorted({stage.block_tokens for stage in stages} | {objective.block_tokens or 0} - {0}):
+                if not clip.fits(size):
+                    found.append(
+                        f"objective.clip [{clip.beta:g}, {clip.omega:g}] with enforce=counts is impossible with blocks of {size}: no whole number of "
+                        f"masked tokens is between {clip.beta * size:g} and {clip.omega * size:g}; widen the interval, or set enforce=none"
+                    )
+        if search is not None and objective.mask_sampler == "count":
+            found.append("curriculum.clip_search chooses objective.clip, which objective.mask_sampler=count does not have; remove either")
+        if search is not None and objective.block_tokens == 1:
+            found.append(
+                "curriculum.clip_search has nothing to search at objective.block_tokens=1, where masking everything "
+                "(objective.mask_sampler=count) has no variance left; remove it"
             )
         return found

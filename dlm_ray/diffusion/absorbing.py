@@ -6,6 +6,7 @@ A forward process is an argument of the objective. It makes the randomness of ro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
@@ -15,18 +16,21 @@ import torch
 from torch import Tensor
 
 from dlm_ray.diffusion.denoiser import Batch, Denoiser
-from dlm_ray.diffusion.draws import EVALUATION_MASK, MASK, Draw, DrawKey, make_draw, times, uniforms
+from dlm_ray.diffusion.draws import COUNT, EVALUATION_MASK, MASK, Draw, DrawKey, generator, make_draw, times, uniforms
 from dlm_ray.diffusion.schedules import Polynomial, Schedule
+
+
+_FREE = 1e-3  # a clip's lower end up to here enforces nothing
 
 
 class Process(Protocol):
     """A forward process: absorbing, or somebody's own (uniform, mask-and-replace, Gaussian)."""
 
     def draw(self, key: DrawKey, maskable: np.ndarray) -> Draw:
-        """The randomness of the rows of `key` in training, and the weight of every scored position."""
+        """The randomness of the rows of `key` in training, and the weight of every scored position; a t for every block of `key.block_tokens`."""
 
     def evaluation_draw(self, seed: int, keys: Sequence[tuple[int, int]], t: np.ndarray, maskable: np.ndarray) -> Draw:
-        """The same for a bound, at given times [B]: over the full range, with the ELBO's weights."""
+        """The same for a bound, at given times [B] or [B, blocks]: over the full range, with the ELBO's weights."""
 
     def inputs(self, denoiser: Denoiser, batch: Batch) -> Tensor:
         """What the network sees of x_t: [B, L] ids, or [B, L, D] embeddings."""
@@ -41,11 +45,23 @@ class Clip:
     weight: Literal["unbiased", "paper"] = "unbiased"
     """`unbiased`: the ELBO's integral over [beta, omega], density 1 / (omega - beta) divided out. `paper`: BD3-LM's code, which leaves that
     constant away, and weighs flat where beta > 0.5."""
+    enforce: Literal["none", "counts"] = "none"
+    """`counts`: as many tokens of a block are masked as keep its masked share within [beta, omega], which is what BD3-LM's rejection loop ends
+    with: drawn at once from the truncated binomial. A bound of at most 1e-3, or of 1, is not enforced. The weights stay, so that the expectation is
+    no longer the bound's; in training alone."""
 
     @property
     def constant(self) -> float:
         """What every weight is multiplied with."""
         return self.omega - self.beta if self.weight == "unbiased" else 1.0
+
+    def counts(self, num_maskable: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The least and the largest number of masked tokens that is enforced for blocks of so many; the nearest to the middle if none fits."""
+        least = np.where(self.beta <= _FREE, 0, np.ceil(self.beta * num_maskable - 1e-9)).astype(np.int64)
+        most = np.where(self.omega >= 1, num_maskable, np.floor(self.omega * num_maskable + 1e-9)).astype(np.int64)
+        nearest = np.clip(np.rint((self.beta + self.omega) / 2 * num_maskable), np.minimum(1, num_maskable), num_maskable).astype(np.int64)
+        fits = least <= most
+        return np.where(fits, least, nearest), np.where(fits, most, nearest)
 
 
 @dataclass(frozen=True)
@@ -72,15 +88,16 @@ class Absorbing:
         is_complement = np.array([self.complementary and row % 2 == 1 for row in key.rows])
         if self.complementary:  # a pair shares one t and one set of coins
             key = replace(key, rows=[row // 2 for row in key.rows], global_batch_rows=key.global_batch_rows // 2)
-        t = times(self.times, key)[:, 0]
+        num_positions = maskable.shape[1]
+        t = times(self.times, key, num_positions // (key.block_tokens or num_positions))  # [B, blocks]
         if self.clip is not None:
             t = self.clip.beta + (self.clip.omega - self.clip.beta) * t
         return self._draw(key.seed, MASK, [(key.step, row) for row in key.rows], t, maskable, is_complement)
 
     def evaluation_draw(self, seed: int, keys: Sequence[tuple[int, int]], t: np.ndarray, maskable: np.ndarray) -> Draw:
-        """The masks of pairs (number of the draw, row) at given times t [B]; whatever training did to range and weights is left out."""
+        """The masks of pairs (number of the draw, row) at given times [B] or [B, blocks]; whatever training did to range and weights is left out."""
         bound = replace(self, clip=None, weight="elbo", complementary=False, context_weights=None)
-        return bound._draw(seed, EVALUATION_MASK, keys, t, maskable, np.zeros(len(keys), dtype=bool))
+        return bound._draw(seed, EVALUATION_MASK, keys, t.reshape(len(keys), -1), maskable, np.zeros(len(keys), dtype=bool))
 
     def inputs(self, denoiser: Denoiser, batch: Batch) -> Tensor:
         """[B, L]: the mask token where masked, x_0 elsewhere."""
@@ -90,22 +107,31 @@ class Absorbing:
     def _draw(
         self, seed: int, stream: int, keys: Sequence[tuple[int, int]], t: np.ndarray, maskable: np.ndarray, is_complement: np.ndarray
     ) -> Draw:
-        num_positions = maskable.shape[1]
-        uniform = uniforms(seed, stream, keys, num_positions)
+        shape, num_blocks = maskable.shape, t.shape[1]
+        block = (-1, shape[1] // num_blocks)
+        # From here on a block is a row: t [B * blocks], the others [B * blocks, K].
+        uniform, maskable, t = uniforms(seed, stream, keys, shape[1]).reshape(block), maskable.reshape(block), t.ravel()
+        is_complement = is_complement.repeat(num_blocks)
         if self.mask_sampler == "count":
             is_masked, weight = _counted(uniform, t, maskable)
         else:
             if self.num_timesteps is not None:
                 t = np.minimum(np.floor(t * self.num_timesteps) + 1, self.num_timesteps) / self.num_timesteps
             probability = self.schedule.mask_probability(torch.from_numpy(t)).numpy()
-            is_masked = (uniform < probability[:, None]) ^ is_complement[:, None]
+            if self.clip is not None and self.clip.enforce == "counts":
+                coins = np.stack([generator(seed, COUNT, step, row).random(num_blocks) for step, row in keys]).ravel()
+                is_masked = _smallest(uniform, _truncated_binomial(coins, probability, maskable.sum(1), self.clip), maskable)
+            else:
+                is_masked = (uniform < probability[:, None]) ^ is_complement[:, None]
             is_masked &= maskable
             weight = self.weights(t, is_complement)
         weights = np.broadcast_to(weight[:, None], maskable.shape)
         if self.context_weights is not None:
             weights = weights * _context(is_masked, maskable, self.context_weights)
         scored = np.flatnonzero(is_masked)
-        return make_draw(t, is_masked, scored, weights.ravel()[scored] if len(scored) else np.empty(0), maskable)
+        weights = weights.ravel()[scored] if len(scored) else np.empty(0)
+        t = t if num_blocks == 1 else t.reshape(shape[0], num_blocks)
+        return make_draw(t, is_masked.reshape(shape), scored, weights, maskable.reshape(shape))
 
     def weights(self, t: np.ndarray, is_complement: np.ndarray) -> np.ndarray:
         """[B] times -> [B] the weight of a row's masked tokens."""
@@ -133,8 +159,25 @@ def _counted(uniform: np.ndarray, t: np.ndarray, maskable: np.ndarray) -> tuple[
     """
     num_maskable = maskable.sum(1)
     k = np.minimum(np.floor(t * num_maskable) + 1, np.maximum(num_maskable, 1))
+    return _smallest(uniform, k, maskable), num_maskable / k
+
+
+def _smallest(uniform: np.ndarray, k: np.ndarray, maskable: np.ndarray) -> np.ndarray:
+    """[B, L] bool: the k [B] maskable positions of each row that have the smallest numbers."""
     rank = np.where(maskable, uniform, 2.0).argsort(1).argsort(1)
-    return (rank < k[:, None]) & maskable, num_maskable / k
+    return (rank < k[:, None]) & maskable
+
+
+def _truncated_binomial(coins: np.ndarray, p: np.ndarray, num_trials: np.ndarray, clip: Clip) -> np.ndarray:
+    """[B] counts of Binomial(num_trials, p) given that they lie within the clip's, by inversion of one uniform number each."""
+    least, most = clip.counts(num_trials)
+    k = torch.arange(int(num_trials.max(initial=0)) + 1, dtype=torch.float64)
+    trials, probability = torch.from_numpy(num_trials).double()[:, None], torch.from_numpy(p)[:, None].clamp(1e-300, 1 - 1e-16)
+    log_choose = torch.lgamma(trials + 1) - torch.lgamma(k + 1) - torch.lgamma((trials - k).clamp(min=0) + 1)
+    log_mass = log_choose + k * probability.log() + (trials - k) * torch.log1p(-probability)
+    allowed = (k >= torch.from_numpy(least)[:, None]) & (k <= torch.from_numpy(most)[:, None])
+    mass = log_mass.masked_fill(~allowed, -torch.inf).softmax(1).cumsum(1)
+    return torch.searchsorted(mass, torch.from_numpy(coins)[:, None], right=True)[:, 0].clamp(max=len(k) - 1).numpy()
 
 
 def _context(is_masked: np.ndarray, maskable: np.ndarray, p: float) -> np.ndarray:

@@ -126,7 +126,11 @@ def scored_rows(denoiser: Denoiser, hidden: Tensor, draw: Draw) -> Tensor:
     return hidden.flatten(0, 1)[denoiser.rows_for(draw.scored)]
 
 
-def score(denoiser: Denoiser, inputs: Tensor, batch: Batch) -> Tensor:
-    """[R] float32: -log p(x_0) in nats at the scored positions of `batch`, after one network call on `inputs`."""
-    rows = scored_rows(denoiser, denoiser.hidden(inputs, batch.visibility), batch.draw)
+def nll_of(denoiser: Denoiser, rows: Tensor, batch: Batch) -> Tensor:
+    """[R] float32: -log p(x_0) in nats at the scored positions of `batch`, from the hidden rows [R, D] that predict them."""
     return denoiser.reduce_logits(rows, cross_entropy, batch.x_0.flatten()[batch.draw.scored])
+
+
+def score(denoiser: Denoiser, inputs: Tensor, batch: Batch) -> Tensor:
+    """The same after one network call on `inputs`."""
+    return nll_of(denoiser, scored_rows(denoiser, denoiser.hidden(inputs, batch.visibility), batch.draw), batch)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 # Streams keep the uses of one seed apart.
-STRATA, TIME, MASK, EVALUATION_TIME, EVALUATION_MASK, SAMPLING, JUMP, NOISE, GUMBEL = range(9)
+STRATA, TIME, MASK, EVALUATION_TIME, EVALUATION_MASK, SAMPLING, JUMP, NOISE, GUMBEL, COUNT, BLOCK_TIME = range(11)
 
 # Scored positions are padded with weight 0 to a multiple of this: shapes repeat, and no rank of FSDP2 ever has nothing to score.
 ROW_MULTIPLE = 128
@@ -35,6 +35,8 @@ class DrawKey:
     rows: Sequence[int]
     """Indices of the rows within the global batch."""
     global_batch_rows: int
+    block_tokens: int | None = None
+    """Positions of a block that has a t of its own, where the step decides (a curriculum over block sizes); None: as the objective says."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Draw:
     """The randomness of one micro-batch, and the positions that it scores."""
 
     t: Tensor
-    """[B] float32 in (0, 1)."""
+    """[B], or [B, blocks], float32 in (0, 1)."""
     is_masked: Tensor
     """[B, L] bool; the only record of what is masked (a token may look like the mask)."""
     scored: Tensor
@@ -62,6 +64,11 @@ class Draw:
     def is_scored(self) -> Tensor:
         """[R] bool: which of `scored` are positions, and not padding; a position's own weight may be 0."""
         return torch.arange(len(self.scored), device=self.scored.device) < self.num_scored
+
+    @property
+    def t_scored(self) -> Tensor:
+        """[R]: the time of every scored position, its block's if blocks have their own."""
+        return self.t.flatten()[self.scored // (self.maskable.numel() // self.t.numel())]
 
     def to(self, device: torch.device) -> Draw:
         """The same draw with its tensors on `device`; the counts stay on the host."""

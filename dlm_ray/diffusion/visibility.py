@@ -120,7 +120,7 @@ def annealed(
         pattern: `bernoulli`: every future pair with probability r (DiffuLLaMA); `window`: the nearest r * (L - 1) future positions.
         ratio: r.
         step: gives each step its own Bernoulli mask.
-        num_positions: L.
+        num_positions: L, or K where blocks of K end the future.
         document_ids: [B, L] or None.
     """
     if pattern == "none" or ratio >= 1:

@@ -1,4 +1,4 @@
-"""The two figures that reports need: curves over steps, and values with their intervals."""
+"""The figures that reports need: curves over steps, values with their intervals, values over two axes."""
 
 from __future__ import annotations
 
@@ -34,6 +34,33 @@ def intervals(rows: Sequence[tuple[str, float, float, float]], xlabel: str) -> A
     axes.grid(axis="x", color=_GREY, alpha=0.25)
     figure.subplots_adjust(left=0.22, right=0.97, top=0.97, bottom=0.5 / (0.6 + 0.42 * len(rows)))
     return figure
+
+
+def heat_map(cells: Mapping[tuple[float, float], float], xlabel: str, ylabel: str, title: str) -> Any:
+    """Values at (x, y), each written into its cell, dark where small; the smallest is framed. Places without a value stay empty."""
+    xs, ys = (sorted({place[axis] for place in cells}) for axis in (0, 1))
+    low, high = min(cells.values()), max(cells.values())
+    figure, axes = _axes(1.2 + 0.56 * len(xs), 1.0 + 0.34 * len(ys))
+    grid = [[cells.get((x, y), float("nan")) for x in xs] for y in ys]
+    axes.imshow(grid, origin="lower", aspect="auto", cmap="viridis", vmin=low, vmax=high)
+    for (x, y), value in cells.items():
+        is_light = value > (low + high) / 2
+        place = (xs.index(x), ys.index(y))
+        axes.annotate(f"{value:.3g}", place, ha="center", va="center", fontsize=7, color="black" if is_light else "white")
+        if value == low:
+            axes.add_patch(_frame(place))
+    axes.set_xticks(range(len(xs)), [f"{x:g}" for x in xs])
+    axes.set_yticks(range(len(ys)), [f"{y:g}" for y in ys])
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.set_title(title, fontsize=10)
+    return figure
+
+
+def _frame(place: tuple[int, int]) -> Any:
+    """The border of a cell."""
+    from matplotlib.patches import Rectangle
+
+    return Rectangle((place[0] - 0.5, place[1] - 0.5), 1, 1, fill=False, edgecolor=COLOURS[1], linewidth=2.5)
 
 
 def _axes(width: float, height: float) -> tuple[Any, Any]:

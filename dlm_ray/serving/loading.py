@@ -14,7 +14,7 @@ from dlm_ray.config.errors import UserError
 from dlm_ray.config.objective import Sampling, rules_of
 from dlm_ray.data.tokenizer import TokenizerIdentity, identity, load_tokenizer
 from dlm_ray.diffusion.absorbing import Absorbing
-from dlm_ray.diffusion.objectives import Autoregressive, GenMD4, Masked, Sedd, SsdLm
+from dlm_ray.diffusion.objectives import Autoregressive, Block, GenMD4, Masked, Sedd, SsdLm
 from dlm_ray.models import families, parallel
 from dlm_ray.models.denoiser import HuggingFaceDenoiser
 from dlm_ray.serving.text_model import TextModel
@@ -90,10 +90,17 @@ def _load_huggingface(name: str, weights_kind: str | None, device: torch.device)
         denoiser,
         tokenizer,
         identity(tokenizer),
-        objective=Autoregressive() if fields.get("is_causal", True) is not False else Masked(),
+        objective=_huggingface_objective(fields),
         row_tokens=denoiser.network.config.max_position_embeddings,
         document_mask=True,
     )
+
+
+def _huggingface_objective(fields: dict[str, Any]) -> Any:
+    """What a folder's config.json says: autoregressive, unless an export of ours says otherwise."""
+    if fields.get("is_causal", True) is not False:
+        return Autoregressive()
+    return Block(block_tokens=fields["block_tokens"]) if fields.get("block_tokens") else Masked()
 
 
 def _objective(manifest: Manifest, denoiser: HuggingFaceDenoiser) -> Any:
@@ -104,6 +111,8 @@ def _objective(manifest: Manifest, denoiser: HuggingFaceDenoiser) -> Any:
     name = manifest.model["objective"]
     if manifest.model["is_causal"]:
         return Autoregressive()
+    if name == "block":
+        return Block(block_tokens=manifest.capabilities["block_tokens"])
     if name == "genmd4":
         is_scalar = manifest.arrays["objective.theta"].shape == (1,)
         return GenMD4(Absorbing(), denoiser.vocab_size, scalar=is_scalar)

@@ -1,4 +1,4 @@
-"""What changes with the step, other than the learning rate: today, the visibility that attention is annealed through."""
+"""What changes with the step, other than the learning rate: the visibility that attention is annealed through, and the size of blocks."""
 
 from __future__ import annotations
 
@@ -17,8 +17,18 @@ def annealing_ratio(recipe: Recipe, step: int) -> float:
     return min(1.0, (step + 1) / annealing.steps)
 
 
+def block_tokens(recipe: Recipe, step: int | None) -> int | None:
+    """K of a step: the stage's, or after all stages (and for `step` None) the objective's; None if it has no blocks."""
+    first = 0
+    for stage in recipe.curriculum.block_sizes:
+        if step is not None and first <= step < first + stage.steps:
+            return stage.block_tokens
+        first += stage.steps
+    return recipe.objective.block_tokens
+
+
 def visibility(recipe: Recipe, is_causal: bool, step: int | None, document_ids: np.ndarray, device: torch.device) -> Visibility:
-    """Who sees whom in one micro-batch.
+    """Who sees whom in one micro-batch, before an objective draws the borders of its blocks.
 
     Args:
         recipe: says how attention is annealed, and whether documents are kept apart.
@@ -31,4 +41,5 @@ def visibility(recipe: Recipe, is_causal: bool, step: int | None, document_ids: 
     if is_causal:
         return Visibility("causal", document_ids=documents)
     ratio = 1.0 if step is None else annealing_ratio(recipe, step)
-    return annealed(recipe.curriculum.annealing.pattern, ratio, step or 0, document_ids.shape[1], documents)
+    reach = block_tokens(recipe, step) or document_ids.shape[1]  # the future within a block ends with it
+    return annealed(recipe.curriculum.annealing.pattern, ratio, step or 0, reach, documents)

@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,7 @@ from dlm_ray.data.index import load_data_tokenizer
 from dlm_ray.data.order import Cursor, Order
 from dlm_ray.data.reading import Row, ShardReader, iterate_rows, open_sources, read_split
 from dlm_ray.training import optimizer as optimization
-from dlm_ray.training import start, state, teacher
-from dlm_ray.training.curriculum import annealing_ratio
+from dlm_ray.training import clip_search, curriculum, start, state, teacher
 from dlm_ray.training.ema import Ema
 from dlm_ray.training.metrics import MetricsLog
 from dlm_ray.training.step import StepResult, micro_batches, train_step
@@ -106,10 +105,14 @@ class _Run:
         self.optimizer = optimization.build(self.recipe.optimizer, self.root)
         self.ema = Ema(self.root, self.recipe.ema.decay) if self.recipe.ema else None
         self.step, self.cursor = 0, Cursor.start(len(self.indexes))
+        self.clip: list[float] | None = None  # what the search chose last
         if manifest is not None and self.checkpoint is not None:
             commit.load(self.checkpoint, state.tensors(self.root, self.optimizer, self.ema))
             optimization.set_step(self.optimizer, manifest.step)
             self.step, self.cursor = manifest.step, Cursor.from_dict(manifest.cursor)
+            self.clip = manifest.extra.get("clip")
+            if self.clip:
+                clip_search.apply(self.recipe, self.objective, self.clip)
             log.info("resumed from %s", self.checkpoint)
 
     def train(self, stream: Stream, report: Report | None) -> dict[str, Any]:
@@ -135,22 +138,33 @@ class _Run:
                 _check_finite(recipe, *unchecked)  # one step late, so that the host never waits for the step it has just launched
             if self.ema is not None:
                 self.ema.update(self.step)
-            ratio = 0.0 if self.objective.is_causal else annealing_ratio(recipe, self.step)
+            ratio = 0.0 if self.objective.is_causal else curriculum.annealing_ratio(recipe, self.step)
             self.step, self.cursor, unchecked = self.step + 1, cursor, (self.step + 1, result)
             clock.count(recipe.training.global_batch_rows * self.indexes[0].row_tokens)
 
             is_last = self.step == num_steps
             if self.step % recipe.tracking.log_every_steps == 0 or is_last:
                 metrics |= result.metrics()
+                if recipe.curriculum.block_sizes:
+                    metrics["block_tokens"] = curriculum.block_tokens(recipe, self.step - 1)
                 metrics |= {"learning_rate": rate, "visible_future": ratio, "tokens_per_second": clock.tokens_per_second()}
                 if metrics_log is not None:
                     metrics_log.write(self.step, **metrics, rows=self.cursor.rows)
-            if held_out and (self.step % recipe.validation.every_steps == 0 or is_last):
+            if recipe.validation.rows and held_out and (self.step % recipe.validation.every_steps == 0 or is_last):
                 with clock.paused(), self.ema.swapped_in() if self.ema else nullcontext():
-                    validation = validate(recipe, self.root, self.objective, held_out, self.rank, self.world_size, self.device)
+                    validation = validate(recipe, self.root, self.objective, held_out[: recipe.validation.rows], self.rank, self.world_size, self.device)
                 if metrics_log is not None:
                     metrics_log.write(self.step, validation=validation)
                 metrics["validation"] = validation
+            search = recipe.curriculum.clip_search
+            if search is not None and held_out and self.step % search.every_steps == 0 and not is_last:
+                with clock.paused(), self.ema.swapped_in() if self.ema else nullcontext():
+                    found = clip_search.search(recipe, self.root, self.objective, held_out[: search.rows], self.rank, self.world_size, self.device)
+                self.clip = [found[0].beta, found[0].omega]
+                clip_search.apply(recipe, self.objective, self.clip)
+                if metrics_log is not None:
+                    metrics_log.write(self.step, clip_search=[asdict(one) for one in found])
+                    log.info("step %d: clip [%g, %g], variance %.4g", self.step, *self.clip, found[0].variance)
             if self.step % recipe.checkpoint.every_steps == 0 or is_last:
                 _check_finite(recipe, self.step, result)
                 with clock.paused():
@@ -164,16 +178,17 @@ class _Run:
 
     def _held_out_rows(self) -> list[Row]:
         """Held-out rows of every source, as many of each."""
-        per_source = -(-self.recipe.validation.rows // len(self.indexes))
+        search = self.recipe.curriculum.clip_search
+        wanted = max(self.recipe.validation.rows, search.rows if search else 0)
+        per_source = -(-wanted // len(self.indexes))
         rows: list[Row] = []
         if per_source:
             for source in self.recipe.data.sources:
                 rows += read_split(source.path, "held_out", per_source)
-        return rows[: self.recipe.validation.rows]
+        return rows[:wanted]
 
     def _commit(self, metrics: dict[str, Any]) -> None:
         directory = listing.step_directory(str(self.run_dir), self.step)
-        is_causal = self.network.is_causal
         commit.save(
             directory,
             state.tensors(self.root, self.optimizer, self.ema),
@@ -182,22 +197,31 @@ class _Run:
                 "recipe": self.recipe.model_dump(mode="json"),
                 "tokenizer": self.indexes[0].tokenizer.as_dict(),
                 "model": {**self.network.as_manifest(), "objective": self.recipe.objective.name},
-                "capabilities": {
-                    "likelihood": self.objective.likelihood,
-                    "infill": not is_causal and self.objective.likelihood != "none",
-                    "canvas": "left_to_right" if is_causal else "simplex_blocks" if self.objective.likelihood == "none" else "whole",
-                    "rules": list(rules_of(self.recipe.objective.name)),
-                    "row_tokens": self.indexes[0].row_tokens,
-                    "document_mask": self.recipe.data.document_mask,
-                },
+                "capabilities": self._capabilities(),
                 "cursor": self.cursor.as_dict(),
-                "extra": {"metrics": metrics},
+                "extra": {"metrics": metrics, "clip": self.clip},
             },
             group=self.host_group,
         )
         self.checkpoint = directory
         if self.rank == 0:
             listing.prune(str(self.run_dir), self.recipe.checkpoint.keep_last)
+
+
+    def _capabilities(self) -> dict[str, Any]:
+        """What can be asked of the checkpoint."""
+        row_tokens = self.indexes[0].row_tokens
+        block_tokens = 1 if self.network.is_causal else self.recipe.objective.block_tokens or row_tokens
+        is_whole = block_tokens == row_tokens and self.objective.likelihood != "none"
+        return {
+            "likelihood": self.objective.likelihood,
+            "infill": is_whole,
+            "canvas": "simplex_blocks" if self.objective.likelihood == "none" else "whole" if is_whole else "blocks",
+            "block_tokens": block_tokens,
+            "rules": list(rules_of(self.recipe.objective.name)),
+            "row_tokens": row_tokens,
+            "document_mask": self.recipe.data.document_mask,
+        }
 
 
 def pick_device(name: str) -> torch.device:

@@ -71,7 +71,7 @@ def resolve(recipe: Recipe, is_causal: bool, tokenizer: TokenizerIdentity) -> Ne
         rows = tokenizer.vocab_size + (mask_id == tokenizer.vocab_size)
         config = families.scratch_config(recipe.model.architecture, rows, tokenizer.start_id, tokenizer.end_id)
         shift = recipe.objective.shift
-        return Network(_finished(config, is_causal, mask_id, shift), mask_id, shift, is_causal)
+        return Network(_finished(config, recipe, is_causal, mask_id), mask_id, shift, is_causal)
     assert recipe.model.base is not None, "a recipe has a base or an architecture"
     base = recipe.model.base
     fields, base_mask_id, base_identity = describe_base(base)
@@ -91,7 +91,7 @@ def resolve(recipe: Recipe, is_causal: bool, tokenizer: TokenizerIdentity) -> Ne
     appended = base_mask_id is None and mask_id == config.vocab_size
     config.vocab_size += appended
     shift = recipe.objective.shift
-    return Network(_finished(config, is_causal, mask_id, shift), mask_id, shift, is_causal, base=base, base_has_mask_row=not appended)
+    return Network(_finished(config, recipe, is_causal, mask_id), mask_id, shift, is_causal, base=base, base_has_mask_row=not appended)
 
 
 def is_causal(recipe: Recipe) -> bool:
@@ -124,9 +124,9 @@ def build_objective(recipe: Recipe, network: Network, row_tokens: int) -> Any:
                 "build the data with longer --row-tokens"
             )
         return kind(network.vocab_size, network.width, **simplex.model_dump(), times=asked.times)
-    schedule = schedules.build(**asked.schedule.model_dump())
+    _check_blocks(recipe, row_tokens)
     process = Absorbing(
-        schedule=schedule,
+        schedule=schedules.build(**asked.schedule.model_dump()),
         times=asked.times,
         mask_sampler=asked.mask_sampler,
         num_timesteps=asked.num_timesteps or (1000 if asked.name == "d3pm" else None),
@@ -144,8 +144,21 @@ def build_objective(recipe: Recipe, network: Network, row_tokens: int) -> Any:
         "sedd": {"vocab_size": network.vocab_size},
         "d3pm": {"epsilon": asked.posterior_epsilon},
         "tauldr": {"estimator": asked.estimator},
+        "block": {"block_tokens": asked.block_tokens, "context": asked.context},
     }
     return kind(process, asked.normalize_by, asked.draws_per_row, terms, **own.get(asked.name, {}))
+
+
+def _check_blocks(recipe: Recipe, row_tokens: int) -> None:
+    """Blocks have to tile a row."""
+    sizes = {"objective.block_tokens": recipe.objective.block_tokens or row_tokens}
+    sizes |= {f"curriculum.block_sizes.{i}.block_tokens": stage.block_tokens for i, stage in enumerate(recipe.curriculum.block_sizes)}
+    for key, size in sizes.items():
+        if row_tokens % size:
+            allowed = ", ".join(str(number) for number in range(1, row_tokens + 1) if row_tokens % number == 0)
+            raise UserError(
+                f"{key}={size} does not divide the rows' {row_tokens} tokens; allowed are {allowed}, or build the data with another --row-tokens"
+            )
 
 
 def build(recipe: Recipe, network: Network, objective: Any, mesh: DeviceMesh, device: torch.device) -> tuple[Trainee, HuggingFaceDenoiser]:
@@ -213,12 +226,14 @@ def _mask_id(recipe: Recipe, vocab_size: int) -> int:
     return asked
 
 
-def _finished(config: Any, is_causal: bool, mask_id: int | None, shift: bool) -> dict[str, Any]:
+def _finished(config: Any, recipe: Recipe, is_causal: bool, mask_id: int | None) -> dict[str, Any]:
     """The configuration as a checkpoint and an export carry it: stock transformers reads `is_causal`, we read the rest."""
     fields = config.to_dict()
-    for unwanted in ("dtype", "_name_or_path"):
+    for unwanted in ("dtype", "_name_or_path", "block_tokens"):
         fields.pop(unwanted, None)
     fields["is_causal"] = is_causal
     if mask_id is not None:
-        fields |= {"mask_token_id": mask_id, "shift": shift}
+        fields |= {"mask_token_id": mask_id, "shift": recipe.objective.shift}
+    if recipe.objective.block_tokens is not None:
+        fields["block_tokens"] = recipe.objective.block_tokens
     return fields

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from dlm_ray.config.recipe import Recipe
 from dlm_ray.diffusion.denoiser import Batch, LossSum
-from dlm_ray.diffusion.draws import DrawKey, maskable_positions
+from dlm_ray.diffusion.draws import Draw, DrawKey, maskable_positions
 from dlm_ray.training import curriculum
 
 
@@ -26,8 +26,10 @@ class Trainee(nn.Module):
         self.denoiser = denoiser
         self.objective: Any = objective
 
-    def forward(self, batch: Batch, score_only: bool = False) -> Any:
-        """LossSum of the micro-batch, or with `score_only` the [R] nats of its scored positions."""
+    def forward(self, batch: Batch, score_only: bool = False, draws: Sequence[Draw] = ()) -> Any:
+        """LossSum of the micro-batch; with `score_only` the [R] nats of its scored positions; with `draws` of its rows, those of each."""
+        if draws:
+            return self.objective.nll_of_draws(self.denoiser, batch, draws)
         if score_only:
             return self.objective.token_nll(self.denoiser, batch)
         return self.objective(self.denoiser, batch)
@@ -83,7 +85,8 @@ def micro_batches(
         document_ids = np.stack([row.document_ids for row in chosen]).astype(np.int32).repeat(copies, axis=0)
         maskable = maskable_positions(document_ids) & (len(part) > 0)
         numbers = [int(share[i]) * copies + copy for i in (part if len(part) else [0]) for copy in range(copies)]
-        draw = objective.draw(DrawKey(recipe.seed, step, numbers, total * copies), x_0, maskable)
+        key = DrawKey(recipe.seed, step, numbers, total * copies, curriculum.block_tokens(recipe, step))
+        draw = objective.draw(key, x_0, maskable)
         visible = curriculum.visibility(recipe, objective.is_causal, step, document_ids, device)
         batches.append(Batch(torch.from_numpy(x_0).to(device, non_blocking=True), draw.to(device), visible))
     return batches

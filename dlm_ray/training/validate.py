@@ -55,13 +55,10 @@ def validate(
             nll = root(batch, score_only=True).double()
             is_scored = batch.draw.is_scored.double()
             sums[0] += (batch.draw.weight * nll).sum()
-            bins = (batch.draw.t[batch.draw.scored // x_0.shape[1]] * TIME_BINS).long().clamp(max=TIME_BINS - 1)
+            bins = (batch.draw.t_scored * TIME_BINS).long().clamp(max=TIME_BINS - 1)
             sums[1 : 1 + TIME_BINS].index_add_(0, bins, is_scored * nll)
             sums[1 + TIME_BINS :].index_add_(0, bins, is_scored)
-    # Without a backward pass what stays gathered would stay so, and the next forward would use these weights again.
-    for module in root.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    gather_again(root)
     dist.all_reduce(sums)
     nats = sums[0].item() / draws
     means = (sums[1 : 1 + TIME_BINS] / sums[1 + TIME_BINS :].clamp(min=1)).tolist()
@@ -75,3 +72,10 @@ def validate(
     if objective.likelihood == "bound":
         result["nll_by_t"] = means
     return result
+
+
+def gather_again(root: Any) -> None:
+    """Lets go of gathered weights: without a backward pass they would stay, and the next forward would use these again."""
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

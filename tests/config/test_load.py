@@ -76,7 +76,7 @@ def test_a_wrong_override_says_what_is_allowed(recipe_file, override, message):
         (["objective.clip={beta: -0.1, omega: 1.5}"], "allowed is 0 <= beta < omega <= 1"),
         (
             ["objective.name=genmd4", "objective.schedule.name=cosine"],
-            "not used by objective.name=genmd4, only by d3pm, masked, sedd, tauldr",
+            "not used by objective.name=genmd4, only by block, d3pm, masked, sedd, tauldr",
         ),
         (["objective.name=ssd_lm", "objective.schedule.name=log"], "not used by objective.name=ssd_lm"),
         (["objective.mask_sampler=count", "objective.schedule.name=cosine"], "cannot be combined with objective.mask_sampler=count"),
@@ -97,6 +97,25 @@ def test_a_wrong_override_says_what_is_allowed(recipe_file, override, message):
         (["optimizer.rate=warmup_stable_decay"], "optimizer.decay_steps=0"),
         (["optimizer.warmup_steps=11"], "exceed training.steps=10"),
         (["parallelism.workers=5"], "a worker would have no row"),
+        (["objective.name=block"], "objective.block_tokens is missing"),
+        (["objective.block_tokens=4"], "is not used by objective.name=masked, only by block"),
+        (["curriculum.block_sizes=[{block_tokens: 4, steps: 2}]"], "curriculum.block_sizes is for objective.name=block"),
+        (["curriculum.clip_search={every_steps: 5}"], "curriculum.clip_search is for objective.name=block"),
+        (["objective.clip={beta: 0.3, omega: 0.8, enforce: counts}"], "enforce=counts is for objective.name=block"),
+        (
+            ["objective={name: block, block_tokens: 2, clip: {beta: 0.55, omega: 0.95, enforce: counts}}"],
+            "[0.55, 0.95] with enforce=counts is impossible with blocks of 2: no whole number of masked tokens is between 1.1 and 1.9",
+        ),
+        (
+            [
+                "objective={name: block, block_tokens: 16, clip: {beta: 0.55, omega: 0.95, enforce: counts}}",
+                "curriculum.block_sizes=[{block_tokens: 2, steps: 4}]",
+            ],
+            "is impossible with blocks of 2",
+        ),
+        (["objective={name: block, block_tokens: 4}", "curriculum.block_sizes=[{block_tokens: 1, steps: 11}]"], "would never be trained"),
+        (["objective={name: block, block_tokens: 4, mask_sampler: count}", "curriculum.clip_search={every_steps: 5}"], "chooses objective.clip"),
+        (["objective={name: block, block_tokens: 1}", "curriculum.clip_search={every_steps: 5}"], "nothing to search"),
         (["seed=4294967296"], "below 2**32"),
     ],
 )

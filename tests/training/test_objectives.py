@@ -28,6 +28,16 @@ OBJECTIVES = {
     "masked-clipped": {"objective__clip": {"beta": 0.3, "omega": 0.8}},
     "masked-context": {"objective__context_weights": 0.3, "objective__times": "antithetic"},
     "masked-terms": {"objective__confidence_weight": 0.5, "objective__autoregressive_weight": 0.2},
+    "block": {"objective__name": "block", "objective__block_tokens": 4},
+    "block-one-to-row-to-eight": {
+        "objective": {"name": "block", "block_tokens": 8, "shift": False},
+        "curriculum__block_sizes": [{"block_tokens": 1, "steps": 4}, {"block_tokens": 32, "steps": 3}, {"block_tokens": 16, "steps": 3}],
+        "curriculum__annealing": {"pattern": "bernoulli", "steps": 6},
+    },
+    "block-search": {
+        "objective": {"name": "block", "block_tokens": 4, "clip": {"beta": 0.001, "omega": 1.0, "weight": "paper", "enforce": "counts"}},
+        "curriculum__clip_search": {"every_steps": 6, "rows": 6, "draws": 2},
+    },
     "genmd4": {"objective__name": "genmd4"},
     "genmd4-scalar": {"objective__name": "genmd4", "objective__exponents": "scalar"},
     "sedd": {"objective__name": "sedd"},

@@ -6,6 +6,7 @@ import importlib
 from typing import Any
 
 from dlm_ray.diffusion.objectives.autoregressive import Autoregressive
+from dlm_ray.diffusion.objectives.block import Block
 from dlm_ray.diffusion.objectives.d3pm import D3pm
 from dlm_ray.diffusion.objectives.genmd4 import GenMD4
 from dlm_ray.diffusion.objectives.masked import Masked
@@ -16,6 +17,7 @@ from dlm_ray.diffusion.objectives.tauldr import TauLDR
 BY_NAME: dict[str, Any] = {
     "autoregressive": Autoregressive,
     "masked": Masked,
+    "block": Block,
     "genmd4": GenMD4,
     "sedd": Sedd,
     "d3pm": D3pm,

@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from dlm_ray.diffusion.absorbing import Absorbing, Process
-from dlm_ray.diffusion.denoiser import Batch, Denoiser, LossSum, cross_entropy, score, scored_rows
+from dlm_ray.diffusion.denoiser import Batch, Denoiser, LossSum, cross_entropy, nll_of, scored_rows
 from dlm_ray.diffusion.draws import Draw, DrawKey
 from dlm_ray.diffusion.objectives.terms import Terms
 
@@ -52,7 +52,11 @@ class Masked(nn.Module):
 
     def token_nll(self, denoiser: Denoiser, batch: Batch) -> Tensor:
         """[R] nats: -log p(x_0^n | x_t) at the masked positions n."""
-        return score(denoiser, self.process.inputs(denoiser, batch), batch)
+        return nll_of(denoiser, self.rows(denoiser, batch), batch)
+
+    def rows(self, denoiser: Denoiser, batch: Batch) -> Tensor:
+        """[R, D]: the hidden rows that predict the masked positions, after one network call on x_t."""
+        return scored_rows(denoiser, denoiser.hidden(self.process.inputs(denoiser, batch), batch.visibility), batch.draw)
 
     def forward(self, denoiser: Denoiser, batch: Batch) -> LossSum:
         """The weighted sum over masked tokens, and the unweighted one to log (comparable between weights and papers)."""
@@ -60,7 +64,7 @@ class Masked(nn.Module):
         if self.terms.any:
             nll, extra = self._with_terms(denoiser, batch)
         else:
-            nll = self.token_nll(denoiser, batch)
+            nll = nll_of(denoiser, self.rows(denoiser, batch), batch)
         weighted = (batch.draw.weight * nll).sum()
         unweighted = (nll.detach() * batch.draw.is_scored).sum()
         by_token = {name: value.detach() for name, value in extra.items()} | ({"bound": weighted.detach()} if extra else {})
@@ -68,9 +72,10 @@ class Masked(nn.Module):
 
     def _with_terms(self, denoiser: Denoiser, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """[R] nats, and the terms that are added to the weighted sum."""
-        inputs = self.process.inputs(denoiser, batch)
-        states = denoiser.states(inputs, batch.visibility) if self.terms.alignment_weight else (denoiser.hidden(inputs, batch.visibility),)
-        rows = scored_rows(denoiser, states[-1], batch.draw)
+        states: tuple[Tensor, ...] = ()
+        if self.terms.alignment_weight:
+            states = denoiser.states(self.process.inputs(denoiser, batch), batch.visibility)
+        rows = scored_rows(denoiser, states[-1], batch.draw) if states else self.rows(denoiser, batch)
         targets = batch.x_0.flatten()[batch.draw.scored]
         if self.terms.confidence_weight:
             nll, confidence = denoiser.reduce_logits(rows, self.terms.confidence, targets)

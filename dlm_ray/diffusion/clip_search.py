@@ -1,0 +1,114 @@
+"""Which clip [beta, omega] a block size should be trained with: BD3-LM's data-driven search (arXiv 2503.09573, section 5.2).
+
+Every candidate scores the same rows with the same random numbers, after one pass over x_0 that all share; the one whose blocks' bound
+varies least is taken. The statistic is the paper's: the variance over blocks of the mean weighted loss of a block's tokens, with weight 1/p.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dlm_ray.diffusion.absorbing import Clip
+from dlm_ray.diffusion.denoiser import Batch
+from dlm_ray.diffusion.draws import Draw, DrawKey, maskable_positions
+from dlm_ray.diffusion.visibility import Visibility
+
+WIDTHS = (0.5, 0.6, 0.7, 0.8, 0.9)
+STEP = 0.05
+FULL_RANGE = (1e-3, 1.0)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One candidate on all rows and draws."""
+
+    beta: float
+    omega: float
+    variance: float
+    """Of the mean weighted loss of a block, over blocks, in nats a token squared."""
+    mean: float
+    """That loss; between clips it does not compare, because each is over its own range."""
+    masked_tokens: float
+    """Per block and draw: what a smaller variance may be due to alone."""
+    gradient_variance: float | None = None
+    """Sum over parameters of the variance of the batch's gradient (Eq. 10); None if it was not measured."""
+
+
+def candidates(enforce: Literal["none", "counts"] = "none") -> list[Clip]:
+    """The paper's 36 intervals: the full range, and widths 0.5 to 0.9 at starts 0.05 apart. For blocks of 2 or more, each can be enforced."""
+    found = [Clip(*FULL_RANGE, "paper", enforce)]
+    for width in WIDTHS:
+        for number in range(round((1 - width) / STEP) + 1):
+            beta = round(number * STEP, 2)
+            found.append(Clip(beta or FULL_RANGE[0], round(beta + width, 2), "paper", enforce))
+    return found
+
+
+def sums(
+    score: Callable[[Batch, Sequence[Draw]], Sequence[Tensor]],
+    objective: Any,
+    clips: Sequence[Clip],
+    x_0: np.ndarray,
+    document_ids: np.ndarray,
+    visibility_of: Callable[[np.ndarray], Visibility],
+    device: torch.device,
+    *,
+    num_draws: int,
+    seed: int,
+    micro_batch_rows: int,
+    rank: int = 0,
+    world_size: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """[clips, 4] float64: blocks, sum and sum of squares of their mean loss, and masked tokens, over this rank's share of rows and draws.
+
+    Args:
+        score: a batch and draws of its rows -> the nats [R] of each draw (`Block.nll_of_draws`); every rank calls it equally often.
+        objective: a `Block`; its process makes the draws.
+        clips: the candidates.
+        x_0, document_ids: [N, L] of all rows.
+        visibility_of: from the [B, L] document ids of a batch.
+        device: of the network.
+        num_draws: of every row.
+        seed: of the draws, which all candidates share.
+        micro_batch_rows: of a batch.
+        rank, world_size: of the ranks that share the work.
+        progress: called with (batches done, batches).
+    """
+    total = torch.zeros(len(clips), 4, dtype=torch.float64, device=device)
+    pairs = [(number, row) for number in range(num_draws) for row in range(len(x_0))]
+    mine = np.array_split(np.arange(len(pairs)), world_size)[rank]
+    num_batches = -(-(-(-len(pairs) // world_size)) // micro_batch_rows)
+    for done, part in enumerate(np.array_split(mine, num_batches)):
+        chosen = [pairs[i] for i in part] or [pairs[0]]
+        rows = [row for _, row in chosen]
+        maskable = maskable_positions(document_ids[rows]) & (len(part) > 0)
+        # The number of the draw and the row together stand for the row, so that draws of one row differ.
+        key = DrawKey(seed, 0, [number * len(x_0) + row for number, row in chosen], len(pairs), objective.block_tokens)
+        draws = [replace(objective.process, clip=clip, weight="elbo").draw(key, maskable).to(device) for clip in clips]
+        batch = Batch(torch.from_numpy(x_0[rows]).to(device), draws[0], visibility_of(document_ids[rows]))
+        open_blocks = torch.from_numpy(maskable.reshape(-1, objective.block_tokens).any(1)).to(device)
+        for i, (draw, nll) in enumerate(zip(draws, score(batch, draws), strict=True)):
+            by_block = torch.zeros(len(open_blocks), dtype=torch.float64, device=device)
+            by_block.index_add_(0, draw.scored // objective.block_tokens, (draw.weight * nll).double())
+            mean = by_block[open_blocks] / objective.block_tokens
+            masked = torch.tensor(float(draw.num_scored), dtype=torch.float64, device=device)
+            total[i] += torch.stack([open_blocks.sum().double(), mean.sum(), (mean**2).sum(), masked])
+        if progress is not None:
+            progress(done + 1, num_batches)
+    return total
+
+
+def measured(clips: Sequence[Clip], totals: Tensor) -> list[Measured]:
+    """The candidates with their statistics from the sums of all ranks, the least variance first."""
+    found = []
+    for clip, (count, total, squares, masked) in zip(clips, totals.tolist(), strict=True):
+        variance = (squares - total**2 / count) / max(1.0, count - 1)
+        found.append(Measured(clip.beta, clip.omega, variance, total / count, masked / count))
+    return sorted(found, key=lambda one: one.variance)

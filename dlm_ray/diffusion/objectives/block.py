@@ -1,0 +1,123 @@
+"""Block diffusion: BD3-LM (arXiv 2503.09573, Eq. 8), autoregressive over blocks of K tokens and masked diffusion within each.
+
+L(x_0) = sum_b E_{t_b, x_t^b ~ q(.|x_0^b)} [ w(t_b) * sum_{n in b: x_t^n masked} -log p(x_0^n | x_t^b, x_0^{<b}) ]   in nats a row.
+
+All blocks are trained in one pass over [x_t ; x_0]: a block of x_t sees itself and the clean blocks before it. With shift, a block's first
+position is predicted by the clean row before it, all others by x_t's. K = 1 with shift and every token masked is the autoregressive
+model; K = L is masked diffusion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dlm_ray.diffusion.absorbing import Absorbing, Process
+from dlm_ray.diffusion.denoiser import Batch, Denoiser, nll_of
+from dlm_ray.diffusion.draws import BLOCK_TIME, Draw, DrawKey, generator
+from dlm_ray.diffusion.objectives.masked import Masked
+from dlm_ray.diffusion.objectives.terms import Terms
+
+
+class Block(Masked):
+    """The bound of block diffusion, with a time of its own for every block.
+
+    Args:
+        process, normalize_by, draws_per_row, terms: as in `Masked`.
+        block_tokens: K, at which the bound is evaluated; a step may train at another (`DrawKey.block_tokens`).
+        context: what a block sees in training of the blocks before it: `clean` x_0, or `noisy` x_t (one pass over x_t; BD3-LM's ablation). The
+            bound is always with x_0, which is what a sampler has.
+        passes: `one` over [x_t ; x_0], or `two`: x_0 first, then x_t over its keys and values. The same numbers.
+    """
+
+    def __init__(
+        self,
+        process: Process | None = None,
+        normalize_by: str = "all_tokens",
+        draws_per_row: int = 1,
+        terms: Terms | None = None,
+        *,
+        block_tokens: int,
+        context: Literal["clean", "noisy"] = "clean",
+        passes: Literal["one", "two"] = "one",
+    ):
+        super().__init__(process, normalize_by, draws_per_row, terms)
+        self.block_tokens, self.context, self.passes = block_tokens, context, passes
+
+    def draw(self, key: DrawKey, x_0: np.ndarray, maskable: np.ndarray) -> Draw:
+        """The process's, a t for every block."""
+        return self.process.draw(replace(key, block_tokens=key.block_tokens or self.block_tokens), maskable)
+
+    def evaluation_draw(self, seed: int, keys: Sequence[tuple[int, int]], t: np.ndarray, x_0: np.ndarray, maskable: np.ndarray) -> Draw:
+        """Counted masks at times (t + u_b) mod 1, with u_b the row's own for every block: strata over draws stay strata in every block.
+
+        Counting integrates over t whatever the schedule is, and at K = 1 nothing is left to chance (specific to the absorbing process).
+        """
+        num_blocks = x_0.shape[1] // self.block_tokens
+        turns = np.stack([generator(seed, BLOCK_TIME, 0, row).random(num_blocks) for _, row in keys])  # [B, blocks]
+        process = self.process
+        if isinstance(process, Absorbing):
+            process = Absorbing(mask_sampler="count")
+        return process.evaluation_draw(seed, keys, (t[:, None] + turns) % 1.0, maskable)
+
+    def token_nll(self, denoiser: Denoiser, batch: Batch) -> Tensor:
+        """[R] nats: -log p(x_0^n | x_t^b, x_0^{<b}) at the masked positions n."""
+        return nll_of(denoiser, self._rows(denoiser, batch, "clean"), batch)
+
+    def rows(self, denoiser: Denoiser, batch: Batch) -> Tensor:
+        """[R, D]: the hidden rows that predict the masked positions in training."""
+        return self._rows(denoiser, batch, self.context)
+
+    def _rows(self, denoiser: Denoiser, batch: Batch, context: str) -> Tensor:
+        block_tokens = _block_tokens(batch)
+        length = batch.x_0.shape[1]
+        predicting = denoiser.rows_for(batch.draw.scored)  # of [B, L], in the position's own block or in the one before
+        if context == "clean" and block_tokens < length:
+            if block_tokens == 1 and _predicts_next(denoiser):
+                # Only rows of x_0 predict anything, and they see the past alone: this is the autoregressive model.
+                return denoiser.hidden(batch.x_0, replace(batch.visibility, pattern="causal")).flatten(0, 1)[predicting]
+            x_t = self.process.inputs(denoiser, batch)
+            halves = replace(batch.visibility, block_tokens=block_tokens, half=length)
+            if self.passes == "one":
+                hidden = denoiser.hidden(torch.cat([x_t, batch.x_0], 1), halves)  # [B, 2L, D]
+            else:
+                clean, memory = denoiser.record(batch.x_0, replace(halves, half=None))
+                hidden = torch.cat([denoiser.hidden(x_t, halves, memory), clean], 1)
+            return hidden.flatten(0, 1)[_in_halves(predicting, batch.draw.scored, block_tokens, length)]
+        visibility = batch.visibility if block_tokens == length else replace(batch.visibility, block_tokens=block_tokens)
+        return denoiser.hidden(self.process.inputs(denoiser, batch), visibility).flatten(0, 1)[predicting]
+
+    def nll_of_draws(self, denoiser: Denoiser, batch: Batch, draws: Sequence[Draw]) -> list[Tensor]:
+        """[R] nats of each of several draws of the same rows, which share one pass over x_0."""
+        block_tokens = _block_tokens(batch)
+        length = batch.x_0.shape[1]
+        halves = replace(batch.visibility, block_tokens=block_tokens, half=length)
+        clean, memory = denoiser.record(batch.x_0, replace(halves, half=None))
+        found = []
+        for draw in draws:
+            own = replace(batch, draw=draw)
+            hidden = torch.cat([denoiser.hidden(self.process.inputs(denoiser, own), halves, memory), clean], 1)
+            rows = _in_halves(denoiser.rows_for(draw.scored), draw.scored, block_tokens, length)
+            found.append(nll_of(denoiser, hidden.flatten(0, 1)[rows], own))
+        return found
+
+
+def _block_tokens(batch: Batch) -> int:
+    """K of a batch: its draw has a time for every block."""
+    return batch.draw.maskable.numel() // batch.draw.t.numel()
+
+
+def _in_halves(predicting: Tensor, scored: Tensor, block_tokens: int, length: int) -> Tensor:
+    """[R] flat rows of [B, 2L] from those of [B, L]: a row before the position's block is looked up in x_0."""
+    is_before = predicting // block_tokens != scored // block_tokens
+    return predicting // length * (2 * length) + predicting % length + length * is_before
+
+
+def _predicts_next(denoiser: Any) -> bool:
+    """Whether row n - 1 predicts position n, without waiting for a device."""
+    return int(denoiser.rows_for(torch.tensor(1))) == 0

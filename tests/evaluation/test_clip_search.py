@@ -1,0 +1,55 @@
+"""The clip search as a verb: 36 candidates, the files it writes, and what it refuses."""
+
+import json
+
+import pytest
+from conftest import python_module, tiny_recipe
+from dlm_ray.evaluation import clip_search
+
+import dlm_ray
+from dlm_ray.config.errors import UserError
+from dlm_ray.training import loop
+
+
+@pytest.fixture(scope="module")
+def checkpoint(data_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clips") / "run"
+    loop.fit(tiny_recipe(data_folder, "masked", training__steps=30, validation__rows=0), folder)
+    return str(folder)
+
+
+def test_the_verb_prints_a_clip_and_writes_a_table_and_a_heat_map(checkpoint, data_folder, tmp_path):
+    arguments = ["sweep", "clip-search", checkpoint, "--data", data_folder, "--block-tokens", "4", "--rows", "6", "--draws", "2"]
+    done = python_module("dlm_ray", *arguments, "--out", str(tmp_path / "out"), "--json")
+    assert done.returncode == 0, done.stderr
+    printed = json.loads(done.stdout)
+    assert len(printed["candidates"]) == 36 and printed["block_tokens"] == 4
+    variances = [one["variance"] for one in printed["candidates"]]
+    assert variances == sorted(variances)
+    written = json.loads((tmp_path / "out/clip_search.json").read_text())
+    assert written["candidates"] == printed["candidates"]
+    picture = (tmp_path / "out/clip_search.svg").read_text()
+    assert "omega" in picture and "K = 4" in picture
+
+
+def test_gradients_are_measured_beside_the_bound(checkpoint, data_folder):
+    found = clip_search.search(dlm_ray.load(checkpoint), data_folder, 8, rows=4, draws=1, gradients=2, gradient_rows=4)
+    assert len(found) == 36 and all(one.gradient_variance > 0 for one in found)
+
+
+@pytest.mark.parametrize(
+    ("block_tokens", "message"),
+    [
+        (5, "--block-tokens 5 on rows of 32: allowed are 2, 4, 8, 16, 32"),
+        (1, "train them with objective.mask_sampler=count"),
+    ],
+)
+def test_blocks_that_cannot_be_searched_are_refused(checkpoint, data_folder, block_tokens, message):
+    with pytest.raises(UserError, match=message):
+        clip_search.search(dlm_ray.load(checkpoint), data_folder, block_tokens)
+
+
+def test_an_ar_model_has_nothing_to_clip(data_folder, tmp_path):
+    loop.fit(tiny_recipe(data_folder, "ar", objective__name="autoregressive", training__steps=2), tmp_path / "run")
+    with pytest.raises(UserError, match="autoregressive"):
+        clip_search.search(dlm_ray.load(tmp_path / "run"), data_folder, 4)
