@@ -55,7 +55,7 @@ UNEQUAL = [(1, 9), (5, 7), (4, 8), (9, 3), (2, 17), (11, 6), (8, 1), (6, 12)]
 @pytest.mark.parametrize("rule", RULES)
 def test_with_the_cache_as_without_token_for_token(rule, shift):
     denoiser = denoiser_of("llama", shift)
-    options = {"block_tokens": 4, "capacity_tokens": LENGTH, "num_steps": 3 if rule == "confidence" else 6}
+    options = {"block_tokens": 4, "context_tokens": LENGTH, "num_steps": 3 if rule == "confidence" else 6}
     cached = write(denoiser, requests_of(UNEQUAL), RULES[rule], **options)
     again = write(Recomputing(denoiser), requests_of(UNEQUAL), RULES[rule], **options)
     assert ids_of(cached) == ids_of(again)
@@ -67,7 +67,7 @@ def test_with_the_cache_as_without_token_for_token(rule, shift):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_with_the_cache_as_without_in_every_family_and_block_size(family, block_tokens):
     denoiser = denoiser_of(family, shift=block_tokens != 2)
-    options = {"block_tokens": block_tokens, "capacity_tokens": LENGTH, "num_steps": 4, "top_p": 0.9, "temperature": 0.8}
+    options = {"block_tokens": block_tokens, "context_tokens": LENGTH, "num_steps": 4, "top_p": 0.9, "temperature": 0.8}
     for length in (10, 40):  # 40: beyond the context
         requests = requests_of([(3, length), (9, length - 3)])
         cached = write(denoiser, requests, Ancestral(Polynomial()), **options)
@@ -77,7 +77,7 @@ def test_with_the_cache_as_without_in_every_family_and_block_size(family, block_
 @pytest.mark.parametrize("rule", ["first_hitting", "ancestral", "threshold"])
 def test_a_batch_of_8_with_unequal_prompts_is_8_single_runs(rule):
     denoiser = denoiser_of("qwen2")
-    options = {"block_tokens": 4, "capacity_tokens": LENGTH, "num_steps": 5}
+    options = {"block_tokens": 4, "context_tokens": LENGTH, "num_steps": 5}
     requests = requests_of([(n, length + 20 * (i % 2)) for i, (n, length) in enumerate(UNEQUAL)])
     together = write(denoiser, requests, RULES[rule], **options)
     alone = [write(denoiser, [request], RULES[rule], **options).texts[0] for request in requests]
@@ -103,7 +103,7 @@ def test_blocks_of_one_token_with_shift_are_autoregressive_decoding(mask_id):
         probs = model(torch.tensor([ids])).logits[0, -1, :num_words].softmax(-1)
         uniform = generator(seed, SAMPLING, position, number).random()
         ids.append(int((probs.cumsum(0) / probs.sum() <= uniform).sum()))
-    written = write(denoiser, [Request(ids[:3], 12, number, seed)], LeftToRight(), block_tokens=1, capacity_tokens=LENGTH, num_steps=1)
+    written = write(denoiser, [Request(ids[:3], 12, number, seed)], LeftToRight(), block_tokens=1, context_tokens=LENGTH, num_steps=1)
     assert written.texts[0].ids == ids[3:]
     assert (written.num_denoising_calls, written.num_cache_calls) == (0, 12)
 
@@ -111,7 +111,7 @@ def test_blocks_of_one_token_with_shift_are_autoregressive_decoding(mask_id):
 @pytest.mark.parametrize(("shift", "calls_a_block"), [(False, 4), (True, 3)])
 def test_first_hitting_calls_the_network_once_a_token(shift, calls_a_block):
     """L - 1 calls, as the start token is given. With shift the row before a block predicts its first position, whenever that is chosen: one less."""
-    written = write(denoiser_of("gpt2", shift), requests_of([(1, 19)]), FirstHitting(), block_tokens=4, capacity_tokens=LENGTH, num_steps=1)
+    written = write(denoiser_of("gpt2", shift), requests_of([(1, 19)]), FirstHitting(), block_tokens=4, context_tokens=LENGTH, num_steps=1)
     [text] = written.texts
     assert text.num_denoising_calls == written.num_denoising_calls == 3 + 4 * calls_a_block
     assert text.num_cache_calls == written.num_cache_calls == 4  # the last of 5 blocks is not read by anybody
@@ -121,7 +121,7 @@ def test_caching_ancestral_calls_the_network_only_where_a_coin_falls():
     """In expectation T (1 - (1 - 1/T)^K) times a block: the steps, of T, that reveal one of K tokens (specs of the caching sampler)."""
     block_tokens, num_steps, num_blocks = 4, 7, 400
     requests = [Request([0] * block_tokens, block_tokens * 4, number, 1) for number in range(num_blocks // 4)]
-    sampler = {"block_tokens": block_tokens, "capacity_tokens": LENGTH, "num_steps": num_steps}
+    sampler = {"block_tokens": block_tokens, "context_tokens": LENGTH, "num_steps": num_steps}
     written = write(denoiser_of("gpt2", shift=False), requests, Ancestral(Polynomial()), **sampler)
     calls = sum(text.num_denoising_calls for text in written.texts)
     p = 1 - (1 - 1 / num_steps) ** block_tokens
@@ -133,7 +133,7 @@ def test_caching_ancestral_calls_the_network_only_where_a_coin_falls():
 
 def test_threshold_1_is_confidence_with_one_token_a_call():
     denoiser = denoiser_of("mistral")
-    options = {"block_tokens": 8, "capacity_tokens": LENGTH, "num_steps": 8, "temperature": 0.0}
+    options = {"block_tokens": 8, "context_tokens": LENGTH, "num_steps": 8, "temperature": 0.0}
     one = write(denoiser, requests_of([(8, 16)]), Threshold(1.0), **options)
     other = write(denoiser, requests_of([(8, 16)]), Confidence(Polynomial()), **options)
     assert ids_of(one) == ids_of(other) and one.num_denoising_calls == other.num_denoising_calls
@@ -146,7 +146,7 @@ def test_threshold_1_is_confidence_with_one_token_a_call():
 def test_the_rest_of_a_prompt_stays_and_blocks_lie_at_multiples_of_their_size():
     seen = []
     request = requests_of([(6, 7)])
-    options = {"block_tokens": 4, "capacity_tokens": LENGTH, "num_steps": 4}
+    options = {"block_tokens": 4, "context_tokens": LENGTH, "num_steps": 4}
     write(
         denoiser_of("llama"), request, Threshold(1.0), on_step=lambda done, blocks, canvas: seen.append((done, blocks, canvas)), **options
     )
@@ -160,7 +160,7 @@ def test_beyond_the_context_the_last_half_is_encoded_again_behind_a_start_token(
     denoiser, passes = denoiser_of("llama"), []
     run = denoiser.hidden
     monkeypatch.setattr(denoiser, "hidden", lambda ids, *others: passes.append((ids.tolist(), others[1].lengths[:1])) or run(ids, *others))
-    options = {"block_tokens": 8, "capacity_tokens": LENGTH, "num_steps": 1}
+    options = {"block_tokens": 8, "context_tokens": LENGTH, "num_steps": 1}
     [text] = write(denoiser, [Request([9, 1, 2], 5 * LENGTH, 0, 1)], FirstHitting(), **options).texts
     ids = [9, 1, 2, *text.ids]
     assert len(text.ids) == 5 * LENGTH
@@ -195,13 +195,13 @@ def test_first_hitting_by_hand(shift):
             row = denoiser.hidden(torch.tensor([ids]), visibility)[0, position - shift]
             probs = denoiser.reduce_logits(row[None], lambda logits: logits.double().softmax(-1))[0]
             ids[position] = int((probs.cumsum(0) / probs.sum() <= for_tokens[position - start]).sum())
-    options = {"block_tokens": block, "capacity_tokens": LENGTH, "num_steps": 1}
+    options = {"block_tokens": block, "context_tokens": LENGTH, "num_steps": 1}
     assert write(denoiser, [Request(ids[:2], 14, number, seed)], FirstHitting(), **options).texts[0].ids == ids[2:]
 
 
 def test_stop_rules_look_at_each_text_alone_and_are_off_by_default():
     denoiser = denoiser_of("llama")
-    options = {"block_tokens": 4, "capacity_tokens": LENGTH, "num_steps": 1}
+    options = {"block_tokens": 4, "context_tokens": LENGTH, "num_steps": 1}
     free = ids_of(write(denoiser, requests_of(UNEQUAL), FirstHitting(), **options))
     end = free[4][5]
     stopped = write(denoiser, requests_of(UNEQUAL, stops=Stops(end_id=end)), FirstHitting(), **options)
@@ -213,7 +213,7 @@ def test_stop_rules_look_at_each_text_alone_and_are_off_by_default():
 
 def test_a_text_of_low_entropy_stops_and_loses_its_last_256_tokens():
     denoiser = denoiser_of("gpt2")
-    options = {"block_tokens": 8, "capacity_tokens": LENGTH, "num_steps": 1, "temperature": 0.0}
+    options = {"block_tokens": 8, "context_tokens": LENGTH, "num_steps": 1, "temperature": 0.0}
 
     def few(logits, rows, positions):
         """Request 1 writes two words only; request 0 what it likes."""
@@ -229,7 +229,7 @@ def test_a_text_of_low_entropy_stops_and_loses_its_last_256_tokens():
 
 def test_a_reward_decides_between_candidates_of_a_block():
     denoiser = denoiser_of("llama")
-    options = {"block_tokens": 4, "capacity_tokens": LENGTH, "num_steps": 1}
+    options = {"block_tokens": 4, "context_tokens": LENGTH, "num_steps": 1}
     seen = []
 
     def even(ids):
@@ -255,7 +255,7 @@ def test_a_reward_decides_between_candidates_of_a_block():
 
 def test_candidates_with_the_cache_are_candidates_without():
     denoiser = denoiser_of("gpt2")
-    options = {"block_tokens": 4, "capacity_tokens": LENGTH, "num_steps": 6}
+    options = {"block_tokens": 4, "context_tokens": LENGTH, "num_steps": 6}
     requests = requests_of([(3, 30), (6, 9)], candidates=3, reward=lambda ids: float(sum(ids)), reward_temperature=50.0)
     one = write(denoiser, requests, Ancestral(Polynomial()), **options)
     other = write(Recomputing(denoiser), requests, Ancestral(Polynomial()), **options)

@@ -345,6 +345,7 @@ def write(
     rule: Choosing,
     *,
     block_tokens: int,
+    context_tokens: int,
     on_step: Callable[[int, int, Canvas], None] | None = None,
     **options: object,
 ) -> WrittenBlocks:
@@ -352,18 +353,21 @@ def write(
 
     Args:
         denoiser, rule, block_tokens, options: of `BlockSampler`.
+        context_tokens: positions that the network sees, a multiple of K; the cache has room for no more than the longest request needs.
         requests: of different prompts and lengths as they come.
         on_step: called after each call with (blocks done, blocks, canvas of the blocks in progress); a text that stops early has fewer.
     """
+    ends = [len(request.prompt) + request.length_tokens for request in requests]
     sampler = BlockSampler(
         denoiser,
         rule,
         block_tokens=block_tokens,
+        capacity_tokens=min(context_tokens, block_tokens * max(2, *(-(-end // block_tokens) for end in ends))),
         num_slots=sum(request.candidates for request in requests),
         **options,  # type: ignore[arg-type]
     )
     sampler.add(requests)
-    num_blocks = sum(-(-(len(own.prompt) + own.length_tokens) // block_tokens) - len(own.prompt) // block_tokens for own in requests)
+    num_blocks = sum(-(-end // block_tokens) - len(own.prompt) // block_tokens for own, end in zip(requests, ends, strict=True))
     while sampler.num_active:
         sampler.tick()
         if on_step is not None:
