@@ -23,6 +23,7 @@ from dlm_ray.console import (
     say,
     show_result,
     stage_bar,
+    warnings_said,
 )
 
 # The parser's own complaint, whichever copy of click typer brings.
@@ -150,13 +151,26 @@ def sample(
     suffix: Annotated[str | None, typer.Option(help="With --prefix: text behind it.")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens to write; a whole row without it (needed for infilling).")] = None,
     num_samples: Annotated[int, typer.Option(help="Texts to write.")] = 1,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps; 64, or the length if that is less.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Denoising steps, of each block where there are blocks; 64, or the length if that is less.")
+    ] = None,
     rule: Annotated[
         str | None,
         typer.Option(
-            help="What a step reveals: confidence or ancestral; also tweedie (sedd), state_dependent (genmd4); of ssd_lm sampled, greedy or multi_hot."
+            help="What a step reveals: confidence, margin, ancestral, first_hitting, threshold, factor, entropy_bounded; also tweedie (sedd), "
+            "state_dependent (genmd4); of ssd_lm sampled, greedy or multi_hot."
         ),
     ] = None,
+    block_tokens: Annotated[int | None, typer.Option(help="Block by block over a KV cache; as the checkpoint was trained.")] = None,
+    threshold: Annotated[float | None, typer.Option(help="Of rule threshold: what is more probable is revealed; 0.9.")] = None,
+    factor: Annotated[float | None, typer.Option(help="Of rule factor: f in (n + 1)(1 - p) < f; 1.")] = None,
+    entropy_bound: Annotated[float | None, typer.Option(help="Of rule entropy_bounded, in nats; 0.1.")] = None,
+    remask: Annotated[float | None, typer.Option(help="Of rule ancestral: up to this probability of masking again; 0.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Of blocks: end (at an end-of-text token) or entropy (below 4 nats over 256 tokens).")
+    ] = None,
+    ban: Annotated[list[str] | None, typer.Option(help="A text of one token that is never written.", metavar="TEXT")] = None,
+    force: Annotated[list[str] | None, typer.Option(help="TEXT stands at token N behind the prompt, from 0.", metavar="N=TEXT")] = None,
     grid: Annotated[str | None, typer.Option(help="Times of the steps: uniform, or cosine, which reveals little at first.")] = None,
     temperature: Annotated[float | None, typer.Option(help="0 takes the most probable token; 1.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Nucleus: the smallest set with this much probability; 1.")] = None,
@@ -172,11 +186,25 @@ def sample(
         raise UserError("--prompt does not go with --prefix and --suffix; put it into the prefix")
     if prefix is not None and length is None:
         raise UserError("--length is missing: infilling needs the number of tokens between --prefix and --suffix")
+    forced: dict[int, str] = {}
+    for one in force or []:
+        place, equals, text = one.partition("=")
+        if not (equals and place.isdecimal()):
+            raise UserError(f"--force {one}: allowed is N=TEXT, with N the number of a token behind the prompt, from 0; change --force")
+        forced[int(place)] = text
     from dlm_ray.serving.loading import load
 
     model = load(checkpoint, weights)
     options: dict[str, Any] = {
         "num_samples": num_samples,
+        "block_tokens": block_tokens,
+        "threshold": threshold,
+        "factor": factor,
+        "entropy_bound": entropy_bound,
+        "remask": remask,
+        "stop": stop or (),
+        "ban": ban or (),
+        "force": forced,
         "steps": steps,
         "rule": rule,
         "grid": grid,
@@ -185,14 +213,15 @@ def sample(
         "top_p": top_p,
         "seed": seed,
     }
-    with bar("denoising") as update:
+    with warnings_said(), bar("denoising") as update:
         options["on_step"] = lambda step, steps, canvas: update(step, steps)
         if prefix is not None:
             written = model.infill(prefix, suffix or "", length_tokens=length or 0, **options)
         else:
             written = model.sample(prompt, length_tokens=length, **options)
     texts = [f"{prefix if prefix is not None else prompt}{text}{suffix or ''}" for text in written]
-    show_result({"written": written, "texts": texts}, as_json, lambda: sys.stdout.write("\n---\n".join(texts) + "\n"))
+    fields = {"written": written, "texts": texts, "network_calls": written.network_calls, "stopped_by": written.stopped_by}
+    show_result(fields, as_json, lambda: sys.stdout.write("\n---\n".join(texts) + "\n"))
 
 
 @app.command("eval")

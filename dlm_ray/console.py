@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,15 @@ def show_result(fields: dict[str, Any], as_json: bool, show: Callable[[], Any]) 
 def say(message: str) -> None:
     """One message on stderr."""
     console.print(escape(message), soft_wrap=True, highlight=False)
+
+
+@contextmanager
+def warnings_said() -> Iterator[None]:
+    """What Python warns of is said as a message, without the file that it comes from."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = lambda message, *_: say(f"warning: {message}")
+        yield
 
 
 @contextmanager

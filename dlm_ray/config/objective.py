@@ -34,12 +34,13 @@ _USED_BY: dict[str, set[str]] = {
 }
 NAMES = ("autoregressive", "masked", "block", "genmd4", "sedd", "d3pm", "tauldr", "ssd_lm")
 # The rules that sample from a model of each objective, the default first.
-_WHOLE = ("confidence", "ancestral")
+_ADAPTIVE = ("margin", "threshold", "factor", "entropy_bounded")
+_WHOLE = ("confidence", "ancestral", "first_hitting", *_ADAPTIVE)
 RULES: dict[str, tuple[str, ...]] = {
     "autoregressive": ("left_to_right",),
     "masked": _WHOLE,
-    "block": ("confidence", "first_hitting", "ancestral", "margin", "threshold", "factor", "entropy_bounded"),
-    "genmd4": ("state_dependent", "confidence"),
+    "block": ("confidence", "first_hitting", "ancestral", *_ADAPTIVE),
+    "genmd4": ("state_dependent", "confidence", *_ADAPTIVE),
     "sedd": ("tweedie", *_WHOLE),
     "d3pm": _WHOLE,
     "tauldr": _WHOLE,
@@ -190,10 +191,18 @@ class Sampling(Part):
     rule: str | None = None
     """One that belongs to the objective; its usual one if absent."""
     steps: Positive | None = None
-    """T; of ssd_lm a block's. 64 or the length, whichever is less, if absent."""
+    """T; of block and ssd_lm a block's. 64 or the length, whichever is less, if absent; of block as many as a block has tokens."""
     grid: Literal["uniform", "cosine"] = "uniform"
     temperature: Annotated[float, Field(ge=0.0)] = 1.0
     top_p: Annotated[Fraction, Field(gt=0.0)] = 1.0
+    threshold: Fraction = 0.9
+    """Of rule `threshold`: proposals of a higher probability are revealed (Fast-dLLM's default, arXiv 2505.22618)."""
+    factor: Annotated[float, Field(gt=0.0)] = 1.0
+    """Of rule `factor`: f in (n + 1)(1 - p) < f; 1 is what Fast-dLLM's theorem 1 covers."""
+    entropy_bound: Annotated[float, Field(ge=0.0)] = 0.1
+    """Of rule `entropy_bounded`: gamma in nats (EB-Sampler, arXiv 2505.24857; 0.1 is what DiffusionGemma is served with)."""
+    remask: Fraction = 0.0
+    """Of rule `ancestral`: eta, the highest probability of masking a written token again in a step (ReMDM-cap, arXiv 2503.00307)."""
 
     def contradictions(self, objective: str) -> list[str]:
         """A rule that does not belong to the objective."""

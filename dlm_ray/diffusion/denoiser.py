@@ -24,6 +24,9 @@ class Cache(Protocol):
     def commit(self, slot: int, num_tokens: int, last_row: Tensor) -> None:
         """The next `num_tokens` positions of a slot, as the last pass wrote them, stay; `last_row` [D] is the last one's hidden row."""
 
+    def part(self, first: int, count: int) -> Cache:
+        """The slots from `first` on as a cache for one pass over them alone; what it wrote is committed to the whole cache."""
+
     def fork(self, source: int, target: int) -> None:
         """Makes slot `target` a copy of slot `source`."""
 

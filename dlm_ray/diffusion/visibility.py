@@ -90,11 +90,8 @@ class Visibility:
 
     def dense(self, num_queries: int, device: torch.device, num_keys: int | None = None) -> Tensor:
         """[B or 1, 1, queries, keys] bool, True where the query (third) sees the key (fourth); as many keys as queries if not said."""
-        query = torch.arange(num_queries, device=device)
-        if self.offsets is not None:
-            query = self.positions(num_queries, device)[:, :, None]
-        else:
-            query = query[None, :, None]
+        own = torch.arange(num_queries, device=device)[None] if self.offsets is None else self.positions(num_queries, device)
+        query = own[:, :, None]
         key = torch.arange(num_queries if num_keys is None else num_keys, device=device)[None, None, :]
         rows = 1 if self.document_ids is None else self.document_ids.shape[0]
         return self.sees(torch.arange(rows, device=device)[:, None, None], query, key)[:, None]

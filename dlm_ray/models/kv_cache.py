@@ -5,6 +5,7 @@ Keys are kept as attention sees them, rotated to their absolute position, so not
 
 from __future__ import annotations
 
+import copy
 from typing import Protocol
 
 import torch
@@ -43,6 +44,14 @@ class KeyValueCache:
         self.last_rows = torch.zeros(num_slots, config.hidden_size, device=device, dtype=dtype)
         self._places: Tensor | None = None
         self._end = 0
+
+    def part(self, first: int, count: int) -> KeyValueCache:
+        """The slots from `first` on, for one pass over them alone; what it wrote is committed here, where it lies."""
+        part = copy.copy(self)
+        part._pairs = [pair[:, first : first + count] for pair in self._pairs]
+        part.lengths = self.lengths[first : first + count]
+        part.last_rows = self.last_rows[first : first + count]
+        return part
 
     def begin(self, offsets: tuple[int, ...], num_queries: int) -> int:
         """Makes ready for a pass of so many positions in the first len(offsets) slots; returns how many keys its queries see."""

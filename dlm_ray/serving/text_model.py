@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal, TypedDict, Unpack
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, Unpack
 
 import numpy as np
 import torch
@@ -16,43 +16,42 @@ from dlm_ray.data.tokenizer import TokenizerIdentity
 from dlm_ray.diffusion import likelihood
 from dlm_ray.diffusion.draws import maskable_positions
 from dlm_ray.diffusion.objectives import SsdLm
-from dlm_ray.diffusion.samplers.rules import Ancestral, Canvas, Confidence, LeftToRight, Rule, StateDependent, Tweedie
-from dlm_ray.diffusion.samplers.simplex import Control, sample_blocks
-from dlm_ray.diffusion.samplers.whole_canvas import Sampled, sample
+from dlm_ray.diffusion.samplers.adjust import banned, chained, forced
+from dlm_ray.diffusion.samplers.blocks import write
+from dlm_ray.diffusion.samplers.requests import LOWEST_ENTROPY_NATS, Request, StoppedBy, Stops
+from dlm_ray.diffusion.samplers.rules import (
+    Ancestral,
+    Canvas,
+    Choosing,
+    Confidence,
+    EntropyBounded,
+    Factor,
+    FirstHitting,
+    LeftToRight,
+    Rule,
+    StateDependent,
+    Threshold,
+    Tweedie,
+)
+from dlm_ray.diffusion.samplers.simplex import sample_blocks
+from dlm_ray.diffusion.samplers.whole_canvas import Sampled as Denoised
+from dlm_ray.diffusion.samplers.whole_canvas import sample
 from dlm_ray.diffusion.schedules import Polynomial
 from dlm_ray.diffusion.visibility import Visibility, documents_apart
 from dlm_ray.models.denoiser import HuggingFaceDenoiser
+from dlm_ray.serving.options import Chosen, Sampled, SamplingOptions, choose
 from dlm_ray.serving.scoring import Scored, number_documents
 
-GRIDS = ("uniform", "cosine")
-NOISES = ("float64", "float32_gumbel")
-OnStep = Callable[[int, int, Canvas], None]
 
+class Texts(list[str]):
+    """What was written, and what it cost."""
 
-class SamplingOptions(TypedDict, total=False):
-    """How text is sampled; what is left out, or None, is as the checkpoint's recipe says."""
-
-    num_samples: int
-    """Sampled in one batch; 1."""
-    steps: int | None
-    """Denoising steps (of ssd_lm: a block's). An autoregressive model takes one a token."""
-    rule: str | None
-    """What a step reveals: one of `TextModel.rules`."""
-    grid: str | None
-    """Times of the steps: `uniform`, or `cosine`, which reveals little at first."""
-    temperature: float | None
-    """0 takes the most probable token."""
-    top_p: float | None
-    """Nucleus."""
-    noise: str
-    """`float64`, honest; `float32_gumbel` cuts the tails as MD4's code does, for comparisons with it."""
-    control: Control | None
-    """Of ssd_lm: log f(y | text) [B] of token probabilities [B, K, V], whose gradient steers the text (SSD-LM, section 3.3)."""
-    control_weight: float
-    seed: int
-    """The same seed gives the same text, whatever else is in the batch."""
-    on_step: OnStep | None
-    """Called with (steps done, steps, canvas)."""
+    def __init__(self, texts: Iterable[str], network_calls: dict[str, int], stopped_by: Sequence[StoppedBy]):
+        super().__init__(texts)
+        self.network_calls = network_calls
+        """Of the whole batch: `denoising`, and those for the `cache` alone (prompts, finished blocks)."""
+        self.stopped_by = list(stopped_by)
+        """Of each text: `length`, or the rule of `stop` that ended it."""
 
 
 class TextModel:
@@ -81,8 +80,10 @@ class TextModel:
         self.pattern: Literal["causal", "bidirectional"] = pattern or ("causal" if self.is_causal else "bidirectional")
         self.device = next(denoiser.parameters()).device
 
-    def sample(self, prompt: str = "", *, length_tokens: int | None = None, **options: Unpack[SamplingOptions]) -> list[str]:
+    def sample(self, prompt: str = "", *, length_tokens: int | None = None, **options: Unpack[SamplingOptions]) -> Texts:
         """Continuations of `prompt`, each cut at its end-of-text token.
+
+        An autoregressive or block model goes on beyond its context, of which it then remembers the last half.
 
         Args:
             prompt: kept as it is, and not part of what is returned.
@@ -97,26 +98,30 @@ class TextModel:
         if isinstance(self.objective, SsdLm):
             room -= room % self.objective.block_tokens  # the network sees whole blocks
         length = room if length_tokens is None else length_tokens
-        self._check_room(length, len(before), room, "--prompt")
-        sampled = self._denoise(before, length, [], **options)
-        start = 1 + len(before)
-        return [self._text(row[start : start + length].tolist()) for row in sampled.ids]
+        chosen = choose(options, self._sampled_as(), max(1, length))
+        self._check_room(length, len(before), room, "--prompt", is_bounded=chosen.block_tokens is None or room < 1)
+        return self._write(chosen, before, length, [], options)
 
-    def infill(self, prefix: str, suffix: str, *, length_tokens: int, **options: Unpack[SamplingOptions]) -> list[str]:
+    def infill(self, prefix: str, suffix: str, *, length_tokens: int, **options: Unpack[SamplingOptions]) -> Texts:
         """Texts of `length_tokens` tokens between `prefix` and `suffix`; neither side is part of what is returned.
 
         Raises:
             UserError: if the model cannot see a suffix, or the three do not fit the context.
         """
-        if self.is_causal or isinstance(self.objective, SsdLm):
-            kind = "autoregressive" if self.is_causal else "an SSD-LM, which sees nothing behind its block"
-            raise UserError(f"this checkpoint is {kind}: it cannot infill (--prefix, --suffix); use --prompt, or adapt it first")
+        own = self._sampled_as()
+        kind = {
+            "autoregressive": "autoregressive",
+            "simplex": "an SSD-LM, which sees nothing behind its block",
+            "block": f"of blocks of {own.block_tokens} tokens, which see nothing behind themselves",
+        }
+        if own.kind != "whole":
+            raise UserError(f"this checkpoint is {kind[own.kind]}: it cannot infill (--prefix, --suffix); use --prompt, or adapt it first")
+        if options.get("block_tokens") not in (None, self.row_tokens):
+            raise UserError(f"--block-tokens {options['block_tokens']}: a block sees no suffix; leave it out to infill")
         before, after = self._encode(prefix), self._encode(suffix)
         given = len(before) + len(after)
         self._check_room(length_tokens, given, self.row_tokens - 1 - given, "--prefix and --suffix")
-        sampled = self._denoise(before, length_tokens, after, **options)
-        start = 1 + len(before)
-        return [self._text(row[start : start + length_tokens].tolist()) for row in sampled.ids]
+        return self._write(choose(options, own, length_tokens), before, length_tokens, after, options)
 
     def bits_per_byte(
         self, data: str, *, split: str = "held_out", max_rows: int | None = None, draws_per_row: int = 16, seed: int = 0
@@ -180,91 +185,121 @@ class TextModel:
         end = self.tokenizer_identity.end_id
         return self.tokenizer.decode(ids[: ids.index(end)] if end in ids else ids)
 
-    def _check_room(self, length: int, given: int, room: int, what: str) -> None:
+    def _check_room(self, length: int, given: int, room: int, what: str, is_bounded: bool = True) -> None:
         if length < 1:
             raise UserError(
                 f"--length is {length} tokens with {given} of {what}; the context of {self.row_tokens} needs room for at least 1"
             )
-        if length > room:
+        if is_bounded and length > room:
             raise UserError(
                 f"{given} tokens of {what} and --length {length} need {1 + given + length} positions, and the model was trained on rows of "
-                f"{self.row_tokens}, which leaves {room}; shorten either"
+                f"{self.row_tokens}, which leaves {max(0, room)}; shorten either"
             )
 
-    def _denoise(self, before: list[int], length: int, after: list[int], **options: Unpack[SamplingOptions]) -> Sampled:
-        """Canvases [start] before [length masked] after, denoised."""
-        chosen = self._chosen(length, options)
-        start_id, end_id = self.tokenizer_identity.start_id, self.tokenizer_identity.end_id
-        row = torch.tensor([start_id, *before, *[end_id] * length, *after], device=self.device)
-        is_masked = torch.zeros(len(row), dtype=torch.bool, device=self.device)
-        is_masked[1 + len(before) : 1 + len(before) + length] = True
-        canvas = Canvas(row.repeat(chosen["num_samples"], 1), is_masked.repeat(chosen["num_samples"], 1))
+    def _sampled_as(self) -> Sampled:
+        trained = 1 if self.is_causal else getattr(self.objective, "block_tokens", None)
+        if isinstance(self.objective, SsdLm):
+            return Sampled("simplex", self.rules, self.sampling, self.row_tokens, None)
+        if trained is None or trained >= self.row_tokens:
+            return Sampled("whole", self.rules, self.sampling, self.row_tokens, None)
+        return Sampled("autoregressive" if self.is_causal else "block", self.rules, self.sampling, self.row_tokens, trained)
+
+    def _write(self, chosen: Chosen, before: list[int], length: int, after: list[int], options: SamplingOptions) -> Texts:
+        """[start] before [length to write] after, in a batch."""
+        prompt = [self.tokenizer_identity.start_id, *before]
+        never = self._never(bool(after), options.get("ban", ()))
         common: dict[str, Any] = {
-            "num_steps": chosen["steps"],
-            "temperature": chosen["temperature"],
-            "top_p": chosen["top_p"],
-            "banned_ids": self._banned(bool(after)),
-            "seed": options.get("seed", 0),
+            "num_steps": chosen.steps,
+            "temperature": chosen.temperature,
+            "top_p": chosen.top_p,
             "on_step": options.get("on_step"),
         }
         if isinstance(self.objective, SsdLm):
-            common |= {"control": options.get("control"), "control_weight": options.get("control_weight", 0.0)}
-            return sample_blocks(self.denoiser, self.objective, canvas, projection=chosen["rule"], **common)
-        rule = self._rule(chosen["rule"], canvas, chosen["noise"])
-        return sample(self.denoiser, canvas, rule, Visibility(self.pattern), grid=chosen["grid"], noise=chosen["noise"], **common)
+            common |= {"seed": options.get("seed", 0), "control_weight": options.get("control_weight", 0.0)}
+            common |= {"banned_ids": torch.tensor(never, dtype=torch.long, device=self.device), "control": options.get("control")}
+            canvas = self._canvas(prompt, length, after, chosen.num_samples)
+            projection: Any = chosen.rule
+            return self._texts(sample_blocks(self.denoiser, self.objective, canvas, projection=projection, **common), len(prompt), length)
+        forced_ids = self._forced(options.get("force", {}), len(prompt), length)
+        common |= {"grid": chosen.grid}
+        common |= {"adjust": chained(banned(never) if never else None, options.get("adjust"), forced(forced_ids) if forced_ids else None)}
+        rule = self._rule(chosen)
+        if chosen.block_tokens is None:
+            canvas = self._canvas(prompt, length, after, chosen.num_samples)
+            common |= {"noise": chosen.noise, "seed": options.get("seed", 0)}
+            return self._texts(sample(self.denoiser, canvas, rule, Visibility(self.pattern), **common), len(prompt), length)
+        assert isinstance(rule, Choosing), "other rules are refused by `choose`"
+        requests = [self._request(prompt, length, number, options) for number in range(chosen.num_samples)]
+        blocks = write(self.denoiser, requests, rule, block_tokens=chosen.block_tokens, context_tokens=self.row_tokens, **common)
+        calls = {"denoising": blocks.num_denoising_calls, "cache": blocks.num_cache_calls}
+        return Texts((self._text(text.ids) for text in blocks.texts), calls, [text.stopped_by for text in blocks.texts])
 
-    def _banned(self, has_suffix: bool) -> torch.Tensor | None:
-        """Ids that are never drawn: rows without a token, the start token, and before a suffix the end token."""
+    def _canvas(self, prompt: list[int], length: int, after: list[int], num_rows: int) -> Canvas:
+        row = torch.tensor([*prompt, *[self.tokenizer_identity.end_id] * length, *after], device=self.device)
+        is_masked = torch.zeros(len(row), dtype=torch.bool, device=self.device)
+        is_masked[len(prompt) : len(prompt) + length] = True
+        return Canvas(row.repeat(num_rows, 1), is_masked.repeat(num_rows, 1))
+
+    def _texts(self, done: Denoised, start: int, length: int) -> Texts:
+        texts = [self._text(row[start : start + length].tolist()) for row in done.ids]
+        return Texts(texts, {"denoising": done.num_network_calls, "cache": 0}, ["length"] * len(texts))
+
+    def _request(self, prompt: list[int], length: int, number: int, options: SamplingOptions) -> Request:
+        asked, reward = options.get("stop", ()), options.get("reward")
+        return Request(
+            prompt,
+            length,
+            number,
+            options.get("seed", 0),
+            Stops(self.tokenizer_identity.end_id if "end" in asked else None, LOWEST_ENTROPY_NATS if "entropy" in asked else None),
+            candidates=options.get("candidates", 1),
+            reward=None if reward is None else lambda ids: reward(self.tokenizer.decode(ids[1:])),
+            reward_temperature=options.get("reward_temperature", 1.0),
+        )
+
+    def _never(self, has_suffix: bool, ban: Sequence[str]) -> list[int]:
+        """Ids that are never drawn: rows without a token, the start token, before a suffix the end token, and what is banned."""
         start_id, end_id = self.tokenizer_identity.start_id, self.tokenizer_identity.end_id
-        banned = set(range(self.tokenizer_identity.vocab_size, self.denoiser.vocab_size)) - {self.denoiser.mask_id}
+        never = set(range(self.tokenizer_identity.vocab_size, self.denoiser.vocab_size))
         if has_suffix:
-            banned.add(end_id)  # a text with a suffix does not end in front of it
+            never.add(end_id)  # a text with a suffix does not end in front of it
         if start_id != end_id:
-            banned.add(start_id)
-        return torch.tensor(sorted(banned), device=self.device) if banned else None
+            never.add(start_id)
+        for text in ban:
+            ids = self._encode(text)
+            if len(ids) != 1:
+                raise UserError(
+                    f"--ban {text!r} is {len(ids)} tokens of this tokenizer, and one token at a time can be banned; name one token"
+                )
+            never.update(ids)
+        return sorted(never)
 
-    def _rule(self, name: str, canvas: Canvas, noise: str) -> Rule:
-        if name == "confidence":
-            return Confidence(Polynomial(), canvas.is_masked.sum(1))
+    def _forced(self, force: Mapping[int, str], start: int, length: int) -> dict[int, int]:
+        """Absolute position -> token, of texts by their place behind the prompt."""
+        tokens: dict[int, int] = {}
+        for place, text in force.items():
+            for position, token in enumerate(self._encode(text), start=place):
+                if not 0 <= position < length:
+                    raise UserError(
+                        f"--force {place}={text}: token {position} is not among the {length} that are written, 0 to {length - 1}"
+                    )
+                if tokens.setdefault(start + position, token) != token:
+                    raise UserError(f"--force {place}={text}: another text is forced to stand at token {position}, too; move either")
+        return tokens
+
+    def _rule(self, chosen: Chosen) -> Rule:
+        name = chosen.rule
         if name == "state_dependent":
             return StateDependent(self.objective.exponents)
-        if name == "tweedie":
-            return Tweedie(Polynomial(), self.denoiser.vocab_size)
-        return LeftToRight() if name == "left_to_right" else Ancestral(Polynomial(), joint=noise == "float32_gumbel")
-
-    def _chosen(self, length: int, options: SamplingOptions) -> dict[str, Any]:
-        """The options with the recipe's where nothing was said, after every mistake in them is reported."""
-        own = self.sampling
-        asked: dict[str, Any] = {
-            "num_samples": options.get("num_samples", 1),
-            "steps": options.get("steps"),
-            "rule": options.get("rule") or own.rule or self.rules[0],
-            "grid": options.get("grid") or own.grid,
-            "noise": options.get("noise", "float64"),
+        rules: dict[str, Rule] = {
+            "confidence": Confidence(Polynomial()),
+            "margin": Confidence(Polynomial(), "margin"),
+            "ancestral": Ancestral(Polynomial(), joint=chosen.noise == "float32_gumbel", remask=chosen.remask),
+            "first_hitting": FirstHitting(),
+            "threshold": Threshold(chosen.threshold),
+            "factor": Factor(chosen.factor),
+            "entropy_bounded": EntropyBounded(chosen.entropy_bound),
+            "tweedie": Tweedie(Polynomial(), self.denoiser.vocab_size),
+            "left_to_right": LeftToRight(),
         }
-        for name in ("temperature", "top_p"):
-            value = options.get(name)
-            asked[name] = getattr(own, name) if value is None else value
-        found = []
-        if asked["num_samples"] < 1:
-            found.append(f"--num-samples {asked['num_samples']}: at least 1")
-        if asked["steps"] is not None and asked["steps"] < 1:
-            found.append(f"--steps {asked['steps']}: at least 1")
-        if asked["rule"] not in self.rules:
-            found.append(f"--rule {asked['rule']} does not belong to the checkpoint's objective; one of {', '.join(self.rules)}")
-        for name, allowed in (("grid", GRIDS), ("noise", NOISES)):
-            if asked[name] not in allowed:
-                found.append(f"--{name} {asked[name]}: one of {', '.join(allowed)}")
-        if asked["temperature"] < 0:
-            found.append(f"--temperature {asked['temperature']}: 0 or more")
-        if not 0 < asked["top_p"] <= 1:
-            found.append(f"--top-p {asked['top_p']}: more than 0 and at most 1")
-        if options.get("control") is not None and not isinstance(self.objective, SsdLm):
-            found.append("control steers ssd_lm checkpoints alone")
-        if found:
-            raise UserError("; ".join(found))
-        if self.is_causal:
-            asked["steps"] = length
-        elif asked["steps"] is None:
-            asked["steps"] = own.steps or min(64, length)
-        return asked
+        return rules[name]

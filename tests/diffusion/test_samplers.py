@@ -8,8 +8,10 @@ import pytest
 import torch
 from toy import LENGTH, MASK, VOCAB, TableDenoiser
 
+from dlm_ray.diffusion.samplers.adjust import banned
+from dlm_ray.diffusion.samplers.drawing import draw_tokens
 from dlm_ray.diffusion.samplers.rules import Ancestral, Canvas, Confidence, LeftToRight, StateDependent, Tweedie
-from dlm_ray.diffusion.samplers.whole_canvas import draw_tokens, grid_times, sample
+from dlm_ray.diffusion.samplers.whole_canvas import grid_times, sample
 from dlm_ray.diffusion.schedules import Cosine, Polynomial
 from dlm_ray.diffusion.visibility import Visibility
 
@@ -91,7 +93,7 @@ def test_left_to_right_has_the_law_of_the_product_of_conditionals():
 def test_confidence_at_temperature_0_reveals_the_most_certain_position_first():
     denoiser = TableDenoiser(5)
     canvas = empty_canvas(1)
-    done = sample(denoiser, canvas, Confidence(Polynomial(), canvas.is_masked.sum(1)), FULL, num_steps=LENGTH, temperature=0)
+    done = sample(denoiser, canvas, Confidence(Polynomial()), FULL, num_steps=LENGTH, temperature=0)
     x_t = [0, MASK, MASK, MASK]
     for _ in range(LENGTH):
         log_probs = denoiser.log_probs(torch.tensor(x_t))
@@ -105,7 +107,7 @@ def test_confidence_at_temperature_0_reveals_the_most_certain_position_first():
 def test_confidence_follows_the_schedule_and_never_calls_the_network_for_nothing(num_steps):
     canvas = empty_canvas(6)
     left = []
-    rule = Confidence(Polynomial(), canvas.is_masked.sum(1))
+    rule = Confidence(Polynomial())
     done = sample(
         TableDenoiser(),
         canvas,
@@ -122,7 +124,7 @@ def test_confidence_follows_the_schedule_and_never_calls_the_network_for_nothing
 def test_given_tokens_are_never_touched():
     canvas = empty_canvas(50)
     canvas.ids[:, 2], canvas.is_masked[:, 2] = 3, False
-    for rule in (Ancestral(Polynomial()), Confidence(Polynomial(), canvas.is_masked.sum(1)), LeftToRight()):
+    for rule in (Ancestral(Polynomial()), Confidence(Polynomial()), LeftToRight()):
         done = sample(TableDenoiser(), canvas, rule, FULL, num_steps=4)
         assert (done.ids[:, 2] == 3).all() and (done.ids[:, 0] == 0).all()
 
@@ -137,7 +139,7 @@ def test_tokens_are_drawn_with_their_probabilities_even_rare_ones():
     probabilities = torch.tensor([0.5, 0.3, 0.2 - 2e-4, 2e-4], dtype=torch.float64)
     num_samples = 200_000
     uniform = torch.from_numpy(np.random.default_rng(0).random(num_samples))
-    tokens, log_probs = draw_tokens(probabilities.log().repeat(num_samples, 1), uniform, 1.0, 1.0, None)
+    tokens, log_probs = draw_tokens(probabilities.log().repeat(num_samples, 1), uniform, 1.0, 1.0)
     counts = {word: int((tokens == word).sum()) for word in range(4)}
     assert abs(chi_square_z(counts, dict(enumerate(probabilities.tolist())), num_samples)) < 4
     assert torch.allclose(log_probs.exp(), probabilities[tokens])
@@ -147,16 +149,17 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it():
     probabilities = torch.tensor([[0.1, 0.5, 0.15, 0.25]], dtype=torch.float64)
     uniform = torch.linspace(0, 1 - 1e-9, 1000, dtype=torch.float64)
     for top_p, kept in [(0.4, {1}), (0.5, {1}), (0.51, {1, 3}), (0.76, {1, 2, 3}), (1.0, {0, 1, 2, 3})]:
-        tokens, _ = draw_tokens(probabilities.log().repeat(1000, 1), uniform, 1.0, top_p, None)
+        tokens, _ = draw_tokens(probabilities.log().repeat(1000, 1), uniform, 1.0, top_p)
         assert set(tokens.tolist()) == kept, top_p
 
 
 def test_temperature_0_takes_the_best_and_banned_tokens_never_come():
     logits = torch.tensor([[1.0, 3.0, 2.0]]).repeat(100, 1)
     uniform = torch.linspace(0, 0.999, 100, dtype=torch.float64)
-    assert set(draw_tokens(logits, uniform, 0.0, 1.0, None)[0].tolist()) == {1}
-    assert set(draw_tokens(logits, uniform, 0.0, 1.0, torch.tensor([1]))[0].tolist()) == {2}
-    assert set(draw_tokens(logits, uniform, 1.0, 1.0, torch.tensor([1]))[0].tolist()) == {0, 2}
+    assert set(draw_tokens(logits, uniform, 0.0, 1.0)[0].tolist()) == {1}
+    without = banned([1])(logits, uniform, uniform)
+    assert set(draw_tokens(without, uniform, 0.0, 1.0)[0].tolist()) == {2}
+    assert set(draw_tokens(without, uniform, 1.0, 1.0)[0].tolist()) == {0, 2}
 
 
 def exact_by_states(num_steps, step_of):
@@ -263,7 +266,7 @@ def test_float32_gumbel_noise_cuts_the_tail_that_float64_keeps():
     """Two outcomes of 1e-9 and nearly 1: the inverse of the cumulative distribution draws the first, no float32 Gumbel pair can."""
     log_p = torch.tensor([1e-9, 1 - 1e-9], dtype=torch.float64).log()
     uniform = torch.linspace(0, 0.9e-9, 4, dtype=torch.float64)
-    assert (draw_tokens(log_p.repeat(4, 1), uniform, 1.0, 1.0, None)[0] == 0).all()
+    assert (draw_tokens(log_p.repeat(4, 1), uniform, 1.0, 1.0)[0] == 0).all()
     numbers = torch.tensor([np.nextafter(np.float32(1), np.float32(0)), np.finfo(np.float32).tiny, 2**-24])
     highest, lowest, usual_lowest = (-torch.log(-torch.log(numbers))).tolist()
     assert highest - usual_lowest < math.log(1e9) + math.log(2)

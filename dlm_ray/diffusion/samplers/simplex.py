@@ -15,8 +15,9 @@ from torch import Tensor
 from dlm_ray.diffusion.denoiser import Denoiser
 from dlm_ray.diffusion.draws import SAMPLING, generator
 from dlm_ray.diffusion.objectives.ssd_lm import SsdLm, alpha_bar
+from dlm_ray.diffusion.samplers.drawing import draw_tokens, nucleus
 from dlm_ray.diffusion.samplers.rules import Canvas
-from dlm_ray.diffusion.samplers.whole_canvas import Sampled, draw_tokens, nucleus
+from dlm_ray.diffusion.samplers.whole_canvas import Sampled
 from dlm_ray.diffusion.visibility import Visibility
 
 Projection = Literal["greedy", "sampled", "multi_hot"]
@@ -47,7 +48,8 @@ def sample_blocks(
         canvas: clean context, then masked positions to the end, the same number in every row.
         num_steps: T of decoding, a block; training's may be larger.
         projection: `greedy` argmax; `sampled` a token from the nucleus; `multi_hot` all tokens of the nucleus at once.
-        temperature, top_p, banned_ids: of the logits, as in `whole_canvas.sample`.
+        temperature, top_p: as in `drawing.draw_tokens`.
+        banned_ids: tokens that are never drawn.
         control, control_weight: logits += weight * gradient of control(softmax(logits)).
         seed: of the randomness; a row's numbers do not depend on its neighbours.
         on_step: called after each step with (steps done, steps, canvas).

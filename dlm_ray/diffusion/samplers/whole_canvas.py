@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from dlm_ray.diffusion.denoiser import Denoiser
 from dlm_ray.diffusion.draws import GUMBEL, SAMPLING, generator
+from dlm_ray.diffusion.samplers.adjust import Adjust
+from dlm_ray.diffusion.samplers.drawing import Ranking, draw_or_stay, draw_tokens, nothing_allowed, probabilities
 from dlm_ray.diffusion.samplers.rules import Canvas, Reveal, Rule
 from dlm_ray.diffusion.visibility import Visibility
 
@@ -49,43 +52,47 @@ def sample(
     grid: str = "uniform",
     temperature: float = 1.0,
     top_p: float = 1.0,
-    banned_ids: Tensor | None = None,
+    adjust: Adjust | None = None,
     noise: Noise = "float64",
     seed: int = 0,
     on_step: Callable[[int, int, Canvas], None] | None = None,
 ) -> Sampled:
-    """Reveals every masked position of `canvas` in `num_steps` steps from t = 1 to 0.
+    """Reveals every masked position of `canvas`, in `num_steps` steps from t = 1 to 0 or in as many as an untimed rule takes.
 
-    Tokens are drawn by inverting the cumulative distribution in float64 with one uniform number a token. That is the law of
-    float64 Gumbel-max, without the truncated tails that float32 Gumbel noise gives (which lower the entropy and flatter the
-    text), and a row's numbers depend on (seed, row, step) alone, never on its neighbours.
+    A row's numbers depend on (seed, row, step) alone, never on its neighbours.
 
     Args:
         denoiser: the network.
         canvas: ids with the masked positions marked.
         rule: what a step reveals.
         visibility: who sees whom.
-        num_steps: T.
+        num_steps: T; rules without times do not look at it.
         grid: `uniform` or `cosine` times.
-        temperature: divides the logits; 0 takes the most probable token.
-        top_p: keeps the smallest set of tokens with at least this probability (nucleus).
-        banned_ids: tokens that are never drawn.
+        temperature, top_p: as in `drawing.draw_tokens`.
+        adjust: changes the logits before tokens are drawn from them; rows are those of the canvas.
         noise: `float32_gumbel` draws as MD4's code does, to compare with what it published.
         seed: of the randomness.
-        on_step: called after each step with (steps done, steps, canvas).
+        on_step: called after each step with (steps done, steps, canvas); of an untimed rule with the tokens of the slowest row.
+
+    Raises:
+        ValueError: if `adjust` leaves no token at a position.
     """
     shape = canvas.ids.shape
     num_calls = 0
     times = grid_times(grid, num_steps)
-    for step in range(num_steps):
-        if not bool(canvas.is_masked.any()):
+    num_open = int(canvas.is_open.sum(1).max())
+    for step in itertools.count():
+        is_over = step == num_steps if rule.is_timed else step > num_open
+        if is_over or not (rule.remasks or bool(canvas.is_masked.any())):
             break
+        t, s = (times[step], times[step + 1]) if rule.is_timed else (1.0, 0.0)
         uniform = _uniform(seed, step, shape, canvas.ids.device)  # [2, B, L]
-        proposals = _Proposals(denoiser, canvas, visibility, uniform[0].flatten(), temperature, top_p, banned_ids, noise, (seed, step))
-        canvas = rule.step(canvas, proposals, times[step], times[step + 1], uniform[1])
+        proposals = _Proposals(denoiser, canvas, visibility, uniform[0].flatten(), temperature, top_p, adjust, noise, (seed, step))
+        canvas = rule.step(canvas, proposals, t, s, uniform[1])
         num_calls += proposals.num_calls
         if on_step is not None:
-            on_step(step + 1, num_steps, canvas)
+            done = (step + 1, num_steps) if rule.is_timed else (num_open - int(canvas.is_masked.sum(1).max()), num_open)
+            on_step(*done, canvas)
     assert not bool(canvas.is_masked.any()), "a rule reveals every position by time 0"
     return Sampled(canvas.ids, num_calls)
 
@@ -101,27 +108,31 @@ class _Proposals:
     """[B * L] float64, a number for every token."""
     temperature: float
     top_p: float
-    banned_ids: Tensor | None
+    adjust: Adjust | None
     noise: Noise
     key: tuple[int, int]
     """(seed, step) of Gumbel noise."""
     num_calls: int = 0
 
-    def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens and their log-probabilities."""
-        if self._is_gumbel:
-            return self._reduce(positions, self._gumbel_token, positions)
+    def __call__(self, positions: Tensor, confidence: Ranking | None = "probability") -> tuple[Tensor, Tensor]:
+        """Tokens and the model's confidence in them."""
 
-        def draw(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-            return draw_tokens(logits, uniform, self.temperature, self.top_p, self.banned_ids)
+        def draw(logits: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+            logits = self._adjusted(logits, positions)
+            if self._is_gumbel:
+                probs = probabilities(logits, self.temperature, self.top_p)
+                tokens = (probs.float().log() + self._gumbel(positions, probs.shape[1])).argmax(-1)
+                return tokens, probabilities(logits, 1.0, 1.0).log().gather(1, tokens[:, None])[:, 0]
+            return draw_tokens(logits, self.uniform[positions], self.temperature, self.top_p, confidence)
 
-        return self._reduce(positions, draw, self.uniform[positions])
+        return self._reduce(positions, draw)
 
     def transition(self, positions: Tensor, reveal: Reveal) -> tuple[Tensor, Tensor]:
         """Tokens, and whether each position was revealed."""
 
         def draw(logits: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-            becomes = reveal(probabilities(logits, self.temperature, self.top_p, self.banned_ids), logits.double())  # [n, V]
+            probs = probabilities(self._adjusted(logits, positions), self.temperature, self.top_p)
+            becomes = reveal(probs, logits.double())  # [n, V]
             if not self._is_gumbel:
                 return draw_or_stay(becomes, self.uniform[positions])
             stays = (1 - becomes.sum(-1, keepdim=True)).clamp(min=0)
@@ -129,23 +140,25 @@ class _Proposals:
             chosen = (outcomes + self._gumbel(positions, outcomes.shape[1])).argmax(-1)
             return chosen.clamp(max=becomes.shape[1] - 1), chosen < becomes.shape[1]
 
-        return self._reduce(positions, draw, positions)
+        return self._reduce(positions, draw)
 
     @property
     def _is_gumbel(self) -> bool:
         return self.noise == "float32_gumbel" and self.temperature > 0
 
-    def _reduce(self, positions: Tensor, draw: Callable[..., tuple[Tensor, Tensor]], argument: Tensor) -> tuple[Tensor, Tensor]:
+    def _adjusted(self, logits: Tensor, positions: Tensor) -> Tensor:
+        num_positions = self.canvas.ids.shape[1]
+        return logits if self.adjust is None else self.adjust(logits, positions // num_positions, positions % num_positions)
+
+    def _reduce(self, positions: Tensor, draw: Callable[..., tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         self.num_calls += 1
         canvas, mask_id = self.canvas, self.denoiser.mask_id
         x_t = canvas.ids if mask_id is None else torch.where(canvas.is_masked, mask_id, canvas.ids)
         rows = self.denoiser.hidden(x_t, self.visibility).flatten(0, 1)[self.denoiser.rows_for(positions)]
-        return self.denoiser.reduce_logits(rows, draw, argument)
-
-    def _gumbel_token(self, logits: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        probs = probabilities(logits, self.temperature, self.top_p, self.banned_ids)
-        tokens = (probs.float().log() + self._gumbel(positions, probs.shape[1])).argmax(-1)
-        return tokens, probabilities(logits, 1.0, 1.0, self.banned_ids).log().gather(1, tokens[:, None])[:, 0]
+        tokens, other = self.denoiser.reduce_logits(rows, draw, positions)
+        if self.adjust is not None and bool((tokens < 0).any()):
+            raise ValueError(nothing_allowed(positions[tokens < 0][:1].tolist()[0] % canvas.ids.shape[1]))
+        return tokens, other
 
     def _gumbel(self, positions: Tensor, num_outcomes: int) -> Tensor:
         """[n, outcomes] float32 Gumbel numbers, of every position its own."""
@@ -153,53 +166,6 @@ class _Proposals:
         uniform = [generator(seed, GUMBEL, step, position).random(num_outcomes, dtype=np.float32) for position in positions.tolist()]
         numbers = torch.from_numpy(np.stack(uniform)).clamp(min=torch.finfo(torch.float32).tiny)
         return (-torch.log(-torch.log(numbers))).to(positions.device)
-
-
-def probabilities(logits: Tensor, temperature: float, top_p: float, banned_ids: Tensor | None) -> Tensor:
-    """[n, V] logits -> [n, V] float64 probabilities at this temperature within the nucleus, of a sum of 1; 0 for banned tokens."""
-    logits = logits.double()
-    if banned_ids is not None:
-        logits = logits.index_fill(1, banned_ids, float("-inf"))
-    if temperature == 0:
-        return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[1]).double()
-    probs = (logits / temperature).softmax(-1)
-    if top_p < 1:
-        probs = nucleus(probs, top_p)
-        probs = probs / probs.sum(-1, keepdim=True)
-    return probs
-
-
-def draw_or_stay(becomes: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """[n, V] probabilities of a sum of at most 1, [n] uniform numbers -> tokens [n], and whether one was drawn [n] (else: stays masked)."""
-    cumulative = becomes.cumsum(-1)
-    total = cumulative[:, -1]
-    # Rounding may leave a sum of 1 below it; then nothing stays.
-    target = torch.where(total > 1 - 1e-9, uniform * total, uniform)
-    tokens = torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
-    return tokens.clamp(max=becomes.shape[1] - 1), tokens < becomes.shape[1]
-
-
-def draw_tokens(logits: Tensor, uniform: Tensor, temperature: float, top_p: float, banned_ids: Tensor | None) -> tuple[Tensor, Tensor]:
-    """One token a row of logits.
-
-    Args:
-        logits: [n, V].
-        uniform: [n] float64 in [0, 1).
-        temperature, top_p, banned_ids: as in `sample`.
-
-    Returns:
-        tokens [n] int64, and their log-probabilities [n] float64 under the model at temperature 1 (the confidence).
-    """
-    log_probs = probabilities(logits, 1.0, 1.0, banned_ids).log()
-    tokens = draw_or_stay(probabilities(logits, temperature, top_p, banned_ids), uniform)[0]
-    return tokens, log_probs.gather(1, tokens[:, None])[:, 0]
-
-
-def nucleus(probs: Tensor, top_p: float) -> Tensor:
-    """[n, V] -> the smallest set of largest probabilities that reaches top_p, the rest 0 (not normalised)."""
-    ordered, order = probs.sort(-1, descending=True)
-    before = ordered.cumsum(-1) - ordered  # the mass of the tokens in front; the first token is always kept
-    return torch.zeros_like(probs).scatter(-1, order, torch.where(before < top_p, ordered, 0.0))
 
 
 def _uniform(seed: int, step: int, shape: torch.Size, device: torch.device) -> Tensor:

@@ -1,0 +1,377 @@
+"""Block by block over a KV cache: finished blocks are read from the cache, and one network call serves all texts, each in its own block and step.
+
+A block's keys and values are those of its clean tokens: when a block is finished, one call over it writes them (BD3-LM, arXiv 2503.09573, section 3.1).
+What the last committed row predicts already (with shift: a block's first position) is drawn without a call. So with shift, blocks of one token
+are autoregressive decoding with a KV cache. K: positions of a block; A: slots in use, always the first ones; the state lies on the host, and
+what crosses to the device in a call is its tokens and what it wants, and back come tokens and confidence.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dlm_ray.diffusion.denoiser import Denoiser
+from dlm_ray.diffusion.samplers.adjust import Adjust
+from dlm_ray.diffusion.samplers.drawing import draw_tokens, nothing_allowed
+from dlm_ray.diffusion.samplers.requests import Progress, Request, Written
+from dlm_ray.diffusion.samplers.rules import Canvas, Choosing
+from dlm_ray.diffusion.samplers.whole_canvas import grid_times
+from dlm_ray.diffusion.visibility import Visibility
+
+# Steps of a block whose random numbers are made at once, and which are looked through at once for one that wants something.
+LOOK_AHEAD_STEPS = 32
+
+
+class _State(enum.Enum):
+    LOOKING = "its next step is not known yet"
+    ASKING = "wants proposals that need a network call"
+    CLEAN = "its block is finished; other candidates for it are not"
+    COMMITTING = "its block is finished and belongs into the cache"
+    LEAVING = "its text is finished"
+
+
+@dataclass(eq=False)
+class _Slot:
+    text: Progress
+    candidate: int
+    random: np.random.Generator
+    """Of the current block."""
+    state: _State = _State.LOOKING
+
+
+@dataclass(frozen=True)
+class WrittenBlocks:
+    """Finished requests, in the order in which they were asked for, and what the batch cost."""
+
+    texts: list[Written]
+    num_denoising_calls: int
+    """Network calls that denoised somebody's block; they may have committed others'."""
+    num_cache_calls: int
+    """Network calls that only filled the cache: prompts, finished blocks, and text that was encoded again."""
+
+
+class BlockSampler:
+    """Slots that denoise and commit blocks; `add` requests, `tick` until they are in `finished`.
+
+    Args:
+        denoiser: a network that sees in blocks of `block_tokens`, or an autoregressive one and blocks of 1.
+        rule: what a step reveals.
+        block_tokens: K. Blocks begin at multiples of it, whatever the prompt.
+        capacity_tokens: positions that the network sees, a multiple of K, of two blocks at least. A text that goes beyond is encoded again
+            from a start token and its last half context, as rows of training begin (BD3-LM slides a window, section 6.2).
+        num_slots: requests at once; candidates count.
+        num_steps: T of a block, for rules with times.
+        grid: as in `whole_canvas.sample`.
+        temperature, top_p: as in `drawing.draw_tokens`.
+        adjust: its rows are the numbers of requests, its positions count from the start token.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        rule: Choosing,
+        *,
+        block_tokens: int,
+        capacity_tokens: int,
+        num_slots: int,
+        num_steps: int,
+        grid: str = "uniform",
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        adjust: Adjust | None = None,
+    ):
+        assert capacity_tokens % block_tokens == 0 and capacity_tokens >= 2 * block_tokens, f"{capacity_tokens} positions in blocks"
+        self.denoiser, self.rule, self.adjust = denoiser, rule, adjust
+        self.block_tokens, self.capacity_tokens = block_tokens, capacity_tokens
+        self.temperature, self.top_p = temperature, top_p
+        self.cache = denoiser.new_cache(num_slots, capacity_tokens)
+        self.finished: list[Written] = []
+        self.num_denoising_calls = self.num_cache_calls = self.num_blocks = 0
+        self._visibility = Visibility("bidirectional", block_tokens=block_tokens)
+        # The row that predicts each position of a block, among [last committed row ; the block's own rows].
+        self._row_of = denoiser.rows_for(torch.arange(block_tokens, 2 * block_tokens)) - block_tokens + 1  # [K]
+        assert bool((self._row_of >= 0).all()), "a position is predicted from its block, or from the row before it"
+        self._times = torch.tensor(grid_times(grid, num_steps), dtype=torch.float64)
+        self._num_steps = num_steps if rule.is_timed else block_tokens
+        self._window = min(self._num_steps, LOOK_AHEAD_STEPS) if rule.is_timed else block_tokens
+        self._slots: list[_Slot] = []  # those in use
+        shape = (num_slots, block_tokens)
+        self._ids = torch.zeros(shape, dtype=torch.int64)
+        self._is_masked, self._is_open, self._wanted, self._again = (torch.zeros(shape, dtype=torch.bool) for _ in range(4))
+        self._step = torch.zeros(num_slots, dtype=torch.int64)
+        self._numbers = torch.zeros(num_slots, self._window, 2, block_tokens, dtype=torch.float64)  # for tokens, and for positions
+
+    @property
+    def num_active(self) -> int:
+        """A."""
+        return len(self._slots)
+
+    def add(self, requests: Sequence[Request]) -> None:
+        """Takes requests into free slots and encodes the whole blocks of their prompts, in one call."""
+        first = self.num_active
+        for request in requests:
+            assert 0 < len(request.prompt) < self.capacity_tokens, "a prompt has a start token and leaves room"
+            text = Progress(request, list(request.prompt))
+            for candidate in range(request.candidates):
+                self._slots.append(_Slot(text, candidate, request.random(0, candidate)))
+        assert self.num_active <= len(self._ids), f"{self.num_active} requests in {len(self._ids)} slots"
+        slots = range(first, self.num_active)
+        whole = [len(self._slots[slot].text.ids) // self.block_tokens * self.block_tokens for slot in slots]
+        self._encode(first, [self._slots[slot].text.ids[:length] for slot, length in zip(slots, whole, strict=True)])
+        for slot, length in zip(slots, whole, strict=True):
+            self._slots[slot].text.num_encoded = length
+            self._begin(slot)
+
+    def tick(self) -> None:
+        """One network call over all slots in use: each denoises its block or commits it."""
+        self._look()
+        if not self.num_active:
+            return
+        asking, committing = (
+            [i for i, own in enumerate(self._slots) if own.state is state] for state in (_State.ASKING, _State.COMMITTING)
+        )
+        num = self.num_active
+        mask_id = self.denoiser.mask_id
+        assert mask_id is not None or not asking, "without a mask token, every position is predicted by the row before it"
+        x_t = self._ids[:num] if mask_id is None else self._ids[:num].masked_fill(self._is_masked[:num], mask_id)
+        hidden = self.denoiser.hidden(x_t.to(self.cache.last_rows.device), self._visibility, self.cache)  # [A, K, D]
+        if asking:
+            self.num_denoising_calls += 1
+            for text in {id(self._slots[slot].text): self._slots[slot].text for slot in asking}.values():
+                text.num_denoising_calls += 1
+            rows = torch.cat([self.cache.last_rows[:num, None], hidden], 1)  # [A, 1 + K, D]
+            self._reveal(asking, rows if len(asking) == num else rows[asking])
+        else:
+            self.num_cache_calls += 1
+        for text in {id(self._slots[slot].text): self._slots[slot].text for slot in committing}.values():
+            text.num_encoded += self.block_tokens
+            text.num_cache_calls += 1
+        for slot in committing:
+            self.cache.commit(slot, self.block_tokens, hidden[slot, -1])
+        self._encode_again([slot for slot in committing if self.cache.lengths[slot] == self.capacity_tokens])
+        for slot in committing:
+            self._begin(slot)
+        self._leave()
+
+    def _begin(self, slot: int) -> None:
+        """Masks the block behind what is committed, but for what the prompt gives of it."""
+        text = self._slots[slot].text
+        given = text.ids[text.num_encoded :]
+        self._ids[slot, : len(given)] = torch.tensor(given, dtype=torch.int64)
+        self._is_masked[slot] = self._is_open[slot] = torch.arange(self.block_tokens) >= len(given)
+        self._slots[slot].state = _State.LOOKING
+        self._step[slot] = 0
+        self._slots[slot].random = text.request.random(text.num_encoded // self.block_tokens, self._slots[slot].candidate)
+        self._refill(slot)
+
+    def _refill(self, slot: int) -> None:
+        self._numbers[slot] = torch.from_numpy(self._slots[slot].random.random(self._numbers.shape[1:]))
+
+    def _encode(self, first: int, rows: list[list[int]]) -> None:
+        """Whole blocks of clean text into the empty slots from `first` on, padded on the right, where no block looks."""
+        longest = max(len(row) for row in rows)
+        if not longest:
+            return
+        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=self.cache.last_rows.device)
+        hidden = self.denoiser.hidden(ids, self._visibility, self.cache.part(first, len(rows)))
+        self.num_cache_calls += 1
+        for slot, row in enumerate(rows, start=first):
+            if row:
+                self.cache.commit(slot, len(row), hidden[slot - first, len(row) - 1])
+                self._slots[slot].text.num_cache_calls += self._slots[slot].candidate == 0
+
+    def _encode_again(self, full: list[int]) -> None:
+        """Half the context in the place of all of it; the keys of what stays are made without those of what goes."""
+        keep = max(self.block_tokens, self.capacity_tokens // 2 // self.block_tokens * self.block_tokens)
+        while full:
+            count = next((n for n in range(1, len(full)) if full[n] != full[0] + n), len(full))  # slots side by side
+            for slot in full[:count]:
+                self.cache.release(slot)
+            texts = [self._slots[slot].text for slot in full[:count]]
+            self._encode(full[0], [[text.ids[0], *text.ids[text.num_encoded - keep + 1 : text.num_encoded]] for text in texts])
+            full = full[count:]
+
+    def _look(self) -> None:
+        """Takes every slot to its next network call: over steps that want nothing, and over what the last committed row predicts."""
+        while True:
+            looking = [slot for slot, state in enumerate(self._slots) if state.state is _State.LOOKING]
+            if not looking:
+                return
+            self._find_step(looking)
+            free = []
+            for slot in looking:
+                if self._slots[slot].state is _State.ASKING and not bool((self._wanted[slot] & (self._row_of > 0)).any()):
+                    free.append(slot)
+            if free:
+                self._reveal(free, self.cache.last_rows[free][:, None])
+            self._leave()
+
+    def _find_step(self, slots: list[int]) -> None:
+        """Moves each slot to its next step that wants something; the canvas is the same up to it, so a window of steps is one batch."""
+        index, rule = torch.tensor(slots), self.rule
+        now = self._step[index]  # [S]
+        width = self._window if rule.is_timed else 1
+        steps = (now - now % width)[:, None] + torch.arange(width)  # [S, W]
+        is_next = (steps >= now[:, None]) & (steps < self._num_steps)
+        t, s = (self._times[(steps + more).clamp(max=len(self._times) - 1)].flatten() for more in (0, 1))
+        uniform = self._numbers[index[:, None], steps % self._window, 1].flatten(0, 1)  # [S * W, K]
+        canvas = self._canvas(index.repeat_interleave(width))
+        shape = (*steps.shape, self.block_tokens)
+        wanted = rule.wanted(canvas, t, s, uniform).view(shape) & is_next[:, :, None]
+        again = rule.remasked(canvas, t, s, uniform).view(shape) & is_next[:, :, None]
+        acts = (wanted | again).any(-1)
+        is_found, at = acts.any(1), acts.int().argmax(1)
+        rows = torch.arange(len(slots))
+        self._wanted[index], self._again[index] = wanted[rows, at], again[rows, at]
+        self._move(slots, torch.where(is_found, steps[rows, at], steps[:, -1] + 1))
+        wants = wanted[rows, at].any(-1)
+        for slot, found, asks in zip(slots, is_found.tolist(), wants.tolist(), strict=True):
+            if asks:
+                self._slots[slot].state = _State.ASKING
+            elif found:  # masks again, and asks for nothing
+                self._is_masked[slot] |= self._again[slot]
+                self._move([slot], self._step[slot : slot + 1] + 1)
+            elif self._step[slot] >= self._num_steps:
+                self._finish_block(slot)
+
+    def _move(self, slots: list[int], step: Tensor) -> None:
+        """To a step [S] within the window of random numbers, or to the first of the next."""
+        before = self._step[slots]
+        self._step[slots] = step
+        if self.rule.is_timed:
+            for place in ((step != before) & (step % self._window == 0) & (step < self._num_steps)).nonzero()[:, 0].tolist():
+                self._refill(slots[place])
+
+    def _canvas(self, index: Tensor) -> Canvas:
+        return Canvas(self._ids[index], self._is_masked[index], self._is_open[index])
+
+    def _reveal(self, slots: list[int], rows: Tensor) -> None:
+        """One step of some slots: proposals where they want them, and the rule's choice among them.
+
+        Args:
+            slots: S of them.
+            rows: [S, 1 or 1 + K, D]: the last committed row, and the block's own if they are wanted.
+        """
+        index, step = torch.tensor(slots), self._step[slots]
+        wanted = self._wanted[index]  # [S, K]
+        which, position = wanted.nonzero(as_tuple=True)  # [n]
+        proposed, ranked = self._propose(
+            rows.flatten(0, 1)[(which * rows.shape[1] + self._row_of[position]).to(rows.device)],
+            self._numbers[index[which], step[which] % self._window, 0, position],
+            [self._slots[slots[number]].text for number in which.tolist()] if self.adjust is not None else [],
+            position,
+        )
+        canvas = self._canvas(index)
+        confidence = torch.full(wanted.shape, float("-inf"), dtype=torch.float64)
+        confidence[wanted] = ranked
+        t, s = (self._times[(step + more).clamp(max=len(self._times) - 1)] for more in (0, 1))
+        chosen = self.rule.chosen(canvas, wanted, confidence, t, s)
+        tokens = torch.zeros_like(canvas.ids)
+        tokens[wanted] = proposed
+        self._ids[index] = torch.where(chosen, tokens, canvas.ids)
+        is_masked = canvas.is_masked & ~chosen | self._again[index]
+        self._is_masked[index] = is_masked
+        self._move(slots, step + 1)
+        is_finished = ~is_masked.any(1) & (torch.tensor(not self.rule.remasks) | (step + 1 >= self._num_steps))
+        for slot, finished in zip(slots, is_finished.tolist(), strict=True):
+            self._slots[slot].state = _State.LOOKING
+            if finished:
+                self._finish_block(slot)
+
+    def _propose(self, rows: Tensor, uniform: Tensor, texts: list[Progress], position: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens [n] and confidence [n] on the host, for hidden rows [n, D] on the device."""
+        device, adjust = rows.device, self.adjust
+        arguments = [uniform.to(device)]
+        if adjust is not None:
+            absolute = position + torch.tensor([text.num_encoded for text in texts])
+            arguments += [torch.tensor([text.request.number for text in texts], device=device), absolute.to(device)]
+
+        def draw(logits: Tensor, uniform: Tensor, *places: Tensor) -> Tensor:
+            if adjust is not None:
+                logits = adjust(logits, *places)
+            # Tokens as float64, which holds them exactly: one tensor to bring back.
+            return torch.stack(draw_tokens(logits, uniform, self.temperature, self.top_p, self.rule.confidence), 1)
+
+        tokens, confidence = self.denoiser.reduce_logits(rows, draw, *arguments).cpu().unbind(1)
+        if adjust is not None and bool((tokens < 0).any()):
+            raise ValueError(nothing_allowed(int(absolute[tokens < 0][0])))
+        return tokens.long(), confidence
+
+    def _finish_block(self, slot: int) -> None:
+        """Adds a clean block to its text, once all candidates for it are clean: then one is kept, by all of them."""
+        self._slots[slot].state = _State.CLEAN
+        text = self._slots[slot].text
+        group = [slot] if text.request.candidates == 1 else [i for i, other in enumerate(self._slots) if other.text is text]
+        if any(self._slots[i].state is not _State.CLEAN for i in group):
+            return
+        given = len(text.ids) - text.num_encoded
+        written = [ids[given:] for ids in self._ids[group].tolist()]
+        best = 0
+        if len(group) > 1:
+            end = len(text.request.prompt) + text.request.length_tokens
+            candidates = [(text.ids + ids)[:end] for ids in written]
+            best = text.request.choose(text.num_encoded // self.block_tokens, candidates)
+            self._ids[group] = self._ids[group[best]].clone()
+        text.take(written[best])
+        self.num_blocks += 1
+        for i in group:
+            self._slots[i].state = _State.LEAVING if text.stopped_by else _State.COMMITTING
+
+    def _leave(self) -> None:
+        """Finished requests go, and the last slot in use takes the place of each."""
+        for slot in [i for i, state in enumerate(self._slots) if state.state is _State.LEAVING][::-1]:
+            if self._slots[slot].candidate == 0:
+                self.finished.append(self._slots[slot].text.written())
+            last = self.num_active - 1
+            if slot != last:
+                self.cache.fork(last, slot)
+                for tensor in (self._ids, self._is_masked, self._is_open, self._wanted, self._again, self._step, self._numbers):
+                    tensor[slot] = tensor[last]
+            self._slots[slot] = self._slots[last]
+            self._slots.pop()
+            self.cache.release(last)
+
+
+@torch.no_grad()
+def write(
+    denoiser: Denoiser,
+    requests: Sequence[Request],
+    rule: Choosing,
+    *,
+    block_tokens: int,
+    context_tokens: int,
+    on_step: Callable[[int, int, Canvas], None] | None = None,
+    **options: object,
+) -> WrittenBlocks:
+    """Writes all requests in one batch.
+
+    Args:
+        denoiser, rule, block_tokens, options: of `BlockSampler`.
+        context_tokens: positions that the network sees, a multiple of K; the cache has room for no more than the longest request needs.
+        requests: of different prompts and lengths as they come.
+        on_step: called after each call with (blocks done, blocks, canvas of the blocks in progress); a text that stops early has fewer.
+    """
+    ends = [len(request.prompt) + request.length_tokens for request in requests]
+    sampler = BlockSampler(
+        denoiser,
+        rule,
+        block_tokens=block_tokens,
+        capacity_tokens=min(context_tokens, block_tokens * max(2, *(-(-end // block_tokens) for end in ends))),
+        num_slots=sum(request.candidates for request in requests),
+        **options,  # type: ignore[arg-type]
+    )
+    sampler.add(requests)
+    num_blocks = sum(-(-end // block_tokens) - len(own.prompt) // block_tokens for own, end in zip(requests, ends, strict=True))
+    while sampler.num_active:
+        sampler.tick()
+        if on_step is not None:
+            on_step(sampler.num_blocks, num_blocks, sampler._canvas(torch.arange(sampler.num_active)))
+    by_request = {id(written.request): written for written in sampler.finished}
+    texts = [by_request[id(request)] for request in requests]
+    return WrittenBlocks(texts, sampler.num_denoising_calls, sampler.num_cache_calls)

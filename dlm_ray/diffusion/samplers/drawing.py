@@ -1,0 +1,84 @@
+"""Tokens from logits: temperature, nucleus, one uniform number a token, and how sure the model is. Float64 throughout.
+
+Tokens are drawn by inverting the cumulative distribution in float64. That is the law of float64 Gumbel-max, without the truncated tails that
+float32 Gumbel noise gives, which lower the entropy and flatter the text.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Ranking = Literal["probability", "margin", "entropy"]
+"""Of a proposal, under the model at temperature 1: log p of the drawn token; p_1 - p_2 of the two most probable; -H of the distribution."""
+
+
+def probabilities(logits: Tensor, temperature: float, top_p: float) -> Tensor:
+    """[n, V] logits -> [n, V] float64 probabilities at this temperature within the nucleus, of a sum of 1."""
+    logits = logits.double()
+    if temperature == 0:
+        return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[1]).double()
+    probs = (logits if temperature == 1 else logits / temperature).softmax(-1)
+    if top_p < 1:
+        probs = nucleus(probs, top_p)
+        probs = probs / probs.sum(-1, keepdim=True)
+    return probs
+
+
+def draw_or_stay(becomes: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """[n, V] probabilities of a sum of at most 1, [n] uniform numbers -> tokens [n], and whether one was drawn [n] (else: stays masked)."""
+    cumulative = becomes.cumsum(-1)
+    total = cumulative[:, -1]
+    # Rounding may leave a sum of 1 below it; then nothing stays.
+    target = torch.where(total > 1 - 1e-9, uniform * total, uniform)
+    tokens = torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
+    return tokens.clamp(max=becomes.shape[1] - 1), tokens < becomes.shape[1]
+
+
+def draw_tokens(
+    logits: Tensor, uniform: Tensor, temperature: float, top_p: float, confidence: Ranking | None = "probability"
+) -> tuple[Tensor, Tensor]:
+    """One token a row of logits, and the model's confidence in it.
+
+    Args:
+        logits: [n, V]; -inf for what may not be drawn.
+        uniform: [n] float64 in [0, 1).
+        temperature: divides the logits; 0 takes the most probable token.
+        top_p: keeps the smallest set of tokens with at least this probability (nucleus).
+        confidence: which; None computes none.
+
+    Returns:
+        tokens [n] int64, -1 where no token may be drawn; and the confidence [n] float64 at temperature 1, 0 if none is asked for.
+    """
+    model = None  # the probabilities at temperature 1, made at most once
+    if temperature == 0:
+        best, tokens = logits.max(-1)
+        tokens = torch.where(best == float("-inf"), -1, tokens)
+    else:
+        probs = probabilities(logits, temperature, top_p)
+        tokens = torch.where(probs[:, 0].isnan(), -1, draw_or_stay(probs, uniform)[0])
+        if temperature == 1 and top_p == 1:
+            model = probs
+    if confidence is None:
+        return tokens, torch.zeros_like(uniform)
+    model = probabilities(logits, 1.0, 1.0) if model is None else model
+    if confidence == "probability":
+        return tokens, model.gather(1, tokens.clamp(min=0)[:, None])[:, 0].log()
+    if confidence == "margin":
+        best_two = model.topk(2, -1).values
+        return tokens, best_two[:, 0] - best_two[:, 1]
+    return tokens, torch.special.xlogy(model, model).sum(-1)
+
+
+def nothing_allowed(position: int) -> str:
+    """What is wrong where `draw_tokens` drew -1."""
+    return f"adjust allows no token at position {position}: every logit is -inf; leave at least one"
+
+
+def nucleus(probs: Tensor, top_p: float) -> Tensor:
+    """[n, V] -> the smallest set of largest probabilities that reaches top_p, the rest 0 (not normalised)."""
+    ordered, order = probs.sort(-1, descending=True)
+    before = ordered.cumsum(-1) - ordered  # the mass of the tokens in front; the first token is always kept
+    return torch.zeros_like(probs).scatter(-1, order, torch.where(before < top_p, ordered, 0.0))
