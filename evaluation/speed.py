@@ -15,7 +15,6 @@ import os
 import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
+from dlm_ray.evaluation import speed_sampling
 from dlm_ray.evaluation.speed_reference import ReferenceBlock
+from dlm_ray.evaluation.speed_sampling import timed
 
 from dlm_ray.config.load import validate
 from dlm_ray.config.recipe import Recipe
@@ -87,7 +88,7 @@ def measure(what: str, shape_name: str, repetitions: int = REPETITIONS) -> dict[
         for repetition in range(repetitions + 1):
             peak = max(peak, _matrix_product_flops(device))
             for name, step in steps.items():
-                elapsed = _timed(lambda run=step, number=repetition: run(number), device)
+                elapsed = timed(lambda run=step, number=repetition: run(number), device)
                 if repetition:  # the first pays for warming up
                     seconds[name].append(elapsed)
     finally:
@@ -153,31 +154,34 @@ def _recipe(shape: Shape, name: str) -> Recipe:
     return validate(tree, tree["name"])
 
 
-def _timed(act: Callable[[], Any], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    act()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
-
-
 def _matrix_product_flops(device: torch.device) -> float:
     """FLOPs a second of a large matrix product, the best of 3, in the precision of the steps."""
     size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (2048, torch.float32)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    return 2 * size**3 / min(_timed(lambda: a @ b, device) for _ in range(3))
+    return 2 * size**3 / min(timed(lambda: a @ b, device) for _ in range(3))
 
 
-def _common(what: str, shape_name: str, shape: Shape, device: torch.device, seconds: dict[str, list[float]]) -> dict[str, Any]:
-    tokens = shape.rows * shape.row_tokens
+def measure_sampling(shape_name: str, repetitions: int) -> dict[str, Any]:
+    """What block sampling costs on this machine."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    shape = SHAPES[shape_name]
+    architecture = _recipe(shape, "masked").model.architecture
+    return _about("sample", shape_name, device) | speed_sampling.measure(architecture, shape.vocab_size, repetitions, device)
+
+
+def _about(what: str, shape_name: str, device: torch.device) -> dict[str, Any]:
     return {
-        "what": f"training step, shape {shape_name}",
+        "what": f"{'sampling' if what == 'sample' else 'training step'}, shape {shape_name}",
         "date": datetime.date.today().isoformat(),
         "hardware": torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "command": f"python -m dlm_ray.evaluation.speed {what} --shape {shape_name}",
+    }
+
+
+def _common(what: str, shape_name: str, shape: Shape, device: torch.device, seconds: dict[str, list[float]]) -> dict[str, Any]:
+    tokens = shape.rows * shape.row_tokens
+    return _about(what, shape_name, device) | {
         "repetitions": len(seconds["masked"]),
         "tokens_per_second": {name: round(tokens / statistics.median(times), 1) for name, times in seconds.items()},
         "seconds": {name: [round(one, 4) for one in times] for name, times in seconds.items()},
@@ -228,14 +232,18 @@ def _beside_masked(seconds: dict[str, list[float]]) -> dict[str, Any]:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m dlm_ray.evaluation.speed", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("what", nargs="+", choices=list(COMPARED))
+    parser.add_argument("what", nargs="+", choices=[*COMPARED, "sample"])
     parser.add_argument("--shape", choices=list(SHAPES), required=True)
     parser.add_argument("--repetitions", type=int, default=REPETITIONS)
     parser.add_argument("--out", type=Path, help="a folder that gets speed_<what>_<shape>.json")
     arguments = parser.parse_args()
     torch.set_num_threads(os.cpu_count() or 1)
     for what in arguments.what:
-        text = json.dumps(measure(what, arguments.shape, arguments.repetitions), indent=2) + "\n"
+        sampled = what == "sample"
+        found = (
+            measure_sampling(arguments.shape, arguments.repetitions) if sampled else measure(what, arguments.shape, arguments.repetitions)
+        )
+        text = json.dumps(found, indent=2) + "\n"
         if arguments.out:
             arguments.out.mkdir(parents=True, exist_ok=True)
             (arguments.out / f"speed_{what}_{arguments.shape}.json").write_text(text)

@@ -252,6 +252,8 @@ class Recipe(Part):
     def _block_contradictions(self) -> list[str]:
         """Mistakes between block sizes, clips and their curriculum."""
         found = []
+        if self.objective.name == "block" and self.model.attention == "flash":
+            found.append("model.attention=flash has no mask for blocks; set model.attention=auto")
         objective, stages, search = self.objective, self.curriculum.block_sizes, self.curriculum.clip_search
         if (stages or search) and objective.name != "block":
             key = "block_sizes" if stages else "clip_search"

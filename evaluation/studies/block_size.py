@@ -124,7 +124,7 @@ def one(arm: Arm, seed: int, folder: Path, data: str, base: str) -> Outcome:
     return Outcome(metrics, (scored.nats / math.log(2)).tolist(), scored.num_bytes.tolist(), details)
 
 
-def search(base: str, data: str, out: Path, rows: int = 128, draws: int = 8) -> list[str]:
+def search(base: str, data: str, out: Path, rows: int = 64, draws: int = 4) -> list[str]:
     """The clip search on the base for every size of SEARCHED: a heat map each in `out`, and a line each for the report."""
     model = load(base)
     lines = []

@@ -170,6 +170,7 @@ def test_blocks_of_one_with_shift_and_everything_masked_are_the_ar_model():
         gradients.append([parameter.grad for parameter in denoiser.parameters()])
     assert torch.equal(*values)
     assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+    assert block.likelihood == "exact" and Block(block_tokens=2).likelihood == "bound"
     draw = block.evaluation_draw(0, [(0, 0)], np.array([0.3]), x_0.numpy()[:1], maskable[:1])
     assert torch.equal(draw.is_masked, torch.from_numpy(maskable[:1])) and (draw.weight[: draw.num_scored] == 1).all()
 

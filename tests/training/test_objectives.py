@@ -108,6 +108,7 @@ def test_two_ranks_are_one_process_also_with_own_parameters_and_a_frozen_teacher
         tiny_recipe(data_folder, "aligned", **aligned),
         tiny_recipe(data_folder, "ssd_lm", **ssd_lm),
         tiny_recipe(data_folder, "d3pm", **OBJECTIVES["d3pm"]),
+        tiny_recipe(data_folder, "block", **OBJECTIVES["block-search"]),
     ]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -118,6 +119,8 @@ def test_two_ranks_are_one_process_also_with_own_parameters_and_a_frozen_teacher
         for one, two in zip(curve(tmp_path / "one" / recipe.name), curve(tmp_path / "two" / recipe.name), strict=True):
             assert one["loss"] == pytest.approx(two["loss"], rel=2e-4), recipe.name
     assert not any("teacher" in name for name in tensors(tmp_path / "one/aligned"))
+    clips = [commit.read_manifest(listing.latest(str(tmp_path / ranks / "block"))).extra["clip"] for ranks in ("one", "two")]
+    assert clips[0] == clips[1] and clips[0] is not None
 
 
 def test_alignment_pulls_the_states_towards_the_frozen_model(data_folder, tmp_path):

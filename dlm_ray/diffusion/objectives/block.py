@@ -48,6 +48,8 @@ class Block(Masked):
     ):
         super().__init__(process, normalize_by, draws_per_row, terms)
         self.block_tokens, self.context, self.passes = block_tokens, context, passes
+        # Counted masks of a block of one leave nothing to chance: what is a bound elsewhere is the likelihood there.
+        self.likelihood = "exact" if block_tokens == 1 and isinstance(self.process, Absorbing) else "bound"
 
     def draw(self, key: DrawKey, x_0: np.ndarray, maskable: np.ndarray) -> Draw:
         """The process's, a t for every block."""
