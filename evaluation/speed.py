@@ -1,8 +1,9 @@
-"""`python -m dlm_ray.evaluation.speed train|objectives --shape quickstart|bd3-small`: what a training step costs, as ratios in one run.
+"""`python -m dlm_ray.evaluation.speed train|objectives|sample... --shape quickstart|bd3-small`: what steps cost, as ratios in one run.
 
-`train` compares the masked objective with AR, `objectives` the others with the masked one. All train the same network with the same
-head, optimizer and data; AR attends causally without a mask. Steps are interleaved, so that whatever else the machine does hits all. For
-AR, the ratio that FLOPs allow says what could be expected, and the matrix-product peak of this machine what was left.
+`train` compares masked and block diffusion with AR, and block diffusion with the way of BD3-LM's code; `objectives` compares the others with the
+masked one. All train the same network with the same head, optimizer and data; AR attends causally without a mask. Steps are interleaved, so that
+whatever else the machine does hits all. Beside AR, the ratio that FLOPs allow says what could be expected, and the matrix-product peak of
+this machine what was left. `sample` is in `speed_sampling.py`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
+from dlm_ray.evaluation.speed_reference import ReferenceBlock
+
 from dlm_ray.config.load import validate
 from dlm_ray.config.recipe import Recipe
 from dlm_ray.models import families
@@ -34,7 +37,12 @@ from dlm_ray.training.metrics import flops_per_token
 from dlm_ray.training.step import micro_batches, train_step
 
 REPETITIONS = 7
-COMPARED = {"train": ("autoregressive", "masked"), "objectives": ("masked", "sedd", "genmd4", "d3pm", "tauldr", "ssd_lm")}
+COMPARED = {
+    "train": ("autoregressive", "masked", "block", "block, two passes", "block, reference"),
+    "objectives": ("masked", "sedd", "genmd4", "d3pm", "tauldr", "ssd_lm"),
+}
+# BD3-LM's blocks of 16, with the clip that its table recommends and the counts that its code enforces.
+BLOCK_TOKENS, CLIP = 16, {"beta": 0.3, "omega": 0.8, "weight": "paper", "enforce": "counts"}
 
 
 @dataclass(frozen=True)
@@ -96,7 +104,7 @@ def _stepper(shape: Shape, name: str, device: torch.device) -> Callable[[int], N
     assert recipe.model.architecture is not None, "the recipe is from scratch"
     config = families.scratch_config(recipe.model.architecture, shape.vocab_size + (mask_id is not None), 0, 0)
     network = start.Network(config.to_dict(), mask_id, recipe.objective.shift, is_causal)
-    objective = start.build_objective(recipe, network, shape.row_tokens)
+    objective = _variant(name, start.build_objective(recipe, network, shape.row_tokens))
     root, denoiser = start.build(recipe, network, objective, init_device_mesh(device.type, (1,)), device)
     start.fill(recipe, network, denoiser, objective)
     optimizer = optimization.build(recipe.optimizer, root)
@@ -111,7 +119,18 @@ def _stepper(shape: Shape, name: str, device: torch.device) -> Callable[[int], N
     return step
 
 
+def _variant(name: str, objective: Any) -> Any:
+    """Block diffusion in the two ways that it is compared with."""
+    if name == "block, two passes":
+        objective.passes = "two"
+    if name == "block, reference":
+        return ReferenceBlock(objective.process, block_tokens=objective.block_tokens)
+    return objective
+
+
 def _recipe(shape: Shape, name: str) -> Recipe:
+    name, comma, _ = name.partition(",")
+    block = {"block_tokens": BLOCK_TOKENS, "clip": CLIP, "shift": False} if name == "block" else {}
     architecture = {
         "width": shape.width,
         "num_layers": shape.num_layers,
@@ -123,7 +142,7 @@ def _recipe(shape: Shape, name: str) -> Recipe:
         "name": f"speed-{name}",
         "model": {"architecture": architecture},
         "data": {"sources": [{"path": "none"}]},
-        "objective": {"name": name},
+        "objective": {"name": name, **block},
         "training": {
             "steps": 1,
             "global_batch_rows": shape.rows,
@@ -166,7 +185,7 @@ def _common(what: str, shape_name: str, shape: Shape, device: torch.device, seco
 
 
 def _beside_ar(shape: Shape, rate: dict[str, float], peak: float) -> dict[str, Any]:
-    """Masked over AR, what FLOPs allow, and what is left to the machine's own peak."""
+    """Each over AR, what FLOPs allow, and what is left to the machine's own peak."""
     gated = -(-8 * shape.width // 3 // 64) * 64
     sizes = {
         "body_parameters": shape.num_layers * (4 * shape.width**2 + 3 * shape.width * gated),
@@ -176,17 +195,24 @@ def _beside_ar(shape: Shape, rate: dict[str, float], peak: float) -> dict[str, A
         "vocab_size": shape.vocab_size,
     }
     scored = (shape.row_tokens - 1) / shape.row_tokens  # the start token is not
+    halves = {**sizes, "body_parameters": 2 * sizes["body_parameters"]}  # x_t and x_0
     flops = {
         "autoregressive": flops_per_token(**sizes, scored_share=scored, visible_share=0.5),
         "masked": flops_per_token(**sizes, scored_share=scored / 2, visible_share=1.0),
+        "block": flops_per_token(
+            **halves, scored_share=scored * (CLIP["beta"] + CLIP["omega"]) / 2, visible_share=1 + BLOCK_TOKENS / shape.row_tokens
+        ),
     }
-    ratio, allowed = rate["masked"] / rate["autoregressive"], flops["autoregressive"] / flops["masked"]
+    ratio = {name: own / rate["autoregressive"] for name, own in rate.items()}
+    allowed = {name: flops["autoregressive"] / own for name, own in flops.items()}
     return {
-        "ratio_masked_to_ar": round(ratio, 3),
-        "ratio_that_flops_allow": round(allowed, 3),
-        "share_of_the_allowed_ratio": round(ratio / allowed, 3),
+        "ratio_to_ar": {name: round(value, 3) for name, value in ratio.items()},
+        "ratio_that_flops_allow": {name: round(value, 3) for name, value in allowed.items()},
+        "share_of_the_allowed_ratio": {name: round(ratio[name] / value, 3) for name, value in allowed.items()},
+        "block_over_reference": round(rate["block"] / rate["block, reference"], 3),
+        "block_over_two_passes": round(rate["block"] / rate["block, two passes"], 3),
         "matrix_product_gflops": round(peak / 1e9, 1),
-        "fraction_of_matrix_product_peak": {name: round(rate[name] * flops[name] / peak, 3) for name in rate},
+        "fraction_of_matrix_product_peak": {name: round(rate[name] * own / peak, 3) for name, own in flops.items()},
     }
 
 
@@ -202,16 +228,18 @@ def _beside_masked(seconds: dict[str, list[float]]) -> dict[str, Any]:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m dlm_ray.evaluation.speed", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("what", choices=list(COMPARED))
+    parser.add_argument("what", nargs="+", choices=list(COMPARED))
     parser.add_argument("--shape", choices=list(SHAPES), required=True)
     parser.add_argument("--repetitions", type=int, default=REPETITIONS)
-    parser.add_argument("--out", type=Path, help="also write the result to this file")
+    parser.add_argument("--out", type=Path, help="a folder that gets speed_<what>_<shape>.json")
     arguments = parser.parse_args()
     torch.set_num_threads(os.cpu_count() or 1)
-    text = json.dumps(measure(arguments.what, arguments.shape, arguments.repetitions), indent=2) + "\n"
-    if arguments.out:
-        arguments.out.write_text(text)
-    sys.stdout.write(text)
+    for what in arguments.what:
+        text = json.dumps(measure(what, arguments.shape, arguments.repetitions), indent=2) + "\n"
+        if arguments.out:
+            arguments.out.mkdir(parents=True, exist_ok=True)
+            (arguments.out / f"speed_{what}_{arguments.shape}.json").write_text(text)
+        sys.stdout.write(text)
 
 
 if __name__ == "__main__":

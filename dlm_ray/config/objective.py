@@ -56,7 +56,8 @@ def rules_of(objective: str) -> tuple[str, ...]:
 class Schedule(Part):
     """alpha(t): the probability that a token is still clean at time t."""
 
-    name: Literal["linear", "polynomial", "cosine", "geometric", "log", "square", "square_root"] = "linear"
+    name: Literal["linear", "polynomial", "cosine", "cosine_alpha", "geometric", "log", "square", "square_root"] = "linear"
+    """`cosine` is MD4's, 1 - cos(pi/2 (1 - t)); `cosine_alpha` BD3-LM's, cos(pi/2 t)."""
     exponent: Annotated[float, Field(gt=0.0)] | None = None
     """Of `polynomial`: alpha(t) = 1 - t ** exponent."""
     epsilon_0: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.0

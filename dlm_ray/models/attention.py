@@ -70,6 +70,11 @@ def _masked(visibility: Visibility, is_flex: bool, num_queries: int, num_keys: i
 _kept = lru_cache(maxsize=8)(_masked)
 
 
+def forget_masks() -> None:
+    """Drops the masks that are kept between steps; the next step builds its own."""
+    _kept.cache_clear()
+
+
 def attend(
     module: nn.Module,
     query: Tensor,

@@ -41,6 +41,7 @@ from dlm_ray.training import loop, start
 ROW_TOKENS, ROWS, LEARNING_RATE = 128, 16, 2e-3
 BASE_STEPS = 800
 HELD_OUT_ROWS, DRAWS = 256, 4
+NUM_LOSSES, NUM_GRADIENTS = 40, 12
 TIMESTEPS = (100, 1000, 10_000)
 
 ARMS = (
@@ -74,7 +75,7 @@ def study(seeds: int, steps: int) -> Study:
         question="On the same text, network, budget and seeds: which objective gives the tightest bound, with which variance, at which speed?",
         metric="bits_per_character",
         unit="bits per character",
-        arms=tuple(replace(arm, settings=_tree(dict(arm.settings), steps)) for arm in ARMS),
+        arms=tuple(replace(arm, settings=tree(dict(arm.settings), steps)) for arm in ARMS),
         seeds=tuple(range(seeds)),
         baseline="MD4",
         orderings=ORDERINGS,
@@ -82,7 +83,8 @@ def study(seeds: int, steps: int) -> Study:
     )
 
 
-def _tree(objective: dict[str, Any], steps: int) -> dict[str, Any]:
+def tree(objective: dict[str, Any], steps: int) -> dict[str, Any]:
+    """A recipe without its network, its data and its seed: what the studies in this setting share."""
     return {
         "name": "study",
         "objective": objective,
@@ -104,8 +106,8 @@ def _tree(objective: dict[str, Any], steps: int) -> dict[str, Any]:
 def base_recipe(data: str) -> Recipe:
     """The AR model that every arm starts from."""
     architecture = {"family": "llama", "width": 128, "num_layers": 4, "num_heads": 4, "max_positions": ROW_TOKENS}
-    tree = {**_tree({"name": "autoregressive"}, BASE_STEPS), "model": {"architecture": architecture}, "data": {"sources": [{"path": data}]}}
-    return validate(tree, "the base")
+    whole = {**tree({"name": "autoregressive"}, BASE_STEPS), "model": {"architecture": architecture}, "data": {"sources": [{"path": data}]}}
+    return validate(whole, "the base")
 
 
 def recipe_of(arm: Arm, seed: int, data: str, base: str) -> Recipe:
@@ -120,9 +122,9 @@ def one(arm: Arm, seed: int, folder: Path, data: str, base: str) -> Outcome:
     result = loop.fit(recipe, folder)
     seconds = time.monotonic() - started
     model = load(folder)
-    objective = _trained_objective(recipe, model)
+    objective = trained_objective(recipe, model)
     rows = read_split(data, "train", ROWS)
-    options = {"document_mask": recipe.data.document_mask, "num_losses": 40, "num_gradients": 12, "seed": 1}
+    options = {"document_mask": recipe.data.document_mask, "num_losses": NUM_LOSSES, "num_gradients": NUM_GRADIENTS, "seed": 1}
     metrics: dict[str, float | None] = {
         "steps_per_second": result["tokens_per_second"] / recipe.training.global_batch_rows / ROW_TOKENS,
         "train_seconds": seconds,
@@ -163,7 +165,7 @@ def by_timesteps(model: TextModel, data: str) -> dict[str, dict[str, float]]:
     return found
 
 
-def _trained_objective(recipe: Recipe, model: TextModel) -> Any:
+def trained_objective(recipe: Recipe, model: TextModel) -> Any:
     """The objective that was trained, with its learned parameters, on the evaluated network."""
     index = load_index(recipe.data.sources[0].path)
     network = start.resolve(recipe, start.is_causal(recipe), index.tokenizer)
@@ -223,38 +225,55 @@ def notes(records: Sequence[runner.Record], corpus: dict[str, Any], steps: int) 
     return found
 
 
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m dlm_ray.evaluation.studies.objectives", description=(__doc__ or "").splitlines()[0])
+def command_line(module: str, about: str, steps: int) -> argparse.Namespace:
+    """What a study in this setting is asked; sets the threads of torch."""
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=about.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs; the same command goes on where it stopped")
     parser.add_argument("--results", type=Path, help="folder that gets the table, the figure and the numbers; --out if absent")
     parser.add_argument("--minutes", type=float, help="start no run that would end later")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of torch")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    chosen = study(arguments.seeds, arguments.steps)
-    corpus = text8.build_data(arguments.out / "text8", ROW_TOKENS)
-    data = str(arguments.out / "text8" / "data")
-    base = str(arguments.out / "base")
+    return arguments
+
+
+def prepare(out: Path) -> tuple[dict[str, Any], str, str]:
+    """The corpus's fingerprint, the data folder, and the AR base, made in `out` unless they are there."""
+    corpus = text8.build_data(out / "text8", ROW_TOKENS)
+    data, base = str(out / "text8" / "data"), str(out / "base")
     loop.fit(base_recipe(data), base)
-    records = runner.run(
-        chosen,
-        lambda arm, seed, folder: one(arm, seed, folder, data, base),
-        arguments.out,
-        arguments.minutes,
-        lambda message: print(message, file=sys.stderr, flush=True),
-    )
-    hardware = (
-        torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"{platform.machine()}, {torch.get_num_threads()} of {os.cpu_count()} cores"
-    )
-    written = write_report(chosen, records, arguments.results or arguments.out, hardware, notes(records, corpus, arguments.steps))
+    return corpus, data, base
+
+
+def hardware() -> str:
+    """What the runs run on."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()}, {torch.get_num_threads()} of {os.cpu_count()} cores"
+
+
+def finish(chosen: Study, records: Sequence[runner.Record], out: Path, found: Sequence[str]) -> None:
+    """Writes the report, and says what became of the published orderings."""
+    written = write_report(chosen, records, out, hardware(), found)
     for verdict in runner.orderings(chosen, records):
         print(f"{verdict.better} below {verdict.worse} ({verdict.source}): {verdict.verdict}", file=sys.stderr)
     sys.stdout.write(json.dumps([str(path) for path in written]) + "\n")
+
+
+def tell(message: str) -> None:
+    """Progress."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    """The command line."""
+    arguments = command_line("dlm_ray.evaluation.studies.objectives", __doc__ or "", 250)
+    chosen = study(arguments.seeds, arguments.steps)
+    corpus, data, base = prepare(arguments.out)
+    records = runner.run(chosen, lambda arm, seed, folder: one(arm, seed, folder, data, base), arguments.out, arguments.minutes, tell)
+    finish(chosen, records, arguments.results or arguments.out, notes(records, corpus, arguments.steps))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def test_a_recipe_has_the_name_of_its_file(name):
 
 
 def test_every_recipe_has_a_tiny_variant():
-    assert [f"{name}_tiny" for name in FULL] == TINY and len(FULL) == 23
+    assert {f"{name}_tiny" for name in FULL} == set(TINY) and len(FULL) == 32
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -43,6 +43,8 @@ def test_a_tiny_variant_has_the_objective_and_the_kind_of_optimizer_of_its_recip
     for key in ("rate", "betas", "weight_decay", "max_gradient_norm"):
         assert getattr(tiny.optimizer, key) == getattr(full.optimizer, key), key
     assert tiny.curriculum.annealing.pattern == full.curriculum.annealing.pattern
+    sizes = [[stage.block_tokens for stage in recipe.curriculum.block_sizes] for recipe in (tiny, full)]
+    assert sizes[0] == sizes[1] and (tiny.curriculum.clip_search is None) == (full.curriculum.clip_search is None)
     assert (tiny.ema is None) == (full.ema is None)
     assert (tiny.model.base is None) == (full.model.base is None)
 
@@ -70,7 +72,8 @@ def test_a_full_recipe_says_which_paper_and_what_differs(name):
 @pytest.mark.parametrize("name", FULL)
 def test_positions_are_shifted_where_the_paper_shifts_them(name):
     recipe = load_recipe(name)
-    assert recipe.objective.shift == (recipe.model.base is not None or recipe.objective.name == "autoregressive")
+    starts_from_ar = recipe.model.base is not None and "mdlm" not in recipe.model.base
+    assert recipe.objective.shift == (starts_from_ar or recipe.objective.name == "autoregressive")
 
 
 @pytest.mark.parametrize("name", FULL)
@@ -94,6 +97,11 @@ def test_the_readme_lists_every_recipe(name):
         ("ssd_lm_owt", "optimizer.decay_steps", 98_000),
         ("mdlm_lm1b", "model.architecture.max_positions", 128),
         ("ar_owt_small", "ema.decay", 0.9999),
+        ("bd3_lm1b_4", "objective.clip.beta", 0.45),
+        ("bd3_lm1b_16", "objective.clip.omega", 0.8),
+        ("bd3_owt_4", "training.steps", 150_000),
+        ("bd3_owt_8", "curriculum.clip_search.every_steps", 5000),
+        ("bd3_owt_1", "objective.mask_sampler", "count"),
         ("diffugpt_small", "curriculum.annealing.steps", 10_000),
         ("diffugpt_medium", "training.global_batch_rows", 1280),
         ("diffullama_7b", "optimizer.learning_rate", 0.00002),
