@@ -118,8 +118,8 @@ def test_first_hitting_calls_the_network_once_a_token(shift, calls_a_block):
 
 
 def test_caching_ancestral_calls_the_network_only_where_a_coin_falls():
-    """In expectation T (1 - (1 - 1/T)^K) times a block: the steps, of T, that reveal one of K tokens (specs of the caching sampler)."""
-    block_tokens, num_steps, num_blocks = 4, 7, 400
+    """In expectation T (1 - (1 - 1/T)^K) times a block: the steps, of T, that reveal one of K tokens (BD3-LM's code)."""
+    block_tokens, num_steps, num_blocks = 4, 7, 240
     requests = [Request([0] * block_tokens, block_tokens * 4, number, 1) for number in range(num_blocks // 4)]
     sampler = {"block_tokens": block_tokens, "context_tokens": LENGTH, "num_steps": num_steps}
     written = write(denoiser_of("gpt2", shift=False), requests, Ancestral(Polynomial()), **sampler)
@@ -127,8 +127,8 @@ def test_caching_ancestral_calls_the_network_only_where_a_coin_falls():
     p = 1 - (1 - 1 / num_steps) ** block_tokens
     # Steps exclude each other, so that the variance is below that of independent ones.
     assert abs(calls - num_blocks * num_steps * p) < 4.5 * math.sqrt(num_blocks * num_steps * p * (1 - p))
-    many = write(denoiser_of("gpt2", shift=False), requests[:1], Ancestral(Polynomial()), **{**sampler, "num_steps": 100_000})
-    assert many.texts[0].num_denoising_calls == 16  # one token a call, and nothing for the other steps
+    many = write(denoiser_of("gpt2", shift=False), requests[:1], Ancestral(Polynomial()), **{**sampler, "num_steps": 3000})
+    assert 15 <= many.texts[0].num_denoising_calls <= 16  # one token a call but for coincidences, and nothing for the other steps
 
 
 def test_threshold_1_is_confidence_with_one_token_a_call():

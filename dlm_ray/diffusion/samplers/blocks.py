@@ -25,7 +25,7 @@ from dlm_ray.diffusion.samplers.whole_canvas import grid_times
 from dlm_ray.diffusion.visibility import Visibility
 
 # Steps of a block whose random numbers are made at once, and which are looked through at once for one that wants something.
-LOOK_AHEAD_STEPS = 32
+LOOK_AHEAD_STEPS = 128
 
 
 class _State(enum.Enum):
@@ -204,27 +204,29 @@ class BlockSampler:
             if not looking:
                 return
             self._find_step(looking)
-            free = []
-            for slot in looking:
-                if self._slots[slot].state is _State.ASKING and not bool((self._wanted[slot] & (self._row_of > 0)).any()):
-                    free.append(slot)
+            asks_network = (self._wanted[looking] & (self._row_of > 0)).any(1).tolist()
+            free = [slot for slot, asks in zip(looking, asks_network, strict=True) if self._slots[slot].state is _State.ASKING and not asks]
             if free:
                 self._reveal(free, self.cache.last_rows[free][:, None])
             self._leave()
 
     def _find_step(self, slots: list[int]) -> None:
         """Moves each slot to its next step that wants something; the canvas is the same up to it, so a window of steps is one batch."""
-        index, rule = torch.tensor(slots), self.rule
+        index, rule, width = torch.tensor(slots), self.rule, self._window
         now = self._step[index]  # [S]
-        width = self._window if rule.is_timed else 1
+        if not rule.is_timed:  # every step of such a rule wants something
+            self._wanted[index] = rule.wanted(self._canvas(index), *self._now_and_then(now), self._numbers[index, now, 1])
+            for slot in slots:
+                self._slots[slot].state = _State.ASKING
+            return
         steps = (now - now % width)[:, None] + torch.arange(width)  # [S, W]
         is_next = (steps >= now[:, None]) & (steps < self._num_steps)
-        t, s = (self._times[(steps + more).clamp(max=len(self._times) - 1)].flatten() for more in (0, 1))
+        t, s = self._now_and_then(steps.flatten())
         uniform = self._numbers[index[:, None], steps % self._window, 1].flatten(0, 1)  # [S * W, K]
         canvas = self._canvas(index.repeat_interleave(width))
         shape = (*steps.shape, self.block_tokens)
         wanted = rule.wanted(canvas, t, s, uniform).view(shape) & is_next[:, :, None]
-        again = rule.remasked(canvas, t, s, uniform).view(shape) & is_next[:, :, None]
+        again = rule.remasked(canvas, t, s, uniform).view(shape) & is_next[:, :, None] if rule.remasks else wanted & False
         acts = (wanted | again).any(-1)
         is_found, at = acts.any(1), acts.int().argmax(1)
         rows = torch.arange(len(slots))
@@ -242,11 +244,15 @@ class BlockSampler:
 
     def _move(self, slots: list[int], step: Tensor) -> None:
         """To a step [S] within the window of random numbers, or to the first of the next."""
-        before = self._step[slots]
-        self._step[slots] = step
+        before, self._step[slots] = self._step[slots], step
         if self.rule.is_timed:
             for place in ((step != before) & (step % self._window == 0) & (step < self._num_steps)).nonzero()[:, 0].tolist():
                 self._refill(slots[place])
+
+    def _now_and_then(self, step: Tensor) -> tuple[Tensor, Tensor]:
+        """The times t, s [n] of steps [n]; of a rule without times, any."""
+        last = self._times.shape[0] - 1
+        return self._times[step.clamp(max=last)], self._times[(step + 1).clamp(max=last)]
 
     def _canvas(self, index: Tensor) -> Canvas:
         return Canvas(self._ids[index], self._is_masked[index], self._is_open[index])
@@ -270,15 +276,18 @@ class BlockSampler:
         canvas = self._canvas(index)
         confidence = torch.full(wanted.shape, float("-inf"), dtype=torch.float64)
         confidence[wanted] = ranked
-        t, s = (self._times[(step + more).clamp(max=len(self._times) - 1)] for more in (0, 1))
-        chosen = self.rule.chosen(canvas, wanted, confidence, t, s)
+        chosen = self.rule.chosen(canvas, wanted, confidence, *self._now_and_then(step))
         tokens = torch.zeros_like(canvas.ids)
         tokens[wanted] = proposed
         self._ids[index] = torch.where(chosen, tokens, canvas.ids)
-        is_masked = canvas.is_masked & ~chosen | self._again[index]
+        is_masked = canvas.is_masked & ~chosen
+        if self.rule.remasks:
+            is_masked |= self._again[index]
         self._is_masked[index] = is_masked
         self._move(slots, step + 1)
-        is_finished = ~is_masked.any(1) & (torch.tensor(not self.rule.remasks) | (step + 1 >= self._num_steps))
+        is_finished = ~is_masked.any(1)
+        if self.rule.remasks:
+            is_finished &= step + 1 >= self._num_steps
         for slot, finished in zip(slots, is_finished.tolist(), strict=True):
             self._slots[slot].state = _State.LOOKING
             if finished:

@@ -144,7 +144,7 @@ class Ancestral(Choosing):
 
     def _sigma(self, t: Tensor, s: Tensor) -> Tensor:
         """[B]; 0 for s = 0."""
-        highest = self.schedule.mask_probability(s) / self.schedule.alpha(t)
+        highest = self.schedule.mask_probability(s) / self.schedule.alpha(t).abs()  # alpha(1) may be -0
         return torch.where(s > 0, highest.clamp(max=self.remask), 0.0)
 
     def step(self, canvas: Canvas, propose: Propose, t: float, s: float, uniform: Tensor) -> Canvas:

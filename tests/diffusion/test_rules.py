@@ -1,0 +1,222 @@
+"""What the rules choose, by hand; first-hitting and re-masking by exact enumeration, on the whole canvas and in a block; the hooks."""
+
+import itertools
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from test_samplers import FULL, chi_square_z, empty_canvas, exact_ancestral, exact_by_states, independent_positions, tally
+from toy import LENGTH, MASK, VOCAB, TableDenoiser
+
+from dlm_ray.diffusion.samplers.adjust import banned, chained, forced, pattern
+from dlm_ray.diffusion.samplers.blocks import write
+from dlm_ray.diffusion.samplers.drawing import draw_tokens
+from dlm_ray.diffusion.samplers.requests import Request
+from dlm_ray.diffusion.samplers.rules import Ancestral, Canvas, Confidence, EntropyBounded, Factor, FirstHitting, Threshold
+from dlm_ray.diffusion.samplers.whole_canvas import sample
+from dlm_ray.diffusion.schedules import Cosine, Polynomial
+
+NOW, THEN = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+
+
+class OneBlock(TableDenoiser):
+    """The toy for the block sampler: a row is one block, so its cache stays empty."""
+
+    def hidden(self, ids, visibility, memory=None):
+        return super().hidden(ids, visibility)
+
+    def new_cache(self, num_slots, capacity_tokens):
+        def nothing(*_):
+            return None
+
+        return SimpleNamespace(
+            lengths=[0] * num_slots, last_rows=torch.zeros(num_slots, VOCAB).double(), fork=nothing, release=nothing, commit=nothing
+        )
+
+
+def in_a_block(rule, num_samples, num_steps=1, seed=0, **options):
+    requests = [Request([0], LENGTH, number, seed) for number in range(num_samples)]
+    written = write(OneBlock(1), requests, rule, block_tokens=1 + LENGTH, context_tokens=8, num_steps=num_steps, **options)
+    return torch.tensor([[0, *text.ids] for text in written.texts])
+
+
+def on_the_whole_canvas(rule, num_samples, num_steps=1, seed=0, **options):
+    return sample(TableDenoiser(1), empty_canvas(num_samples), rule, FULL, num_steps=num_steps, seed=seed, **options).ids
+
+
+CANVASES = pytest.mark.parametrize("draw", [in_a_block, on_the_whole_canvas])
+
+
+def in_random_order():
+    """The law of revealing one uniformly chosen masked position after the other."""
+    denoiser = TableDenoiser(1)
+
+    def step_of(x_t, step):
+        log_probs = denoiser.log_probs(torch.tensor(x_t))
+        masked = [n for n in range(1, 1 + LENGTH) if x_t[n] == MASK]
+        for n, word in itertools.product(masked, range(VOCAB)):
+            yield (*x_t[:n], word, *x_t[n + 1 :]), math.exp(log_probs[n, word].item()) / len(masked)
+
+    return exact_by_states(LENGTH, step_of)
+
+
+@CANVASES
+def test_first_hitting_has_the_law_of_a_random_order(draw):
+    exact = in_random_order()
+    assert sum(exact.values()) == pytest.approx(1)
+    assert abs(chi_square_z(tally(draw(FirstHitting(), 8000, seed=1)), exact, 8000)) < 4
+
+
+def test_ancestral_sampling_in_a_block_has_the_exact_law_and_in_the_limit_that_of_first_hitting():
+    few = exact_ancestral(TableDenoiser(1), Cosine(), 3)
+    assert abs(chi_square_z(tally(in_a_block(Ancestral(Cosine()), 5000, num_steps=3, seed=2)), few, 5000)) < 4
+    assert abs(chi_square_z(tally(in_a_block(Ancestral(Polynomial()), 5000, num_steps=300, seed=3)), in_random_order(), 5000)) < 4
+    # The two laws differ, so that the statistic would have shown a mistake.
+    assert abs(chi_square_z(tally(on_the_whole_canvas(Ancestral(Cosine()), 20_000, num_steps=1, seed=2)), in_random_order(), 20_000)) > 4
+
+
+@CANVASES
+def test_remasking_has_the_exact_law_of_remdm(draw):
+    """x_t masked: revealed with (a_s - (1 - sigma) a_t) / (1 - a_t); written: masked with sigma = min(eta, (1 - a_s) / a_t)."""
+    eta, num_steps, denoiser = 0.4, 4, TableDenoiser(1)
+
+    def step_of(x_t, step):
+        alpha_t, alpha_s = step / num_steps, (step + 1) / num_steps
+        sigma = min(eta, (1 - alpha_s) / alpha_t) if alpha_t else eta
+        becomes = (alpha_s - (1 - sigma) * alpha_t) / (1 - alpha_t)
+        written = [n for n in range(1, 1 + LENGTH) if x_t[n] != MASK]
+        for state, p in independent_positions(x_t, becomes * denoiser.log_probs(torch.tensor(x_t)).exp()):
+            for again in itertools.product([False, True], repeat=len(written)):
+                after = list(state)
+                for n, is_again in zip(written, again, strict=True):
+                    after[n] = MASK if is_again else after[n]
+                yield tuple(after), p * math.prod(sigma if is_again else 1 - sigma for is_again in again)
+
+    exact = exact_by_states(num_steps, step_of)
+    assert sum(exact.values()) == pytest.approx(1)
+    rule = Ancestral(Polynomial(), remask=eta)
+    assert abs(chi_square_z(tally(draw(rule, 8000, num_steps=num_steps, seed=4)), exact, 8000)) < 4
+
+
+@pytest.mark.parametrize("schedule", [Polynomial(), Cosine()], ids=str)
+def test_remasking_keeps_the_masked_share_and_never_touches_what_is_given(schedule):
+    num_rows, num_steps, again = 4000, 8, []
+    canvas = empty_canvas(num_rows)
+    canvas.ids[:, 2], canvas.is_masked[:, 2] = 3, False
+    canvas = Canvas(canvas.ids, canvas.is_masked)
+    before = canvas.is_masked
+
+    def look(step, steps, now):
+        nonlocal before
+        again.append(int((now.is_masked & ~before).sum()))
+        before = now.is_masked
+        assert not now.is_masked[:, 2].any() and (now.ids[:, 2] == 3).all()
+        expected = schedule.mask_probability(torch.tensor(1 - step / steps, dtype=torch.float64)).item()
+        share = now.is_masked[:, [1, 3]].double().mean().item()
+        assert abs(share - expected) <= 4.5 * math.sqrt(expected * (1 - expected) / (2 * num_rows)) + 1e-12
+
+    sample(TableDenoiser(1), canvas, Ancestral(schedule, remask=0.5), FULL, num_steps=num_steps, on_step=look)
+    assert sum(again) > num_rows / 2 and again[-1] == 0
+
+
+def chosen(rule, *confidence):
+    values = torch.tensor([confidence], dtype=torch.float64)
+    is_masked = values > float("-inf")
+    return rule.chosen(Canvas(torch.zeros_like(is_masked).long(), is_masked), is_masked, values, NOW, THEN)[0].int().tolist()
+
+
+def test_threshold_by_hand():
+    log = [math.log(p) for p in (0.95, 0.5, 0.91, 0.2)]
+    assert chosen(Threshold(0.9), *log) == [1, 0, 1, 0]
+    assert chosen(Threshold(0.96), *log) == [1, 0, 0, 0]  # the best, although it is below
+    assert chosen(Threshold(0.0), *log) == [1, 1, 1, 1]
+    assert chosen(Threshold(1.0), 0.0, 0.0, log[0]) == [1, 0, 0]  # nothing exceeds 1: one token a call
+    assert chosen(Threshold(0.9), float("-inf"), log[1], log[3]) == [0, 1, 0]  # the first is not masked
+
+
+def test_factor_by_hand():
+    """(n + 1)(1 - p_n) of p = .95, .9, .8, .3: .1, .3, .8, 3.5."""
+    log = [math.log(p) for p in (0.9, 0.3, 0.95, 0.8)]
+    assert chosen(Factor(1.0), *log) == [1, 0, 1, 1]
+    assert chosen(Factor(0.5), *log) == [1, 0, 1, 0]
+    assert chosen(Factor(0.05), *log) == [0, 0, 1, 0]
+    assert chosen(Factor(4.0), *log) == [1, 1, 1, 1]
+
+
+def test_entropy_bounded_by_hand():
+    """Sorted .05, .06, .3, 1: the sum without the largest is 0, .05, .11, .41."""
+    entropy = [-0.3, -0.05, -1.0, -0.06]
+    assert chosen(EntropyBounded(0.1), *entropy) == [0, 1, 0, 1]
+    assert chosen(EntropyBounded(0.12), *entropy) == [1, 1, 0, 1]
+    assert chosen(EntropyBounded(0.5), *entropy) == [1, 1, 1, 1]
+    assert chosen(EntropyBounded(0.0), *entropy) == [0, 1, 0, 0]
+
+
+def test_confidence_is_of_the_model_at_temperature_1():
+    probs = torch.tensor([[0.5, 0.4, 0.1], [0.7, 0.2, 0.1]], dtype=torch.float64)
+    uniform = torch.tensor([0.95, 0.0], dtype=torch.float64)  # tokens 2 and 0
+    for temperature, top_p in ((1.0, 1.0), (1.5, 1.0), (1.0, 0.99)):
+        tokens, log_p = draw_tokens(probs.log(), uniform, temperature, top_p, "probability")
+        assert tokens.tolist() == [2, 0] and log_p.exp().tolist() == pytest.approx([0.1, 0.7])
+        assert draw_tokens(probs.log(), uniform, temperature, top_p, "margin")[1].tolist() == pytest.approx([0.1, 0.5])
+        entropy = [-sum(p * math.log(p) for p in row) for row in probs.tolist()]
+        assert (-draw_tokens(probs.log(), uniform, temperature, top_p, "entropy")[1]).tolist() == pytest.approx(entropy)
+
+
+def test_margin_and_probability_rank_differently():
+    """Position 1 is sure of two tokens, position 2 less sure of one."""
+
+    class Two(TableDenoiser):
+        def hidden(self, ids, visibility):
+            rows = torch.tensor([[1, 1, 1, 1], [0.48, 0.46, 0.03, 0.03], [0.4, 0.2, 0.2, 0.2], [0.3, 0.3, 0.2, 0.2]], dtype=torch.float64)
+            return rows.log().repeat(len(ids), 1, 1)
+
+    for by, first in (("probability", 1), ("margin", 2)):
+        seen = []
+        rule = Confidence(Polynomial(), by)
+        sample(Two(), empty_canvas(1), rule, FULL, num_steps=3, temperature=0, on_step=lambda *now, seen=seen: seen.append(now[2]))
+        assert (~seen[0].is_masked[0]).nonzero()[:, 0].tolist() == [0, first]
+
+
+@pytest.mark.parametrize(
+    "rule", [FirstHitting(), Threshold(0.6), Factor(1.0), EntropyBounded(0.5), Confidence(Polynomial(), "margin")], ids=str
+)
+def test_every_rule_finishes_the_canvas_and_counts_its_calls(rule):
+    seen = []
+    done = sample(TableDenoiser(1), empty_canvas(20), rule, FULL, num_steps=LENGTH, on_step=lambda *now: seen.append(now[:2]))
+    assert 1 <= done.num_network_calls <= LENGTH and seen[-1] == (LENGTH, LENGTH)
+    assert (done.ids < VOCAB).all()
+    if isinstance(rule, FirstHitting):
+        assert done.num_network_calls == LENGTH
+
+
+@CANVASES
+def test_hooks_ban_force_and_follow_a_pattern(draw):
+    def only_row_1(logits, rows, positions):
+        return torch.where(((rows == 1) & (positions == 1))[:, None] & (torch.arange(VOCAB) != 0), float("-inf"), logits)
+
+    adjust = chained(banned([2]), pattern({1: [0, 3], 2: [1, 2]}), only_row_1, None, forced({3: 2}))
+    for rule in (FirstHitting(), Threshold(0.7), Ancestral(Polynomial())):
+        ids = draw(rule, 300, num_steps=2, adjust=adjust)
+        assert set(ids[:, 1].tolist()) == {0, 3} and ids[1, 1] == 0
+        assert set(ids[:, 2].tolist()) == {1}  # the pattern less what is banned
+        assert set(ids[:, 3].tolist()) == {2}  # forced, although banned
+    with pytest.raises(ValueError, match="no token at position 2: every logit is -inf"):
+        draw(FirstHitting(), 5, adjust=chained(banned([2]), pattern({2: [2]})))
+    with pytest.raises(ValueError, match="allows no token at position 1"):
+        pattern({1: []})
+    assert chained(None) is None
+
+
+def test_a_pattern_conditions_the_law():
+    """One position: the law is the model's within the allowed set."""
+    denoiser, canvas = TableDenoiser(1), empty_canvas(8000)
+    canvas.is_masked[:, 1:3] = False
+    ids = sample(denoiser, Canvas(canvas.ids, canvas.is_masked), FirstHitting(), FULL, num_steps=1, adjust=pattern({3: [1, 2]})).ids
+    probs = denoiser.log_probs(torch.tensor([0, 0, 0, MASK]))[3].exp()[[1, 2]]
+    counts = {(0, 0, 0, word): int((ids[:, 3] == word).sum()) for word in (1, 2)}
+    exact = {(0, 0, 0, word): (p / probs.sum()).item() for word, p in zip((1, 2), probs, strict=True)}
+    assert abs(chi_square_z(counts, exact, 8000)) < 4
+    assert np.isclose(sum(exact.values()), 1)
