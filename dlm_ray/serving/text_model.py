@@ -207,7 +207,7 @@ class TextModel:
     def _write(self, chosen: Chosen, before: list[int], length: int, after: list[int], options: SamplingOptions) -> Texts:
         """[start] before [length to write] after, in a batch."""
         prompt = [self.tokenizer_identity.start_id, *before]
-        never = self._never(bool(after), options.get("ban", ()))
+        never = self._never(bool(after), options.get("ban") or ())
         common: dict[str, Any] = {
             "num_steps": chosen.steps,
             "temperature": chosen.temperature,
@@ -220,7 +220,7 @@ class TextModel:
             canvas = self._canvas(prompt, length, after, chosen.num_samples)
             projection: Any = chosen.rule
             return self._texts(sample_blocks(self.denoiser, self.objective, canvas, projection=projection, **common), len(prompt), length)
-        forced_ids = self._forced(options.get("force", {}), len(prompt), length)
+        forced_ids = self._forced(options.get("force") or {}, len(prompt), length)
         common |= {"grid": chosen.grid}
         common |= {"adjust": chained(banned(never) if never else None, options.get("adjust"), forced(forced_ids) if forced_ids else None)}
         rule = self._rule(chosen)
@@ -245,7 +245,7 @@ class TextModel:
         return Texts(texts, {"denoising": done.num_network_calls, "cache": 0}, ["length"] * len(texts))
 
     def _request(self, prompt: list[int], length: int, number: int, options: SamplingOptions) -> Request:
-        asked, reward = options.get("stop", ()), options.get("reward")
+        asked, reward = options.get("stop") or (), options.get("reward")
         return Request(
             prompt,
             length,

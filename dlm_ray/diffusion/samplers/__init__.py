@@ -1,1 +1,1 @@
-"""Rules (what one denoising step reveals) over a canvas (the whole row)."""
+"""Rules (what one denoising step reveals) over the whole row at once, or block by block over a KV cache."""

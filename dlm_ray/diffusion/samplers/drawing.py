@@ -63,13 +63,17 @@ def draw_tokens(
             model = probs
     if confidence is None:
         return tokens, torch.zeros_like(uniform)
-    model = probabilities(logits, 1.0, 1.0) if model is None else model
-    if confidence == "probability":
-        return tokens, model.gather(1, tokens.clamp(min=0)[:, None])[:, 0].log()
-    if confidence == "margin":
-        best_two = model.topk(2, -1).values
-        return tokens, best_two[:, 0] - best_two[:, 1]
-    return tokens, torch.special.xlogy(model, model).sum(-1)
+    return tokens, confidence_in(tokens, probabilities(logits, 1.0, 1.0) if model is None else model, confidence)
+
+
+def confidence_in(tokens: Tensor, probs: Tensor, ranking: Ranking) -> Tensor:
+    """[n] float64: how sure a model of these probabilities [n, V] is of tokens [n], the higher the surer."""
+    if ranking == "probability":
+        return probs.gather(1, tokens.clamp(min=0)[:, None])[:, 0].log()
+    if ranking == "margin":
+        best_two = probs.topk(2, -1).values
+        return best_two[:, 0] - best_two[:, 1]
+    return torch.special.xlogy(probs, probs).sum(-1)
 
 
 def nothing_allowed(position: int) -> str:

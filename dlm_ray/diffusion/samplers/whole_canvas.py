@@ -15,7 +15,7 @@ from torch import Tensor
 from dlm_ray.diffusion.denoiser import Denoiser
 from dlm_ray.diffusion.draws import GUMBEL, SAMPLING, generator
 from dlm_ray.diffusion.samplers.adjust import Adjust
-from dlm_ray.diffusion.samplers.drawing import Ranking, draw_or_stay, draw_tokens, nothing_allowed, probabilities
+from dlm_ray.diffusion.samplers.drawing import Ranking, confidence_in, draw_or_stay, draw_tokens, nothing_allowed, probabilities
 from dlm_ray.diffusion.samplers.rules import Canvas, Reveal, Rule
 from dlm_ray.diffusion.visibility import Visibility
 
@@ -122,7 +122,7 @@ class _Proposals:
             if self._is_gumbel:
                 probs = probabilities(logits, self.temperature, self.top_p)
                 tokens = (probs.float().log() + self._gumbel(positions, probs.shape[1])).argmax(-1)
-                return tokens, probabilities(logits, 1.0, 1.0).log().gather(1, tokens[:, None])[:, 0]
+                return tokens, confidence_in(tokens, probabilities(logits, 1.0, 1.0), confidence or "probability")
             return draw_tokens(logits, self.uniform[positions], self.temperature, self.top_p, confidence)
 
         return self._reduce(positions, draw)
