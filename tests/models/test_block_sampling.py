@@ -10,7 +10,7 @@ from test_families import LENGTH, VOCAB, build, stock
 
 from dlm_ray.config.recipe import FAMILIES
 from dlm_ray.diffusion.draws import SAMPLING, generator
-from dlm_ray.diffusion.samplers.blocks import write
+from dlm_ray.diffusion.samplers.blocks import BlockSampler, write
 from dlm_ray.diffusion.samplers.requests import Request, Stops, unigram_entropy_nats
 from dlm_ray.diffusion.samplers.rules import Ancestral, Confidence, EntropyBounded, Factor, FirstHitting, LeftToRight, Threshold
 from dlm_ray.diffusion.schedules import Polynomial
@@ -87,6 +87,21 @@ def test_a_batch_of_8_with_unequal_prompts_is_8_single_runs(rule):
     # The batch costs what its longest texts cost, not the sum.
     total = together.num_denoising_calls + together.num_cache_calls
     assert total < sum(text.num_denoising_calls + text.num_cache_calls for text in alone) / 3
+
+
+@torch.no_grad()
+def test_requests_may_come_while_others_are_under_way():
+    denoiser = denoiser_of("mistral")
+    requests = requests_of(UNEQUAL)
+    sampler = BlockSampler(denoiser, FirstHitting(), block_tokens=4, capacity_tokens=LENGTH, num_slots=3, num_steps=1)
+    waiting = list(requests)
+    while waiting or sampler.num_active:
+        if waiting and sampler.num_active < 3:
+            sampler.add([waiting.pop(0)])
+        sampler.tick()
+    ids = {written.request.number: written.ids for written in sampler.finished}
+    alone = write(denoiser, requests, FirstHitting(), block_tokens=4, context_tokens=LENGTH, num_steps=1)
+    assert [ids[request.number] for request in requests] == ids_of(alone)
 
 
 @torch.no_grad()

@@ -143,13 +143,13 @@ class BlockSampler:
         hidden = self.denoiser.hidden(x_t.to(self.cache.last_rows.device), self._visibility, self.cache)  # [A, K, D]
         if asking:
             self.num_denoising_calls += 1
-            for text in {id(self._slots[slot].text): self._slots[slot].text for slot in asking}.values():
+            for text in self._texts_of(asking):
                 text.num_denoising_calls += 1
             rows = torch.cat([self.cache.last_rows[:num, None], hidden], 1)  # [A, 1 + K, D]
             self._reveal(asking, rows if len(asking) == num else rows[asking])
         else:
             self.num_cache_calls += 1
-        for text in {id(self._slots[slot].text): self._slots[slot].text for slot in committing}.values():
+        for text in self._texts_of(committing):
             text.num_encoded += self.block_tokens
             text.num_cache_calls += 1
         for slot in committing:
@@ -158,6 +158,10 @@ class BlockSampler:
         for slot in committing:
             self._begin(slot)
         self._leave()
+
+    def _texts_of(self, slots: list[int]) -> list[Progress]:
+        """Each text once, whatever the number of its candidates."""
+        return list({id(self._slots[slot].text): self._slots[slot].text for slot in slots}.values())
 
     def _begin(self, slot: int) -> None:
         """Masks the block behind what is committed, but for what the prompt gives of it."""
