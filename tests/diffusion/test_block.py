@@ -19,7 +19,9 @@ from dlm_ray.diffusion.visibility import Visibility, annealed
 
 FULL = Visibility("bidirectional")
 VOCAB = 23
-SHAPES = [(24, 1), (24, 4), (24, 8), (24, 24), (20, 5), (130, 13), (7, 7)]
+_random = np.random.default_rng(11)
+_sizes = [(int(_random.integers(1, 12)), int(_random.integers(2, 9))) for _ in range(5)]  # K, and blocks of a row
+SHAPES = [(24, 1), (24, 4), (24, 24), (130, 13), *((size * count, size) for size, count in _sizes)]
 CPU = torch.device("cpu")
 
 
