@@ -313,7 +313,6 @@ def sweep_clip_search(
     from dataclasses import asdict
 
     from dlm_ray.evaluation import clip_search
-
     from dlm_ray.serving.loading import load
 
     if enforce not in ("none", "counts"):
@@ -323,15 +322,14 @@ def sweep_clip_search(
     model = load(checkpoint, weights)
     with bar("batches") as update:
         chosen: Any = enforce
-        found = clip_search.search(
-            model, data, block_tokens, rows=rows, draws=draws, gradients=gradients, enforce=chosen, progress=update
-        )
-    size = block_tokens or getattr(model.objective, "block_tokens", model.row_tokens)
-    fields = {"block_tokens": size, "candidates": [asdict(one) for one in found]}
+        found = clip_search.search(model, data, block_tokens, rows=rows, draws=draws, gradients=gradients, enforce=chosen, progress=update)
+    size: int = block_tokens or getattr(model.objective, "block_tokens", model.row_tokens)
+    candidates = [asdict(one) for one in found]
+    fields: dict[str, Any] = {"block_tokens": size, "candidates": candidates}
     if out is not None:
         about = {"checkpoint": checkpoint, "block_tokens": size, "rows": rows, "draws": draws, "enforce": enforce}
         fields["files"] = [str(path) for path in clip_search.write(found, out, about)]
-    show_result(fields, as_json, lambda: print_clips(fields["candidates"], size))
+    show_result(fields, as_json, lambda: print_clips(candidates, size))
 
 
 @app.command()

@@ -23,11 +23,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-
 from dlm_ray.evaluation import speed_sampling
 from dlm_ray.evaluation.speed_reference import ReferenceBlock
 from dlm_ray.evaluation.speed_sampling import timed
+from torch.distributed.device_mesh import init_device_mesh
 
 from dlm_ray.config.load import validate
 from dlm_ray.config.recipe import Recipe

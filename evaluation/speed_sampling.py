@@ -70,7 +70,7 @@ def _overhead(denoiser: HuggingFaceDenoiser, repetitions: int, device: torch.dev
         ours = bare = 0.0
         for num_rows in range(BLOCK_TOKENS, 0, -1):  # a token is revealed a call
             ours += timed(engine.tick, device)
-            bare += timed(lambda n=num_rows: _call(denoiser, cache, 1, BLOCK_TOKENS, n), device)
+            bare += timed(lambda own=cache, n=num_rows: _call(denoiser, own, 1, BLOCK_TOKENS, n), device)
         if number:  # the first pays for warming up
             ratios.append(ours / bare)
             shares.append(bare / BLOCK_TOKENS)
@@ -112,7 +112,7 @@ def _by_size(denoiser: HuggingFaceDenoiser, repetitions: int, device: torch.devi
         for number in range(repetitions + 1):
             for size in seconds:
                 positions = size or 1  # 0 stands for AR
-                elapsed = timed(lambda n=positions: _call(denoiser, cache, batch, n, n), device)
+                elapsed = timed(lambda own=cache, rows=batch, n=positions: _call(denoiser, own, rows, n, n), device)
                 if number:
                     seconds[size].append(elapsed)
         ratios = {size: [own / ar for own, ar in zip(seconds[size], seconds[0], strict=True)] for size in SIZES}

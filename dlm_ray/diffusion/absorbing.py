@@ -6,7 +6,6 @@ A forward process is an argument of the objective. It makes the randomness of ro
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
@@ -18,7 +17,6 @@ from torch import Tensor
 from dlm_ray.diffusion.denoiser import Batch, Denoiser
 from dlm_ray.diffusion.draws import COUNT, EVALUATION_MASK, MASK, Draw, DrawKey, generator, make_draw, times, uniforms
 from dlm_ray.diffusion.schedules import Polynomial, Schedule
-
 
 _FREE = 1e-3  # a clip's lower end up to here enforces nothing
 

@@ -6,6 +6,7 @@ varies least is taken. The statistic is the paper's: the variance over blocks of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -84,7 +85,7 @@ def sums(
     total = torch.zeros(len(clips), 4, dtype=torch.float64, device=device)
     pairs = [(number, row) for number in range(num_draws) for row in range(len(x_0))]
     mine = np.array_split(np.arange(len(pairs)), world_size)[rank]
-    num_batches = -(-(-(-len(pairs) // world_size)) // micro_batch_rows)
+    num_batches = math.ceil(math.ceil(len(pairs) / world_size) / micro_batch_rows)
     for done, part in enumerate(np.array_split(mine, num_batches)):
         chosen = [pairs[i] for i in part] or [pairs[0]]
         rows = [row for _, row in chosen]

@@ -175,7 +175,9 @@ class TextModel:
         documents = number_documents([row.part for row in rows], document_ids)
         num_bytes = likelihood.by_document(np.stack([row.num_bytes for row in rows]).astype(np.float64), documents)
         nats = likelihood.by_document(scored.nats, documents)
-        return Scored(nats, num_bytes, scored.draw_totals, int(maskable_positions(document_ids).sum()), self.objective.likelihood == "bound")
+        return Scored(
+            nats, num_bytes, scored.draw_totals, int(maskable_positions(document_ids).sum()), self.objective.likelihood == "bound"
+        )
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)

@@ -23,8 +23,8 @@ from dlm_ray.config.recipe import Recipe, Source
 from dlm_ray.data.index import load_data_tokenizer
 from dlm_ray.data.order import Cursor, Order
 from dlm_ray.data.reading import Row, ShardReader, iterate_rows, open_sources, read_split
-from dlm_ray.training import optimizer as optimization
 from dlm_ray.training import clip_search, curriculum, start, state, teacher
+from dlm_ray.training import optimizer as optimization
 from dlm_ray.training.ema import Ema
 from dlm_ray.training.metrics import MetricsLog
 from dlm_ray.training.step import StepResult, micro_batches, train_step
@@ -152,14 +152,18 @@ class _Run:
                     metrics_log.write(self.step, **metrics, rows=self.cursor.rows)
             if recipe.validation.rows and held_out and (self.step % recipe.validation.every_steps == 0 or is_last):
                 with clock.paused(), self.ema.swapped_in() if self.ema else nullcontext():
-                    validation = validate(recipe, self.root, self.objective, held_out[: recipe.validation.rows], self.rank, self.world_size, self.device)
+                    validation = validate(
+                        recipe, self.root, self.objective, held_out[: recipe.validation.rows], self.rank, self.world_size, self.device
+                    )
                 if metrics_log is not None:
                     metrics_log.write(self.step, validation=validation)
                 metrics["validation"] = validation
             search = recipe.curriculum.clip_search
             if search is not None and held_out and self.step % search.every_steps == 0 and not is_last:
                 with clock.paused(), self.ema.swapped_in() if self.ema else nullcontext():
-                    found = clip_search.search(recipe, self.root, self.objective, held_out[: search.rows], self.rank, self.world_size, self.device)
+                    found = clip_search.search(
+                        recipe, self.root, self.objective, held_out[: search.rows], self.rank, self.world_size, self.device
+                    )
                 self.clip = [found[0].beta, found[0].omega]
                 clip_search.apply(recipe, self.objective, self.clip)
                 if metrics_log is not None:
@@ -206,7 +210,6 @@ class _Run:
         self.checkpoint = directory
         if self.rank == 0:
             listing.prune(str(self.run_dir), self.recipe.checkpoint.keep_last)
-
 
     def _capabilities(self) -> dict[str, Any]:
         """What can be asked of the checkpoint."""

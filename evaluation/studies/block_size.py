@@ -96,7 +96,12 @@ def recipe_of(arm: Arm, seed: int, data: str, base: str) -> Recipe:
 
 def whole_row_base(data: str, ar_base: str, folder: Path) -> str:
     """Masked diffusion over the whole row, from the AR model: where every fine-tuned arm starts."""
-    own = {**objectives.tree({"name": "masked"}, BASE_STEPS), "seed": 1000, "model": {"base": ar_base}, "data": {"sources": [{"path": data}]}}
+    own = {
+        **objectives.tree({"name": "masked"}, BASE_STEPS),
+        "seed": 1000,
+        "model": {"base": ar_base},
+        "data": {"sources": [{"path": data}]},
+    }
     loop.fit(validate(own, "the base"), folder)
     return str(folder)
 
@@ -131,7 +136,9 @@ def search(base: str, data: str, out: Path, rows: int = 64, draws: int = 4) -> l
     for size in SEARCHED:
         found = clip_search.search(model, data, size, rows=rows, draws=draws)
         folder = out / f"clips_{size}"
-        clip_search.write(found, folder, {"checkpoint": "the base of the study block_size", "block_tokens": size, "rows": rows, "draws": draws})
+        clip_search.write(
+            found, folder, {"checkpoint": "the base of the study block_size", "block_tokens": size, "rows": rows, "draws": draws}
+        )
         full = next(one for one in found if one.omega - one.beta > 0.95)
         best = found[0]
         lines.append(
@@ -159,8 +166,8 @@ def notes(records: Sequence[runner.Record], corpus: dict[str, Any], steps: int) 
     return [
         f"Text, network and optimizer are those of the study `objectives`: {corpus['documents']} documents, {corpus['characters']:,} characters (sha256 of "
         f"the source {corpus['sha256'][:12]}); rows of {objectives.ROW_TOKENS} characters, {objectives.ROWS} a step.",
-        f"The base: an AR model ({objectives.BASE_STEPS} steps), adapted with shift to masked diffusion over the whole row ({BASE_STEPS} steps); every arm takes "
-        f"{steps} steps from there, what is from scratch {total}. With shift, blocks of one with everything masked are the AR model, so that arm unlearns what "
+        f"The base: an AR model ({objectives.BASE_STEPS} steps), adapted with shift to masked diffusion over the whole row ({BASE_STEPS} steps); every "
+        f"arm takes {steps} steps from there, what is from scratch {total}. With shift, blocks of one with everything masked are the AR model, so that arm unlearns what "
         "the base had learned of the future. The papers' base and arms have no shift and no AR model before them.",
         "Published: test perplexities on One Billion Words (BD3-LM's tables 1, 2, 3 and 8 and its review), each from another budget; only their order "
         "is compared with ours. Bits here are per character.",

@@ -248,7 +248,14 @@ def test_the_reported_bound_is_the_enumerated_one_whatever_was_clipped(shift):
     exact = enumerated_bound(denoiser, x_0, maskable, 4)
     objective = Block(Absorbing(clip=Clip(0.45, 0.95, enforce="counts")), block_tokens=4)
     scored = token_nats(
-        denoiser, objective, x_0.repeat(8, 1).numpy(), np.zeros((8, 8), dtype=np.int32), lambda ids: FULL, CPU, num_draws=64, micro_batch_rows=64
+        denoiser,
+        objective,
+        x_0.repeat(8, 1).numpy(),
+        np.zeros((8, 8), dtype=np.int32),
+        lambda ids: FULL,
+        CPU,
+        num_draws=64,
+        micro_batch_rows=64,
     )
     spread = scored.draw_totals.std(ddof=1) / math.sqrt(64)
     assert abs(scored.nats.sum() - 8 * exact) < 4 * spread + 1e-6
