@@ -166,9 +166,9 @@ def notes(records: Sequence[runner.Record], corpus: dict[str, Any], steps: int) 
     return [
         f"Text, network and optimizer are those of the study `objectives`: {corpus['documents']} documents, {corpus['characters']:,} characters (sha256 of "
         f"the source {corpus['sha256'][:12]}); rows of {objectives.ROW_TOKENS} characters, {objectives.ROWS} a step.",
-        f"The base: an AR model ({objectives.BASE_STEPS} steps), adapted with shift to masked diffusion over the whole row ({BASE_STEPS} steps); every "
-        f"arm takes {steps} steps from there, what is from scratch {total}. With shift, blocks of one with everything masked are the AR model, so that arm unlearns what "
-        "the base had learned of the future. The papers' base and arms have no shift and no AR model before them.",
+        f"The base: an AR model ({objectives.BASE_STEPS} steps), adapted with shift to masked diffusion over the whole row ({BASE_STEPS} steps). Every "
+        f"arm takes {steps} steps from there; what is from scratch takes {total}. The papers' base and arms have no shift and no AR model before them.",
+        "With shift, blocks of one with everything masked are the AR model: that arm turns the base back into one.",
         "Published: test perplexities on One Billion Words (BD3-LM's tables 1, 2, 3 and 8 and its review), each from another budget; only their order "
         "is compared with ours. Bits here are per character.",
         "`1, random batch size` is the AR loss of a random half of the tokens of every batch. The arms with a clip are scored over the full range.",
