@@ -323,7 +323,8 @@ def sweep_clip_search(
     with bar("batches") as update:
         chosen: Any = enforce
         found = clip_search.search(model, data, block_tokens, rows=rows, draws=draws, gradients=gradients, enforce=chosen, progress=update)
-    size = int(block_tokens or getattr(model.objective, "block_tokens", model.row_tokens))
+    trained: int = getattr(model.objective, "block_tokens", model.row_tokens)
+    size = block_tokens or trained
     candidates = [asdict(one) for one in found]
     fields: dict[str, Any] = {"block_tokens": size, "candidates": candidates}
     if out is not None:
