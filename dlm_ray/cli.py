@@ -1,4 +1,4 @@
-"""The verbs: parse, validate, only then import. Exit code 0 for success, 2 for what was typed wrong, 1 for anything else."""
+"""The verbs: parse, validate, only then import. Exit code 0 for success, 2 for what was typed wrong, 75 for a run that stopped, 1 for anything else."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from dlm_ray.config.errors import DamageError, UserError
+from dlm_ray.config.errors import DamageError, Stopped, UserError
 from dlm_ray.console import (
     bar,
     console,
@@ -116,7 +116,7 @@ def train(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the recipe and print it, with all defaults.")] = False,
     as_json: Json = False,
 ) -> None:
-    """One run on Ray. The same command resumes a run that was interrupted; a finished one says so."""
+    """One run on Ray. The same command resumes a run that was interrupted; a finished one says so. SIGTERM commits and exits with 75."""
     from dlm_ray.config.load import load_recipe
 
     checked = load_recipe(recipe, overrides or [])
@@ -318,6 +318,9 @@ def main() -> None:
 
 def _fail(error: Exception) -> int:
     """Prints what a person needs of an error; its exit code."""
+    if isinstance(error, Stopped):
+        console.print(f"[yellow]stopped:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+        return 75
     if isinstance(error, DamageError):
         console.print(f"[red]damaged:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
         return 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import shutil
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -18,7 +19,7 @@ import tensorstore as ts
 import torch
 from torch import Tensor
 
-from dlm_ray.config.errors import DamageError, UserError
+from dlm_ray.config.errors import DamageError, StorageError, UserError
 
 DTYPES = {
     torch.float32: "float32",
@@ -37,6 +38,7 @@ TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 CHUNK_BYTES = 4 * 2**20
 # A storage that has not answered one small request by then is not there.
 ANSWER_SECONDS = 30
+_LEAST_ROOM_BYTES = 2**20
 _DATABASE = {"manifest_kind": "single", "max_inline_value_bytes": 1024, "max_decoded_node_bytes": 100_000_000}
 
 Result = TypeVar("Result")
@@ -159,11 +161,12 @@ def region(offset: Sequence[int], shape: Sequence[int]) -> tuple[slice, ...]:
 
 
 async def write_region(spec: dict[str, Any], tensor: Tensor, offset: Sequence[int], shared: ts.Context) -> int:
-    """Writes a CPU tensor at `offset` of the array, creating it if need be, and waits for the commit. Returns bytes."""
+    """Writes a CPU tensor, which may not change meanwhile, at `offset` of the array, creating it if need be. Waits for the commit; returns bytes."""
     array = await ts.open(spec, create=True, open=True, context=shared)
     if tensor.numel() == 0:
         return 0
-    await array[region(offset, tensor.shape)].write(as_numpy(tensor)).commit
+    # Nobody changes the tensor before the commit has ended, so that tensorstore needs no copy of its own.
+    await array[region(offset, tensor.shape)].write(as_numpy(tensor), can_reference_source_data_indefinitely=True).commit
     return tensor.numel() * tensor.element_size()
 
 
@@ -193,13 +196,25 @@ def refusal(error: ValueError | TimeoutError, what: str) -> UserError:
         return DamageError(
             f"{what}: no space left ({_cause(error)}); free some and run the same command again, the checkpoint before is intact"
         )
-    return UserError(
+    return StorageError(
         f"{what}: the storage does not answer as it should ({_cause(error)}); check the path, the endpoint and the credentials"
     )
 
 
+def check_room(directory: str, needed_bytes: int) -> None:
+    """Raises DamageError if the disk of a local directory has less room than a checkpoint of so many bytes needs, before anything is written."""
+    needed = needed_bytes + needed_bytes // 50 + _LEAST_ROOM_BYTES  # checksums, databases and the manifest come on top
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise DamageError(
+            f"{directory}: no space left for a checkpoint of {needed / 2**20:,.0f} MiB, the disk has {free / 2**20:,.0f} MiB free; free some, or "
+            "lower checkpoint.keep_last, and run the same command again; the checkpoint before is intact"
+        )
+
+
 def _is_full(error: Exception) -> bool:
-    return str(error).startswith("RESOURCE_EXHAUSTED") or "No space left" in str(error)
+    said = str(error)
+    return said.startswith("RESOURCE_EXHAUSTED") or any(text in said for text in ("No space left", "quota exceeded", "File too large"))
 
 
 def _cause(error: Exception) -> str:

@@ -59,6 +59,8 @@ class Data(Part):
     """Rows are permuted within a window of so many shards: larger mixes better and reads less sequentially."""
     document_mask: bool = True
     """Packed documents do not see each other."""
+    on_bad_sample: Literal["fail", "skip"] = "fail"
+    """A row of a missing or damaged shard ends the run, or is replaced by a row of padding; checkpoints list what was skipped."""
 
 
 class Annealing(Part):
@@ -108,6 +110,9 @@ class Training(Part):
     """Rows of one forward pass of one worker, all draws of a row counted."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of activations and gathered weights; the master weights, EMA and gradients' sums are float32."""
+    max_skipped_steps: NonNegative = 0
+    """So many steps in a row whose gradient is not finite are left out and counted; one more ends the run. Above 0, the host waits for every
+    step's gradient."""
 
 
 class Validation(Part):
@@ -123,6 +128,14 @@ class Checkpoint(Part):
 
     every_steps: Positive = 100
     keep_last: Positive = 2
+    keep_best: NonNegative = 0
+    """Also the so many whose held-out rows have the fewest nats a token."""
+    keep_every_steps: NonNegative = 0
+    """Also every step that is a multiple of it; 0 keeps none for that reason."""
+    asynchronous: bool = True
+    """Training waits only for a copy of the state in host memory, and the copy is written while it goes on; false needs no such copy."""
+    on_failed_save: Literal["stop", "continue"] = "stop"
+    """What a full disk, or a storage that does not answer, does to the run. The checkpoint before stays; the last step's has to succeed."""
 
 
 class Parallelism(Part):
@@ -141,6 +154,8 @@ class Tracking(Part):
     wandb: Literal["disabled", "offline", "online"] = "disabled"
     project: str = "dlm_ray"
     log_every_steps: Positive = 10
+    alarm_deviations: Annotated[float, Field(ge=0.0)] = 8.0
+    """A logged loss so many standard deviations above the mean of those before it is warned of; 0 turns it off."""
 
 
 class Recipe(Part):
@@ -207,6 +222,12 @@ class Recipe(Part):
             found.append(
                 f"curriculum.annealing.steps={annealing.steps} exceeds training.steps={self.training.steps}: the model would never "
                 "become bidirectional; lower the first"
+            )
+        if self.checkpoint.keep_best and (not self.validation.rows or self.checkpoint.every_steps % self.validation.every_steps):
+            found.append(
+                f"checkpoint.keep_best={self.checkpoint.keep_best} needs validation at every checkpoint, with checkpoint.every_steps="
+                f"{self.checkpoint.every_steps}, validation.every_steps={self.validation.every_steps} and validation.rows={self.validation.rows}; "
+                "make the first a multiple of the second, with rows, or leave keep_best out"
             )
         optimizer = self.optimizer
         if (optimizer.rate == "warmup_stable_decay") != (optimizer.decay_steps > 0):

@@ -110,55 +110,35 @@ def test_a_newer_format_and_a_flip_in_the_manifest_are_refused(saved):
     good = path.read_bytes()
     fields = json.loads(good)
     path.write_text(json.dumps({**fields, "format": 99}))
-    with pytest.raises(DamageError, match="format 99, and this version reads up to 1"):
+    with pytest.raises(DamageError, match="format 99, and this version reads up to 2"):
         commit.read_manifest(saved)
     rng = random.Random(0)
     for _ in range(20):
         content = bytearray(good)
-        content[rng.randrange(len(content))] ^= 1 << rng.randrange(7)
-        if json_equal(content, good):
-            continue  # white space
+        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
         path.write_bytes(content)
         with pytest.raises(DamageError):
             commit.read_manifest(saved)
+    path.write_bytes(good.replace(b"\n", b" ", 1))
+    with pytest.raises(DamageError, match="says the same in other bytes"):
+        commit.read_manifest(saved)
 
 
-def json_equal(one, two):
-    try:
-        return json.loads(one) == json.loads(two)
-    except ValueError:
-        return False
+def as_format_1(directory):
+    """Which has no list of its files."""
+    path = Path(directory, "manifest.json")
+    fields = json.loads(path.read_bytes())
+    del fields["files"]
+    fields["format"] = 1
+    fields["sha256"] = commit._digest(fields)
+    path.write_text(json.dumps(fields))
 
 
-@pytest.mark.parametrize("kind", ["flip", "truncate", "delete"])
-def test_damage_anywhere_is_found_by_verify_and_by_loading(saved, tmp_path, kind):
-    """Every file of a checkpoint that a reader needs; what a reader does not need may be damaged without harm, and then loads right."""
-    rng = random.Random(kind)
-    files = sorted(path.relative_to(saved) for path in Path(saved).rglob("*") if path.is_file() and path.name != "manifest.json")
-    found = 0
-    for trial in range(14):
-        copy = tmp_path / f"copy{trial}"
-        shutil.copytree(saved, copy)
-        victim = copy / files[trial % len(files)]
-        content = bytearray(victim.read_bytes())
-        if kind == "delete":
-            victim.unlink()
-        elif kind == "truncate":
-            victim.write_bytes(content[: rng.randrange(len(content))])
-        else:
-            content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
-            victim.write_bytes(content)
-        loaded = blank(state())
-        try:
-            commit.load(str(copy), loaded)
-        except DamageError as error:
-            found += 1
-            assert str(copy) in str(error) and any(name in str(error) for name in state())
-            assert commit.verify(str(copy))
-        else:
-            assert all(torch.equal(loaded[name], tensor) for name, tensor in state().items()), f"{victim}: silently wrong"
-            assert commit.verify(str(copy)) == []
-    assert found >= 5
+def test_a_checkpoint_of_format_1_is_still_read(saved):
+    as_format_1(saved)
+    loaded = blank(state())
+    commit.load(saved, loaded)
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in state().items()) and commit.verify(saved) == []
 
 
 def test_a_chunk_that_is_not_there_is_never_read_as_zeros(saved):
@@ -166,6 +146,7 @@ def test_a_chunk_that_is_not_there_is_never_read_as_zeros(saved):
     database = ts.KvStore.open(arrays.database(arrays.key_value_store(saved))).result()
     assert database.read("model.zeros/c/0/0").result().state == "value"
     database.write("model.zeros/c/0/0", None).result()
+    as_format_1(saved)  # or the seal of the files would say so before any chunk is read
     with pytest.raises(DamageError, match=r"model\.zeros: damaged or incomplete"):
         commit.load(saved, blank(state()))
     [finding] = commit.verify(saved)
