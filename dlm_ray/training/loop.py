@@ -132,12 +132,19 @@ class _Run:
         self.ema = Ema(self.root, self.recipe.ema.decay) if self.recipe.ema else None
         self.step, self.cursor = 0, Cursor.start(len(self.indexes))
         if manifest is not None and self.checkpoint is not None:
-            tensors, checkpoint = state.tensors(self.root, self.optimizer, self.ema), self.checkpoint
-            agreement.gathered(lambda: commit.load(checkpoint, tensors) and None, self.host_group)
+            self._load(self.checkpoint)
             self.faults = Faults(**manifest.extra.get("faults", {}))
             optimization.set_step(self.optimizer, manifest.step - self.faults.skipped_steps)
             self.step, self.cursor = manifest.step, Cursor.from_dict(manifest.cursor)
             log.info("resumed from %s", self.checkpoint)
+
+    def _load(self, checkpoint: str) -> None:
+        """Damage that one rank finds is every rank's failure."""
+
+        def read() -> None:
+            commit.load(checkpoint, state.tensors(self.root, self.optimizer, self.ema))
+
+        agreement.gathered(read, self.host_group)
 
     def train(
         self, stream: Stream, report: Report | None, stop: guards.StopRequest, is_machine_leaving: Callable[[], bool]

@@ -34,6 +34,7 @@ class Death:
     rank: int
     marker: str
     """A file that is written just before, so that a test can tell this death from others."""
+    signal: int = signal.SIGKILL
 
 
 def group(recipe, run_dir, num_ranks, *, death=None, watch=None, timeout=120, **options):
@@ -112,7 +113,7 @@ def _deadly(death, original):
 
     def die():
         Path(death.marker).write_text(death.moment)
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), death.signal)
 
     def wrapped(*arguments, **named):
         calls["number"] += 1
