@@ -254,13 +254,15 @@ def checkpoint_verify(
 @checkpoint_app.command("prune")
 def checkpoint_prune(
     path: Annotated[str, typer.Argument(help="A run directory.")],
-    keep_last: Annotated[int, typer.Option(help="So many committed steps stay.", min=1)] = 1,
+    keep_last: Annotated[int, typer.Option(help="The last so many committed steps stay.", min=1)] = 1,
+    keep_best: Annotated[int, typer.Option(help="So do those with the fewest held-out nats a token.", min=0)] = 0,
+    keep_every: Annotated[int, typer.Option(help="And every step that is a multiple of it; 0 for none.", min=0)] = 0,
     as_json: Json = False,
 ) -> None:
-    """Removes all committed steps but the last ones."""
+    """Removes committed steps but the last ones, the best ones and regular ones."""
     from dlm_ray.checkpoint.listing import prune
 
-    removed = prune(path, keep_last)
+    removed = prune(path, keep_last, keep_best=keep_best, keep_every_steps=keep_every)
     show_result({"removed": removed}, as_json, lambda: say(f"removed steps {removed}" if removed else "nothing to remove"))
 
 

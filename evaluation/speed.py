@@ -1,14 +1,16 @@
-"""`python -m dlm_ray.evaluation.speed train|objectives --shape quickstart|bd3-small`: what a training step costs, as ratios in one run.
+"""`python -m dlm_ray.evaluation.speed train|objectives|checkpoint --shape quickstart|bd3-small`: what a step or a save costs, as ratios in one run.
 
 `train` compares the masked objective with AR, `objectives` the others with the masked one. All train the same network with the same
 head, optimizer and data; AR attends causally without a mask. Steps are interleaved, so that whatever else the machine does hits all. For
-AR, the ratio that FLOPs allow says what could be expected, and the matrix-product peak of this machine what was left.
+AR, the ratio that FLOPs allow says what could be expected, and the matrix-product peak of this machine what was left. `checkpoint` is
+`checkpoint_speed`'s.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.metadata
 import json
 import os
 import platform
@@ -23,6 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+from dlm_ray.evaluation import checkpoint_speed
 from torch.distributed.device_mesh import init_device_mesh
 
 from dlm_ray.config.load import validate
@@ -199,16 +202,36 @@ def _beside_masked(seconds: dict[str, list[float]]) -> dict[str, Any]:
     }
 
 
+def _checkpoint(shape_name: str, repetitions: int, folder: Path | None) -> dict[str, Any]:
+    shape = SHAPES[shape_name]
+    header = {
+        "what": f"checkpoint, shape {shape_name}",
+        "date": datetime.date.today().isoformat(),
+        "hardware": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "tensorstore": importlib.metadata.version("tensorstore"),
+        "command": f"python -m dlm_ray.evaluation.speed checkpoint --shape {shape_name}",
+    }
+    return header | checkpoint_speed.measure(_recipe(shape, "autoregressive"), shape.vocab_size, repetitions, folder)
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m dlm_ray.evaluation.speed", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("what", choices=list(COMPARED))
+    parser.add_argument("what", choices=[*COMPARED, "checkpoint"])
     parser.add_argument("--shape", choices=list(SHAPES), required=True)
     parser.add_argument("--repetitions", type=int, default=REPETITIONS)
+    parser.add_argument("--folder", type=Path, help="of checkpoint: on the disk that is measured")
     parser.add_argument("--out", type=Path, help="also write the result to this file")
     arguments = parser.parse_args()
     torch.set_num_threads(os.cpu_count() or 1)
-    text = json.dumps(measure(arguments.what, arguments.shape, arguments.repetitions), indent=2) + "\n"
+    if arguments.what == "checkpoint":
+        result = _checkpoint(arguments.shape, arguments.repetitions, arguments.folder)
+    else:
+        result = measure(arguments.what, arguments.shape, arguments.repetitions)
+    text = json.dumps(result, indent=2) + "\n"
     if arguments.out:
         arguments.out.write_text(text)
     sys.stdout.write(text)

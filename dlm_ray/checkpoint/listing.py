@@ -76,9 +76,12 @@ def _best(run_dir: str, steps: list[int], count: int) -> list[int]:
     found = []
     for step in steps if count else []:
         try:
-            validation = read_manifest(step_directory(run_dir, step)).extra["metrics"].get("validation", {})
+            metrics = read_manifest(step_directory(run_dir, step)).extra.get("metrics", {})
         except DamageError:
             continue  # the best of the good ones are kept
+        if metrics.get("validated_step") != step:
+            continue  # what it was validated at is another state
+        validation = metrics["validation"]
         nats = validation.get("nats_per_token", validation.get("block_nll"))
         if nats is not None:
             found.append((nats, step))

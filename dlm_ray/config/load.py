@@ -193,7 +193,10 @@ def _readable(error: ValidationError) -> Iterator[str]:
 
 def _is_branch(part: Any) -> bool:
     """Whether a part of a location names a branch of a union rather than a key."""
-    return isinstance(part, str) and (part.startswith(("literal[", "constrained-", "function-")) or part in ("int", "float", "str"))
+    if not isinstance(part, str):
+        return False
+    is_class = part[:1].isupper()  # keys are in small letters
+    return is_class or part.startswith(("literal[", "constrained-", "function-")) or part in ("int", "float", "str")
 
 
 def _short(value: Any) -> str:

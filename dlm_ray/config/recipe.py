@@ -138,14 +138,35 @@ class Checkpoint(Part):
     """What a full disk, or a storage that does not answer, does to the run. The checkpoint before stays; the last step's has to succeed."""
 
 
+class Elastic(Part):
+    """As many workers as the cluster has room for; the global batch, its rows and its masks are the same with any number."""
+
+    min: Positive
+    """With room for fewer the run waits."""
+    max: Positive
+    look_every_seconds: Positive = 60
+    """How often a running group looks for room to grow into; it goes on from its last checkpoint."""
+
+
 class Parallelism(Part):
     """The workers."""
 
-    workers: Positive = 1
+    workers: Positive | Elastic = 1
+    """A number, or {min: 1, max: 4}: after a failure the run goes on with what is left, and grows back."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     cpus_per_worker: Annotated[float, Field(gt=0.0)] = 1.0
     max_failures: NonNegative = 3
     """So many times a crashed group of workers is started again from the last checkpoint."""
+
+    @property
+    def fewest_workers(self) -> int:
+        """That the run goes on with."""
+        return self.workers.min if isinstance(self.workers, Elastic) else self.workers
+
+    @property
+    def most_workers(self) -> int:
+        """That it ever has."""
+        return self.workers.max if isinstance(self.workers, Elastic) else self.workers
 
 
 class Tracking(Part):
@@ -240,9 +261,14 @@ class Recipe(Part):
                 f"optimizer.warmup_steps={optimizer.warmup_steps} + optimizer.decay_steps={optimizer.decay_steps} exceed "
                 f"training.steps={self.training.steps}; lower either"
             )
-        if self.training.global_batch_rows < self.parallelism.workers:
+        workers = self.parallelism
+        if workers.fewest_workers > workers.most_workers:
+            found.append(
+                f"parallelism.workers: min={workers.fewest_workers} exceeds max={workers.most_workers}; lower the first or raise the second"
+            )
+        if self.training.global_batch_rows < workers.most_workers:
             found.append(
                 f"training.global_batch_rows={self.training.global_batch_rows} is fewer than "
-                f"parallelism.workers={self.parallelism.workers}: a worker would have no row; raise the first or lower the second"
+                f"parallelism.workers={workers.most_workers}: a worker would have no row; raise the first or lower the second"
             )
         return found

@@ -15,7 +15,7 @@ from typing import Any
 from dlm_ray.checkpoint import commit, listing
 from dlm_ray.config.errors import DamageError, Stopped, StorageError, UserError
 from dlm_ray.config.load import dump, run_name
-from dlm_ray.config.recipe import Recipe
+from dlm_ray.config.recipe import Elastic, Parallelism, Recipe
 from dlm_ray.runtime import cluster  # first of all: it sets what Ray reads when it is imported
 
 # isort: split
@@ -96,7 +96,7 @@ def fit(recipe: Recipe, out: str | Path = "runs", *, fresh: bool = False, on_eve
 def _trainer(recipe: Recipe, run_dir: Path) -> TorchTrainer:
     parallelism = recipe.parallelism
     use_gpu = parallelism.device == "cuda" or (
-        parallelism.device == "auto" and ray.cluster_resources().get("GPU", 0) >= parallelism.workers
+        parallelism.device == "auto" and ray.cluster_resources().get("GPU", 0) >= parallelism.fewest_workers
     )
     return TorchTrainer(
         _worker,
@@ -106,17 +106,27 @@ def _trainer(recipe: Recipe, run_dir: Path) -> TorchTrainer:
             "device": "cuda" if use_gpu else "cpu",
         },
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=parallelism.workers,
-            use_gpu=use_gpu,
-            resources_per_worker={"CPU": parallelism.cpus_per_worker, "GPU": float(use_gpu)},
-        ),
+        scaling_config=_scaling(parallelism, use_gpu),
         run_config=ray.train.RunConfig(
             name=run_dir.name,
             storage_path=str(run_dir.parent),
             failure_config=ray.train.FailureConfig(max_failures=parallelism.max_failures),
             callbacks=[_NotTriedAgain()],  # type: ignore[list-item]  # Ray's annotation is of the callbacks before version 2
         ),
+    )
+
+
+def _scaling(parallelism: Parallelism, use_gpu: bool) -> ray.train.ScalingConfig:
+    """A fixed number of workers, or Ray's elastic policy between two."""
+    resources = {"CPU": parallelism.cpus_per_worker, "GPU": float(use_gpu)}
+    elastic = parallelism.workers
+    if not isinstance(elastic, Elastic):
+        return ray.train.ScalingConfig(num_workers=elastic, use_gpu=use_gpu, resources_per_worker=resources)
+    return ray.train.ScalingConfig(  # type: ignore[call-arg]  # Ray's annotation is of the class before version 2
+        num_workers=(elastic.min, elastic.max),  # type: ignore[arg-type]
+        use_gpu=use_gpu,
+        resources_per_worker=resources,
+        elastic_resize_monitor_interval_s=elastic.look_every_seconds,
     )
 
 

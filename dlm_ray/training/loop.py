@@ -191,7 +191,7 @@ class _Run:
                 if self.metrics_log is not None:
                     alarms = {"loss_spike": True} if alarm.rings(self.step, metrics["loss"]) else {}
                     skipped = {"skipped_steps": self.faults.skipped_steps} if self.faults.skipped_steps else {}
-                    self.metrics_log.write(self.step, **metrics, **alarms, **skipped, rows=self.cursor.rows)
+                    self.metrics_log.write(self.step, **metrics, **alarms, **skipped, rows=self.cursor.rows, workers=self.world_size)
             if held_out and (self.step % recipe.validation.every_steps == 0 or is_last):
                 with clock.paused(), self.ema.swapped_in() if self.ema else nullcontext():
                     validation = validate(recipe, self.root, self.objective, held_out, self.rank, self.world_size, self.device)

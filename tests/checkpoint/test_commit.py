@@ -215,6 +215,20 @@ def test_pruning_keeps_the_last_steps_and_nothing_of_the_others(three_steps):
     assert listing.prune(three_steps, keep_last=5) == []
 
 
+def test_pruning_keeps_the_best_and_every_so_many_steps_too(tmp_path):
+    run = str(tmp_path / "run")
+    nats = {10: 3.0, 20: 2.0, 30: 2.5, 40: 2.1, 50: 2.6, 60: 2.7}
+    for step, value in nats.items():
+        metrics = {"validation": {"nats_per_token": value}, "validated_step": step}
+        commit.save(listing.step_directory(run, step), {"a": torch.ones(2)}, {**FIELDS, "step": step, "extra": {"metrics": metrics}})
+    # Committed at a stop, with the validation of the step before: no candidate, however good that was.
+    metrics = {"validation": {"nats_per_token": 0.1}, "validated_step": 50}
+    commit.save(listing.step_directory(run, 55), {"a": torch.ones(2)}, {**FIELDS, "step": 55, "extra": {"metrics": metrics}})
+    Path(listing.step_directory(run, 10), "manifest.json").write_text("damaged")
+    assert listing.prune(run, keep_last=1, keep_best=2, keep_every_steps=30) == [10, 50, 55]
+    assert listing.committed_steps(run) == [20, 30, 40, 60]
+
+
 def test_a_crash_while_pruning_leaves_a_step_that_is_not_believed_and_that_the_next_pruning_removes(three_steps, monkeypatch):
     def crash(path):
         raise KeyboardInterrupt
