@@ -27,7 +27,7 @@ from dlm_ray.config.errors import DamageError, UserError
 
 FORMAT = 2
 MANIFEST = "manifest.json"
-# At most so many tensors are on their way at once: their buffers are what saving and loading need beside the tensors themselves.
+# At most so many tensors are written at once: their buffers are what saving needs beside the tensors themselves.
 _TENSORS_AT_ONCE = 32
 
 
@@ -190,16 +190,12 @@ def _fill(directory: str, manifest: Manifest, tensors: Mapping[str, Tensor]) -> 
     blocks = {name: block_of(tensor) for name, tensor in tensors.items()}
     for name, block in blocks.items():
         _check_fit(directory, name, block, manifest.arrays[name])
-    base, shared, limit = arrays.key_value_store(directory), arrays.context(), asyncio.Semaphore(_TENSORS_AT_ONCE)
+    base, shared, budget = arrays.key_value_store(directory), arrays.context(), arrays.Budget()
 
     async def fill(name: str, block: Block) -> None:
-        local, stored = block.local.detach(), arrays.TORCH_DTYPES[manifest.arrays[name].dtype]
-        async with limit:
-            in_place = local.device.type == "cpu" and stored == local.dtype and local.is_contiguous()
-            buffer = local if in_place else torch.empty(local.shape, dtype=stored)
-            await arrays.read_region(arrays.open_spec(arrays.database(base, name)), buffer, block.offset, shared)
-            if not in_place:
-                local.copy_(buffer)
+        entry = manifest.arrays[name]
+        spec = arrays.open_spec(arrays.database(base, name))
+        await arrays.read_region(spec, block.local.detach(), block.offset, arrays.TORCH_DTYPES[entry.dtype], entry.chunk, budget, shared)
 
     try:
         _run({name: fill(name, block) for name, block in blocks.items()}, directory)

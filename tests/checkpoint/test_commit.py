@@ -7,6 +7,7 @@ import random
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tensorstore as ts
 import torch
@@ -185,6 +186,29 @@ def test_chunks_divide_the_block_and_are_a_few_megabytes(shape):
     assert volume <= arrays.CHUNK_BYTES
 
 
+@pytest.mark.parametrize(
+    ("offset", "shape", "chunk"),
+    [
+        ((0, 0), (4096, 4096), (256, 4096)),
+        ((1000, 3), (5000, 777), (512, 128)),
+        ((7,), (10**7,), (10**6,)),
+        ((), (), ()),
+        ((5, 0), (3, 9), (2, 4)),
+    ],
+)
+def test_a_block_is_read_in_pieces_that_tile_it_on_the_borders_of_its_chunks(offset, shape, chunk):
+    times_read = np.zeros(shape, dtype=np.int8)
+    found = list(arrays.pieces(offset, shape, chunk, 4))
+    for piece in found:
+        times_read[piece] += 1
+        for start, part, size, cut in zip(offset, piece, shape, chunk, strict=True):
+            assert part.start == 0 or (start + part.start) % cut == 0
+            assert part.stop == size or (start + part.stop) % cut == 0
+        assert times_read[piece].size * 4 <= max(arrays.CHUNK_BYTES, 4 * np.prod(chunk, dtype=int))
+    assert (times_read == 1).all()
+    assert len(found) <= 2 ** len(shape) + 4 * times_read.size * 4 / arrays.CHUNK_BYTES  # small chunks are read together
+
+
 def test_unaligned_writers_are_refused_because_merging_them_would_lose_rows(tmp_path):
     """What the check of the grid protects from: two databases that each hold half of one chunk; the merge keeps one half, without a word."""
     base = arrays.key_value_store(str(tmp_path))
@@ -194,7 +218,8 @@ def test_unaligned_writers_are_refused_because_merging_them_would_lose_rows(tmp_
     whole = block_of(torch.zeros(4, 2))
     commit._merge(str(tmp_path), base, 2, {"w": whole})
     merged = torch.zeros(4, 2)
-    arrays.wait(arrays.read_region(arrays.open_spec(arrays.database(base, "w")), merged, (0, 0), arrays.context()))
+    spec = arrays.open_spec(arrays.database(base, "w"))
+    arrays.wait(arrays.read_region(spec, merged, (0, 0), torch.float32, [4, 2], arrays.Budget(), arrays.context()))
     assert sorted(set(merged[:, 0].tolist())) != [1.0, 2.0]
     with pytest.raises(AssertionError, match="chunk grid of 4"):
         check_tiling({"w": whole.shape}, {"w": whole.chunk}, [{"w": ((0, 0), (2, 2))}, {"w": ((2, 0), (2, 2))}])

@@ -119,13 +119,13 @@ def test_machines_that_go_and_come_are_lost_and_taken_up_again(ray_session, data
         workers = event.get("workers")
         if workers and (not seen or seen[-1][0] != workers):
             seen.append((workers, event["step"]))
-        if len(seen) == 1 and event["step"] > seen[0][1] + 60 and len(machines) == 1:
+        if len(seen) == 1 and event["step"] > seen[0][1] + 20 and len(machines) == 1:
             machines[0].kill()
             machines[0].wait()
             machines.append(None)
-        if len(seen) == 2 and event["step"] > seen[1][1] + 60 and len(machines) == 2:
+        if len(seen) == 2 and event["step"] > seen[1][1] + 20 and len(machines) == 2:
             machines.append(machine(ray))
-        if len(seen) == 3 and event["step"] > seen[2][1] + 60:
+        if len(seen) == 3 and event["step"] > seen[2][1] + 20:
             (next(tmp_path.glob("elastic-*")) / "stop").touch()
 
     try:
