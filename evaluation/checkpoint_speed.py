@@ -28,7 +28,7 @@ from dlm_ray.training import start, state
 from dlm_ray.training.saving import Saver
 
 FIELDS: dict[str, Any] = {"recipe": {}, "tokenizer": {}, "model": {}, "capabilities": {}, "cursor": {}, "extra": {"metrics": {}}}
-FLIPS = 10
+FLIPS = 8
 
 
 def measure(recipe: Recipe, vocab_size: int, repetitions: int, folder: Path | None) -> dict[str, Any]:

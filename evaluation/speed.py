@@ -1,4 +1,4 @@
-"""`python -m dlm_ray.evaluation.speed train|objectives|checkpoint --shape quickstart|bd3-small`: what a step or a save costs, as ratios in one run.
+"""`python -m dlm_ray.evaluation.speed train|objectives|checkpoint --shape quickstart|medium|bd3-small`: what a step or a save costs, as ratios in one run.
 
 `train` compares the masked objective with AR, `objectives` the others with the masked one. All train the same network with the same
 head, optimizer and data; AR attends causally without a mask. Steps are interleaved, so that whatever else the machine does hits all. For
@@ -55,6 +55,7 @@ class Shape:
 
 SHAPES = {
     "quickstart": Shape(width=256, num_layers=4, num_heads=4, row_tokens=256, vocab_size=4096, rows=16, tie_embeddings=True),
+    "medium": Shape(width=512, num_layers=8, num_heads=8, row_tokens=256, vocab_size=16_384, rows=8, tie_embeddings=True),
     # BD3-LM's small network on LM1B (arXiv 2503.09573, appendix C), with a gated feed-forward of the same size.
     "bd3-small": Shape(width=768, num_layers=12, num_heads=12, row_tokens=128, vocab_size=30_522, rows=8, tie_embeddings=False),
 }

@@ -27,7 +27,7 @@ from dlm_ray.config.errors import DamageError, UserError
 
 FORMAT = 2
 MANIFEST = "manifest.json"
-# At most so many tensors are written at once: their buffers are what saving needs beside the tensors themselves.
+# At most so many tensors are copied to the host at once to be written: their buffers are what saving needs beside the tensors themselves.
 _TENSORS_AT_ONCE = 32
 
 
@@ -218,8 +218,12 @@ def _write_blocks(directory: str, own: dict[str, Any], blocks: Mapping[str, Bloc
     async def write(name: str, block: Block) -> None:
         assert block.local.dtype in arrays.DTYPES, f"{name} is {block.local.dtype}, and a checkpoint holds {', '.join(arrays.TORCH_DTYPES)}"
         spec = arrays.create_spec(arrays.database(own, name), block.shape, block.chunk, block.local.dtype)
-        async with limit:
-            await arrays.write_region(spec, block.local.detach().cpu().contiguous(), block.offset, shared)
+        local = block.local.detach()
+        if local.device.type == "cpu" and local.is_contiguous():  # all of them at once make fewer and larger commits of the database
+            await arrays.write_region(spec, local, block.offset, shared)
+        else:
+            async with limit:
+                await arrays.write_region(spec, local.cpu().contiguous(), block.offset, shared)
 
     _run({name: write(name, block) for name, block in blocks.items()}, directory)
 

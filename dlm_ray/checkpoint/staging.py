@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from dlm_ray.checkpoint.arrays import as_numpy
 from dlm_ray.checkpoint.layout import Block, block_of
 
 
@@ -18,22 +22,29 @@ class Staging:
     """
 
     def __init__(self) -> None:
-        self._buffers: dict[str, Tensor] = {}
+        self._blocks: dict[str, tuple[Any, Block]] = {}
 
     def fill(self, tensors: Mapping[str, Tensor]) -> dict[str, Block]:
         """The blocks of `tensors`, those that this rank writes as copies; after it the tensors may change."""
-        blocks = {}
-        for name, tensor in tensors.items():
-            block = block_of(tensor)
-            if block.writes:
-                local = block.local.detach()
-                buffer = self._buffers.get(name)
-                if buffer is None or buffer.shape != local.shape or buffer.dtype != local.dtype:
-                    buffer = torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)
-                    self._buffers[name] = buffer
-                buffer.copy_(local, non_blocking=True)
-                block = replace(block, local=buffer)
-            blocks[name] = block
+        blocks = {name: self._filled(name, tensor.detach()) for name, tensor in tensors.items()}
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return blocks
+
+    def _filled(self, name: str, tensor: Tensor) -> Block:
+        layout = (tensor.shape, tensor.dtype, getattr(tensor, "placements", None), getattr(tensor, "device_mesh", None))
+        known = self._blocks.get(name)
+        if known is None or known[0] != layout:  # where a block lies takes longer to work out than to copy a small one
+            block = block_of(tensor)
+            if block.writes:
+                block = replace(block, local=torch.empty(block.local.shape, dtype=block.local.dtype, pin_memory=block.local.is_cuda))
+            known = (layout, block)
+            self._blocks[name] = known
+        block = known[1]
+        if block.writes:
+            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            if local.is_cuda:
+                block.local.copy_(local, non_blocking=True)
+            else:  # torch's threads wait for each other at every tensor, which on a busy machine takes longer than the copy
+                np.copyto(as_numpy(block.local), as_numpy(local))
+        return block
