@@ -1,4 +1,4 @@
-"""The verbs: parse, validate, only then import. Exit code 0 for success, 2 for what was typed wrong, 1 for anything else."""
+"""The verbs: parse, validate, only then import. Exit code 0 for success, 2 for what was typed wrong, 75 for a run that stopped, 1 for anything else."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from dlm_ray.config.errors import DamageError, UserError
+from dlm_ray.config.errors import DamageError, Stopped, UserError
 from dlm_ray.console import (
     bar,
     console,
@@ -120,7 +120,7 @@ def train(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the recipe and print it, with all defaults.")] = False,
     as_json: Json = False,
 ) -> None:
-    """One run on Ray. The same command resumes a run that was interrupted; a finished one says so."""
+    """One run on Ray. The same command resumes a run that was interrupted; a finished one says so. SIGTERM commits and exits with 75."""
     from dlm_ray.config.load import load_recipe
 
     checked = load_recipe(recipe, overrides or [])
@@ -286,13 +286,15 @@ def checkpoint_verify(
 @checkpoint_app.command("prune")
 def checkpoint_prune(
     path: Annotated[str, typer.Argument(help="A run directory.")],
-    keep_last: Annotated[int, typer.Option(help="So many committed steps stay.", min=1)] = 1,
+    keep_last: Annotated[int, typer.Option(help="The last so many committed steps stay.", min=1)] = 1,
+    keep_best: Annotated[int, typer.Option(help="So do those with the fewest held-out nats a token.", min=0)] = 0,
+    keep_every: Annotated[int, typer.Option(help="And every step that is a multiple of it; 0 for none.", min=0)] = 0,
     as_json: Json = False,
 ) -> None:
-    """Removes all committed steps but the last ones."""
+    """Removes committed steps but the last ones, the best ones and regular ones."""
     from dlm_ray.checkpoint.listing import prune
 
-    removed = prune(path, keep_last)
+    removed = prune(path, keep_last, keep_best=keep_best, keep_every_steps=keep_every)
     show_result({"removed": removed}, as_json, lambda: say(f"removed steps {removed}" if removed else "nothing to remove"))
 
 
@@ -387,6 +389,9 @@ def main() -> None:
 
 def _fail(error: Exception) -> int:
     """Prints what a person needs of an error; its exit code."""
+    if isinstance(error, Stopped):
+        console.print(f"[yellow]stopped:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+        return 75
     if isinstance(error, DamageError):
         console.print(f"[red]damaged:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
         return 1

@@ -1,15 +1,16 @@
-"""`python -m dlm_ray.evaluation.speed train|objectives|sample... --shape quickstart|bd3-small`: what steps cost, as ratios in one run.
+"""`python -m dlm_ray.evaluation.speed train|objectives|sample|checkpoint... --shape NAME`: what steps, calls and saves cost, as ratios in one run.
 
 `train` compares masked and block diffusion with AR, and block diffusion with the way of BD3-LM's code; `objectives` compares the others with the
 masked one. All train the same network with the same head, optimizer and data; AR attends causally without a mask. Steps are interleaved, so that
 whatever else the machine does hits all. Beside AR, the ratio that FLOPs allow says what could be expected, and the matrix-product peak of
-this machine what was left. `sample` is in `speed_sampling.py`.
+this machine what was left. `sample` is in `speed_sampling.py`, `checkpoint` in `checkpoint_speed.py`.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.metadata
 import json
 import os
 import platform
@@ -23,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-from dlm_ray.evaluation import speed_sampling
+from dlm_ray.evaluation import checkpoint_speed, speed_sampling
 from dlm_ray.evaluation.speed_reference import ReferenceBlock
 from dlm_ray.evaluation.speed_sampling import timed
 from torch.distributed.device_mesh import init_device_mesh
@@ -37,6 +38,7 @@ from dlm_ray.training.metrics import flops_per_token
 from dlm_ray.training.step import micro_batches, train_step
 
 REPETITIONS = 7
+_MEASURED = {"sample": "sampling", "checkpoint": "saving and loading"}
 COMPARED = {
     "train": ("autoregressive", "masked", "block", "block, two passes", "block, reference"),
     "objectives": ("masked", "sedd", "genmd4", "d3pm", "tauldr", "ssd_lm"),
@@ -60,6 +62,7 @@ class Shape:
 
 SHAPES = {
     "quickstart": Shape(width=256, num_layers=4, num_heads=4, row_tokens=256, vocab_size=4096, rows=16, tie_embeddings=True),
+    "medium": Shape(width=512, num_layers=8, num_heads=8, row_tokens=256, vocab_size=16_384, rows=8, tie_embeddings=True),
     # BD3-LM's small network on LM1B (arXiv 2503.09573, appendix C), with a gated feed-forward of the same size.
     "bd3-small": Shape(width=768, num_layers=12, num_heads=12, row_tokens=128, vocab_size=30_522, rows=8, tie_embeddings=False),
 }
@@ -170,7 +173,7 @@ def measure_sampling(shape_name: str, repetitions: int) -> dict[str, Any]:
 
 def _about(what: str, shape_name: str, device: torch.device) -> dict[str, Any]:
     return {
-        "what": f"{'sampling' if what == 'sample' else 'training step'}, shape {shape_name}",
+        "what": f"{_MEASURED.get(what, 'training step')}, shape {shape_name}",
         "date": datetime.date.today().isoformat(),
         "hardware": torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
@@ -228,24 +231,36 @@ def _beside_masked(seconds: dict[str, list[float]]) -> dict[str, Any]:
     }
 
 
+def measure_checkpoint(shape_name: str, repetitions: int, folder: Path | None) -> dict[str, Any]:
+    """What saving and loading cost on this machine, beside torch.distributed.checkpoint."""
+    shape = SHAPES[shape_name]
+    about = _about("checkpoint", shape_name, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    about["tensorstore"] = importlib.metadata.version("tensorstore")
+    return about | checkpoint_speed.measure(_recipe(shape, "autoregressive"), shape.vocab_size, repetitions, folder)
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m dlm_ray.evaluation.speed", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("what", nargs="+", choices=[*COMPARED, "sample"])
+    parser.add_argument("what", nargs="+", choices=[*COMPARED, "sample", "checkpoint"])
     parser.add_argument("--shape", choices=list(SHAPES), required=True)
     parser.add_argument("--repetitions", type=int, default=REPETITIONS)
+    parser.add_argument("--folder", type=Path, help="of checkpoint: on the disk that is measured")
     parser.add_argument("--out", type=Path, help="a folder that gets speed_<what>_<shape>.json")
     arguments = parser.parse_args()
     torch.set_num_threads(os.cpu_count() or 1)
+    shape, repetitions = arguments.shape, arguments.repetitions
     for what in arguments.what:
-        sampled = what == "sample"
-        found = (
-            measure_sampling(arguments.shape, arguments.repetitions) if sampled else measure(what, arguments.shape, arguments.repetitions)
-        )
+        if what == "sample":
+            found = measure_sampling(shape, repetitions)
+        elif what == "checkpoint":
+            found = measure_checkpoint(shape, repetitions, arguments.folder)
+        else:
+            found = measure(what, shape, repetitions)
         text = json.dumps(found, indent=2) + "\n"
         if arguments.out:
             arguments.out.mkdir(parents=True, exist_ok=True)
-            (arguments.out / f"speed_{what}_{arguments.shape}.json").write_text(text)
+            (arguments.out / f"speed_{what}_{shape}.json").write_text(text)
         sys.stdout.write(text)
 
 

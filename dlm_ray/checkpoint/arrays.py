@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import os
-from collections.abc import Coroutine, Sequence
+import shutil
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 import ml_dtypes
@@ -18,7 +21,7 @@ import tensorstore as ts
 import torch
 from torch import Tensor
 
-from dlm_ray.config.errors import DamageError, UserError
+from dlm_ray.config.errors import DamageError, StorageError, UserError
 
 DTYPES = {
     torch.float32: "float32",
@@ -35,8 +38,11 @@ DTYPES = {
 TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 
 CHUNK_BYTES = 4 * 2**20
+# What a load may have on its way at once beside the tensors that it fills.
+READ_BYTES = 4 * CHUNK_BYTES
 # A storage that has not answered one small request by then is not there.
 ANSWER_SECONDS = 30
+_LEAST_ROOM_BYTES = 2**20
 _DATABASE = {"manifest_kind": "single", "max_inline_value_bytes": 1024, "max_decoded_node_bytes": 100_000_000}
 
 Result = TypeVar("Result")
@@ -159,23 +165,103 @@ def region(offset: Sequence[int], shape: Sequence[int]) -> tuple[slice, ...]:
 
 
 async def write_region(spec: dict[str, Any], tensor: Tensor, offset: Sequence[int], shared: ts.Context) -> int:
-    """Writes a CPU tensor at `offset` of the array, creating it if need be, and waits for the commit. Returns bytes."""
+    """Writes a CPU tensor, which may not change meanwhile, at `offset` of the array, creating it if need be. Waits for the commit; returns bytes."""
     array = await ts.open(spec, create=True, open=True, context=shared)
     if tensor.numel() == 0:
         return 0
-    await array[region(offset, tensor.shape)].write(as_numpy(tensor)).commit
+    # Nobody changes the tensor before the commit has ended, so that tensorstore needs no copy of its own.
+    await array[region(offset, tensor.shape)].write(as_numpy(tensor), can_reference_source_data_indefinitely=True).commit
     return tensor.numel() * tensor.element_size()
 
 
-async def read_region(spec: dict[str, Any], tensor: Tensor, offset: Sequence[int], shared: ts.Context) -> None:
-    """Fills a CPU tensor of the array's dtype from `offset` of the array."""
+class Budget:
+    """Bytes that may be on their way at once: what a load needs beside the tensors that it fills. For one event loop."""
+
+    def __init__(self, total_bytes: int = READ_BYTES):
+        self._total = self._left = total_bytes
+        self._changed = asyncio.Condition()
+        self._buffers: list[Tensor] = []
+
+    def buffer(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Host memory for a piece, out of what was given back: an allocator keeps what many threads free piece by piece."""
+        num_bytes = math.prod(shape) * dtype.itemsize
+        flat = (
+            self._buffers.pop()
+            if self._buffers and num_bytes <= CHUNK_BYTES
+            else torch.empty(max(num_bytes, CHUNK_BYTES), dtype=torch.uint8)
+        )
+        return flat[:num_bytes].view(dtype).reshape(tuple(shape))
+
+    def give_back(self, buffer: Tensor) -> None:
+        """It may be filled again."""
+        self._buffers.append(torch.empty(0, dtype=torch.uint8).set_(buffer.untyped_storage()))
+
+    @asynccontextmanager
+    async def of(self, num_bytes: int) -> AsyncIterator[None]:
+        """Waits for `num_bytes` of it; what is larger than all of it waits for all of it."""
+        taken = min(num_bytes, self._total)
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._left >= taken)
+            self._left -= taken
+        try:
+            yield
+        finally:
+            async with self._changed:
+                self._left += taken
+                self._changed.notify_all()
+
+
+def pieces(offset: Sequence[int], shape: Sequence[int], chunk: Sequence[int], itemsize: int) -> Iterator[tuple[slice, ...]]:
+    """Cuts a block into parts of a few megabytes on the borders of the array's chunks, so that each chunk is read once.
+
+    Yields:
+        Indices within the block.
+    """
+    sizes = [min(part, size) for part, size in zip(chunk, shape, strict=True)]
+    # Small chunks are taken together, the last dimension first, which lies together in memory.
+    for dimension in reversed(range(len(sizes))):
+        others = math.prod(sizes) // max(1, sizes[dimension]) * itemsize
+        fit = max(1, CHUNK_BYTES // max(1, others * chunk[dimension])) * chunk[dimension]
+        sizes[dimension] = min(shape[dimension], max(sizes[dimension], fit))
+    cuts = []
+    for start, length, size, part in zip(offset, shape, sizes, chunk, strict=True):
+        whole = max(part, size // part * part)
+        edges = [start, *range((start // whole + 1) * whole, start + length, whole), start + length]
+        cuts.append([slice(one - start, other - start) for one, other in itertools.pairwise(edges)])
+    return itertools.product(*cuts)
+
+
+async def read_region(
+    spec: dict[str, Any],
+    tensor: Tensor,
+    offset: Sequence[int],
+    stored: torch.dtype,
+    chunk: Sequence[int],
+    budget: Budget,
+    shared: ts.Context,
+) -> None:
+    """Fills a tensor, on any device, from `offset` of the array, by way of a buffer of a few megabytes where it cannot be filled in place."""
     array = await ts.open(spec, context=shared)
     if tensor.numel() == 0:
         return
-    source = array[region(offset, tensor.shape)]
-    if tensor.dim():
-        source = source[ts.d[:].translate_to[0]]
-    await ts.array(as_numpy(tensor)).write(source)
+
+    async def read(piece: tuple[slice, ...]) -> None:
+        target = tensor[piece]
+        async with budget.of(target.numel() * stored.itemsize):
+            in_place = target.device.type == "cpu" and target.dtype == stored
+            buffer = target if in_place else budget.buffer(target.shape, stored)
+            source = array[tuple(slice(start + part.start, start + part.stop) for start, part in zip(offset, piece, strict=True))]
+            if target.dim():
+                source = source[ts.d[:].translate_to[0]]
+            await ts.array(as_numpy(buffer)).write(source)
+            if not in_place:
+                target.copy_(buffer)
+                budget.give_back(buffer)
+
+    reads = [read(piece) for piece in pieces(offset, tensor.shape, chunk, stored.itemsize)]
+    for failure in await asyncio.gather(*reads, return_exceptions=True):
+        if isinstance(failure, BaseException):
+            raise failure
 
 
 def explain(error: ValueError | TimeoutError, what: str) -> UserError:
@@ -193,13 +279,25 @@ def refusal(error: ValueError | TimeoutError, what: str) -> UserError:
         return DamageError(
             f"{what}: no space left ({_cause(error)}); free some and run the same command again, the checkpoint before is intact"
         )
-    return UserError(
+    return StorageError(
         f"{what}: the storage does not answer as it should ({_cause(error)}); check the path, the endpoint and the credentials"
     )
 
 
+def check_room(directory: str, needed_bytes: int) -> None:
+    """Raises DamageError if the disk of a local directory has less room than a checkpoint of so many bytes needs, before anything is written."""
+    needed = needed_bytes + needed_bytes // 50 + _LEAST_ROOM_BYTES  # checksums, databases and the manifest come on top
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise DamageError(
+            f"{directory}: no space left for a checkpoint of {needed / 2**20:,.0f} MiB, the disk has {free / 2**20:,.0f} MiB free; free some, or "
+            "lower checkpoint.keep_last, and run the same command again; the checkpoint before is intact"
+        )
+
+
 def _is_full(error: Exception) -> bool:
-    return str(error).startswith("RESOURCE_EXHAUSTED") or "No space left" in str(error)
+    said = str(error)
+    return said.startswith("RESOURCE_EXHAUSTED") or any(text in said for text in ("No space left", "quota exceeded", "File too large"))
 
 
 def _cause(error: Exception) -> str:

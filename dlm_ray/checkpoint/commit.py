@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import Callable, Coroutine, Mapping
+import math
+from collections.abc import Coroutine, Mapping
 from typing import Any
 
 import tensorstore as ts
@@ -19,13 +20,14 @@ import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from dlm_ray.checkpoint import arrays
+from dlm_ray.checkpoint import agreement, arrays, files
+from dlm_ray.checkpoint.files import Seal
 from dlm_ray.checkpoint.layout import Block, block_of, check_tiling
 from dlm_ray.config.errors import DamageError, UserError
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
-# At most so many tensors are on their way at once: their buffers are what saving and loading need beside the tensors themselves.
+# At most so many tensors are copied to the host at once to be written: their buffers are what saving needs beside the tensors themselves.
 _TENSORS_AT_ONCE = 32
 
 
@@ -51,6 +53,8 @@ class Manifest(BaseModel):
     cursor: dict[str, Any]
     extra: dict[str, Any]
     arrays: dict[str, ArrayEntry]
+    files: dict[str, Seal] = {}
+    """On a local disk; a checkpoint of format 1 has none."""
     sha256: str
 
 
@@ -69,17 +73,23 @@ def save(
         UserError: if the directory holds a checkpoint already, or the storage does not answer.
         DamageError: if the disk is full; on all ranks, with nothing committed.
     """
+    return save_blocks(directory, {name: block_of(tensor) for name, tensor in tensors.items()}, manifest_fields, group=group)
+
+
+def save_blocks(
+    directory: str, blocks: Mapping[str, Block], manifest_fields: Mapping[str, Any], *, group: dist.ProcessGroup | None = None
+) -> Manifest:
+    """`save` of blocks that nobody changes until it returns; in a thread of its own, it needs a group of its own."""
     rank, world_size = (dist.get_rank(group), dist.get_world_size(group)) if dist.is_initialized() else (0, 1)
     base = arrays.key_value_store(directory)
-    _agree(lambda: _prepare(directory, base) if rank == 0 else None, group)
-    blocks = {name: block_of(tensor) for name, tensor in tensors.items()}
+    agreement.gathered(lambda: _prepare(directory, base, blocks) if rank == 0 else None, group)
 
     def write() -> dict[str, Any]:
         own = {name: block for name, block in blocks.items() if block.writes}
         _write_blocks(directory, arrays.below(base, f"ocdbt.process_{rank}"), own)
         return {name: (block.offset, tuple(block.local.shape)) for name, block in own.items()}
 
-    regions = _agree(write, group)
+    regions = agreement.gathered(write, group)
 
     def finish() -> Manifest | None:
         if rank != 0:
@@ -88,7 +98,7 @@ def save(
         _merge(directory, base, world_size, blocks)
         return _write_manifest(directory, base, manifest_fields, blocks)
 
-    manifest = _agree(finish, group)[0]
+    manifest = agreement.gathered(finish, group)[0]
     assert isinstance(manifest, Manifest), "rank 0 has written the manifest"
     return manifest
 
@@ -118,6 +128,8 @@ def read_manifest(directory: str) -> Manifest:
         raise DamageError(f"{directory}/{MANIFEST} is damaged: {str(error).splitlines()[0]}") from error
     if found != manifest.sha256:
         raise DamageError(f"{directory}/{MANIFEST} is damaged: its sha256 is {found} and it says {manifest.sha256}")
+    if manifest.format > 1 and content != _text(fields):
+        raise DamageError(f"{directory}/{MANIFEST} is damaged: it says the same in other bytes")
     return manifest
 
 
@@ -127,14 +139,14 @@ def load(directory: str, tensors: Mapping[str, Tensor]) -> Manifest:
     Raises:
         DamageError: if a name is missing, a shape differs, or a chunk is damaged; naming tensor and cause.
     """
-    manifest = read_manifest(directory)
+    manifest = _manifest_of_whole_files(directory)
     _fill(directory, manifest, tensors)
     return manifest
 
 
 def read_tensor(directory: str, name: str) -> Tensor:
     """One whole tensor, without a process group."""
-    manifest = read_manifest(directory)
+    manifest = _manifest_of_whole_files(directory)
     if name not in manifest.arrays:
         raise DamageError(f"{directory} has no {name}")
     return _whole(directory, manifest, name)
@@ -147,12 +159,20 @@ def verify(directory: str) -> list[str]:
         manifest = read_manifest(directory)
     except DamageError as error:
         return [str(error)]
+    findings += files.broken(directory, manifest.files)
     for name in manifest.arrays:
         try:
             _whole(directory, manifest, name)
         except DamageError as error:
             findings.append(str(error))
     return findings
+
+
+def _manifest_of_whole_files(directory: str) -> Manifest:
+    manifest = read_manifest(directory)
+    if findings := files.broken(directory, manifest.files):
+        raise DamageError(f"{directory} is damaged: {findings[0]}")
+    return manifest
 
 
 def _whole(directory: str, manifest: Manifest, name: str) -> Tensor:
@@ -170,18 +190,17 @@ def _fill(directory: str, manifest: Manifest, tensors: Mapping[str, Tensor]) -> 
     blocks = {name: block_of(tensor) for name, tensor in tensors.items()}
     for name, block in blocks.items():
         _check_fit(directory, name, block, manifest.arrays[name])
-    base, shared, limit = arrays.key_value_store(directory), arrays.context(), asyncio.Semaphore(_TENSORS_AT_ONCE)
+    base, shared, budget = arrays.key_value_store(directory), arrays.context(), arrays.Budget()
 
     async def fill(name: str, block: Block) -> None:
-        local, stored = block.local.detach(), arrays.TORCH_DTYPES[manifest.arrays[name].dtype]
-        async with limit:
-            in_place = local.device.type == "cpu" and stored == local.dtype and local.is_contiguous()
-            buffer = local if in_place else torch.empty(local.shape, dtype=stored)
-            await arrays.read_region(arrays.open_spec(arrays.database(base, name)), buffer, block.offset, shared)
-            if not in_place:
-                local.copy_(buffer)
+        entry = manifest.arrays[name]
+        spec = arrays.open_spec(arrays.database(base, name))
+        await arrays.read_region(spec, block.local.detach(), block.offset, arrays.TORCH_DTYPES[entry.dtype], entry.chunk, budget, shared)
 
-    _run({name: fill(name, block) for name, block in blocks.items()}, directory)
+    try:
+        _run({name: fill(name, block) for name, block in blocks.items()}, directory)
+    except DamageError as error:
+        raise files.located(directory, error) from error
 
 
 def _check_fit(directory: str, name: str, block: Block, entry: ArrayEntry) -> None:
@@ -199,8 +218,12 @@ def _write_blocks(directory: str, own: dict[str, Any], blocks: Mapping[str, Bloc
     async def write(name: str, block: Block) -> None:
         assert block.local.dtype in arrays.DTYPES, f"{name} is {block.local.dtype}, and a checkpoint holds {', '.join(arrays.TORCH_DTYPES)}"
         spec = arrays.create_spec(arrays.database(own, name), block.shape, block.chunk, block.local.dtype)
-        async with limit:
-            await arrays.write_region(spec, block.local.detach().cpu().contiguous(), block.offset, shared)
+        local = block.local.detach()
+        if local.device.type == "cpu" and local.is_contiguous():  # all of them at once make fewer and larger commits of the database
+            await arrays.write_region(spec, local, block.offset, shared)
+        else:
+            async with limit:
+                await arrays.write_region(spec, local.cpu().contiguous(), block.offset, shared)
 
     _run({name: write(name, block) for name, block in blocks.items()}, directory)
 
@@ -220,32 +243,8 @@ def _run(jobs: Mapping[str, Coroutine[Any, Any, Any]], directory: str) -> None:
             raise result
 
 
-def _agree(act: Callable[[], Any], group: dist.ProcessGroup | None) -> list[Any]:
-    """Runs `act` on every rank and gathers the results; if it failed on any, every rank raises that error."""
-    outcome: tuple[Any, Exception | None]
-    try:
-        outcome = (act(), None)
-    except Exception as error:  # whatever it was, the other ranks are waiting to hear of it
-        outcome = (None, error)
-    outcomes = [outcome]
-    if dist.is_initialized():
-        outcomes = [outcome] * dist.get_world_size(group)
-        dist.all_gather_object(outcomes, (outcome[0], _sendable(outcome[1])), group=group)
-    for _, failure in outcomes:
-        if failure is not None:
-            raise failure
-    return [result for result, _ in outcomes]
-
-
-def _sendable(error: Exception | None) -> Exception | None:
-    """The error without what cannot travel between processes."""
-    if error is None or isinstance(error, UserError):
-        return None if error is None else type(error)(*error.args)
-    return RuntimeError(f"{type(error).__name__}: {error}")
-
-
-def _prepare(directory: str, base: dict[str, Any]) -> None:
-    """Refuses a directory with a checkpoint, removes what a failed attempt left, and finds out whether the storage answers at all."""
+def _prepare(directory: str, base: dict[str, Any], blocks: Mapping[str, Block]) -> None:
+    """Refuses a directory with a checkpoint, removes what a failed attempt left, and finds out whether the storage answers and has room."""
     if _read(base, MANIFEST, directory) is not None:
         raise UserError(f"{directory} holds a checkpoint already; it is not overwritten")
     try:
@@ -254,6 +253,9 @@ def _prepare(directory: str, base: dict[str, Any]) -> None:
         store.delete_range(ts.KvStore.KeyRange()).result()
     except (ValueError, TimeoutError) as error:
         raise arrays.refusal(error, directory) from error
+    if "://" not in directory:
+        needed = sum(math.prod(block.shape) * block.local.element_size() for block in blocks.values())
+        arrays.check_room(directory, needed)
 
 
 def _merge(directory: str, base: dict[str, Any], world_size: int, blocks: Mapping[str, Block]) -> None:
@@ -282,15 +284,23 @@ def _write_manifest(directory: str, base: dict[str, Any], fields: Mapping[str, A
         name: {"shape": list(block.shape), "dtype": arrays.DTYPES[block.local.dtype], "chunk": list(block.chunk)}
         for name, block in blocks.items()
     }
-    content = {**fields, "format": FORMAT, "arrays": entries, "sha256": ""}
+    sealed = {name: seal.model_dump() for name, seal in files.seal(directory).items()}
+    content = {**fields, "format": FORMAT, "arrays": entries, "files": sealed, "sha256": ""}
     content = json.loads(json.dumps(content))  # what a reader will get back: no tuples
     content["sha256"] = _digest(content)
     manifest = Manifest.model_validate(content)
-    store = ts.KvStore.open(base).result()
-    absent = store.read(MANIFEST).result().stamp.generation
-    stamp = store.write(MANIFEST, json.dumps(content, indent=1, sort_keys=True).encode(), if_equal=absent).result()
+    try:
+        store = ts.KvStore.open(base).result()
+        absent = store.read(MANIFEST).result().stamp.generation
+        stamp = store.write(MANIFEST, _text(content), if_equal=absent).result()
+    except ValueError as error:
+        raise arrays.explain(error, f"{directory}/{MANIFEST}") from error
     assert stamp.generation != b"", f"another writer has committed {directory} at the same time"
     return manifest
+
+
+def _text(content: Mapping[str, Any]) -> bytes:
+    return json.dumps(content, indent=1, sort_keys=True).encode()
 
 
 def _digest(fields: Mapping[str, Any]) -> str:

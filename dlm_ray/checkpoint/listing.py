@@ -9,7 +9,8 @@ from pathlib import Path
 import tensorstore as ts
 
 from dlm_ray.checkpoint import arrays
-from dlm_ray.checkpoint.commit import MANIFEST
+from dlm_ray.checkpoint.commit import MANIFEST, read_manifest
+from dlm_ray.config.errors import DamageError
 
 _STEP = re.compile(r"step_(\d{8})")
 
@@ -45,20 +46,46 @@ def latest(run_dir: str) -> str | None:
     return step_directory(run_dir, steps[-1]) if steps else None
 
 
-def prune(run_dir: str, keep_last: int) -> list[int]:
+def prune(run_dir: str, keep_last: int, *, keep_best: int = 0, keep_every_steps: int = 0) -> list[int]:
     """Removes every step before the last `keep_last` committed ones, also what half a save or half a removal left of it.
 
     Each manifest goes first, so that half a removal leaves nothing that is believed.
+
+    Args:
+        run_dir: holds the steps.
+        keep_last: the last so many committed ones stay.
+        keep_best: so do those with the fewest held-out nats a token.
+        keep_every_steps: and committed ones that are multiples of it; 0 for none.
 
     Returns:
         The steps that were removed.
     """
     assert keep_last >= 1, "the last checkpoint is never pruned"
-    kept = committed_steps(run_dir)[-keep_last:]
-    removed = [step for step in _steps(run_dir) if kept and step < kept[0]]
+    committed = committed_steps(run_dir)
+    last = committed[-keep_last:]
+    kept = set(last) | set(_best(run_dir, committed, keep_best))
+    kept |= {step for step in committed if keep_every_steps and step % keep_every_steps == 0}
+    removed = [step for step in _steps(run_dir) if last and step < last[0] and step not in kept]
     for step in removed:
-        _remove(step_directory(run_dir, step))
+        remove(step_directory(run_dir, step))
     return removed
+
+
+def _best(run_dir: str, steps: list[int], count: int) -> list[int]:
+    """The `count` steps with the lowest validation of their own; an objective without a bound has a block's cross-entropy instead."""
+    found = []
+    for step in steps if count else []:
+        try:
+            metrics = read_manifest(step_directory(run_dir, step)).extra.get("metrics", {})
+        except DamageError:
+            continue  # the best of the good ones are kept
+        if metrics.get("validated_step") != step:
+            continue  # what it was validated at is another state
+        validation = metrics["validation"]
+        nats = validation.get("nats_per_token", validation.get("block_nll"))
+        if nats is not None:
+            found.append((nats, step))
+    return [step for _, step in sorted(found)[:count]]
 
 
 def _steps(run_dir: str) -> dict[int, bool]:
@@ -75,7 +102,8 @@ def _steps(run_dir: str) -> dict[int, bool]:
     return dict(sorted(steps.items()))
 
 
-def _remove(directory: str) -> None:
+def remove(directory: str) -> None:
+    """Removes a step, its manifest first."""
     store = ts.KvStore.open(arrays.key_value_store(directory)).result()
     store.write(MANIFEST, None).result()
     if "://" in directory:

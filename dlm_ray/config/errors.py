@@ -1,4 +1,4 @@
-"""The two kinds of failure that a person is told about without a traceback."""
+"""The kinds of failure that a person is told about without a traceback."""
 
 
 class UserError(ValueError):
@@ -13,3 +13,11 @@ class DamageError(UserError):
 
     The command line prints the message alone and exits with 1.
     """
+
+
+class StorageError(UserError):
+    """A storage does not answer, or not as it should: a mistake in its address, or something that may pass. Exit code 2."""
+
+
+class Stopped(Exception):
+    """A run was asked to stop and has committed its state: the same command goes on. The command line exits with 75 (try again)."""

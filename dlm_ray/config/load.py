@@ -17,8 +17,15 @@ from pydantic import BaseModel, ValidationError
 from dlm_ray.config.errors import UserError
 from dlm_ray.config.recipe import Recipe
 
-# Where a run may be placed and how it is watched does not change what comes out of it.
-_NOT_IN_HASH = ("parallelism", "tracking", "checkpoint", "sampling")
+# Where a run may be placed, how it is watched and what it does when something fails do not change what comes out of it.
+NOT_IN_RESULT: dict[str, Any] = {
+    "parallelism": True,
+    "tracking": True,
+    "checkpoint": True,
+    "sampling": True,
+    "data": {"on_bad_sample"},
+    "training": {"max_skipped_steps"},
+}
 
 
 def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -62,8 +69,8 @@ def dump(recipe: Recipe) -> str:
 
 
 def recipe_hash(recipe: Recipe) -> str:
-    """8 hexadecimal digits of everything that changes the result: not the workers, not the tracking, not when checkpoints are made."""
-    content = recipe.model_dump(mode="json", exclude=set(_NOT_IN_HASH))
+    """8 hexadecimal digits of everything that changes the result: not the workers, the tracking, the checkpoints."""
+    content = recipe.model_dump(mode="json", exclude=NOT_IN_RESULT)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
 
 
@@ -186,7 +193,10 @@ def _readable(error: ValidationError) -> Iterator[str]:
 
 def _is_branch(part: Any) -> bool:
     """Whether a part of a location names a branch of a union rather than a key."""
-    return isinstance(part, str) and (part.startswith(("literal[", "constrained-", "function-")) or part in ("int", "float", "str"))
+    if not isinstance(part, str):
+        return False
+    is_class = part[:1].isupper()  # keys are in small letters
+    return is_class or part.startswith(("literal[", "constrained-", "function-")) or part in ("int", "float", "str")
 
 
 def _short(value: Any) -> str:

@@ -59,6 +59,8 @@ class Data(Part):
     """Rows are permuted within a window of so many shards: larger mixes better and reads less sequentially."""
     document_mask: bool = True
     """Packed documents do not see each other."""
+    on_bad_sample: Literal["fail", "skip"] = "fail"
+    """A row of a missing or damaged shard ends the run, or is replaced by a row of padding; checkpoints list what was skipped."""
 
 
 class Annealing(Part):
@@ -130,6 +132,9 @@ class Training(Part):
     """Rows of one forward pass of one worker, all draws of a row counted."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of activations and gathered weights; the master weights, EMA and gradients' sums are float32."""
+    max_skipped_steps: NonNegative = 0
+    """So many steps in a row whose gradient is not finite are left out and counted; one more ends the run. Above 0, the host waits for every
+    step's gradient."""
 
 
 class Validation(Part):
@@ -145,16 +150,45 @@ class Checkpoint(Part):
 
     every_steps: Positive = 100
     keep_last: Positive = 2
+    keep_best: NonNegative = 0
+    """Also the so many whose held-out rows have the fewest nats a token."""
+    keep_every_steps: NonNegative = 0
+    """Also every step that is a multiple of it; 0 keeps none for that reason."""
+    asynchronous: bool = True
+    """Training waits only for a copy of the state in host memory, and the copy is written while it goes on; false needs no such copy."""
+    on_failed_save: Literal["stop", "continue"] = "stop"
+    """What a full disk, or a storage that does not answer, does to the run. The checkpoint before stays; the last step's has to succeed."""
+
+
+class Elastic(Part):
+    """As many workers as the cluster has room for; the global batch, its rows and its masks are the same with any number."""
+
+    min: Positive
+    """With room for fewer the run waits."""
+    max: Positive
+    look_every_seconds: Positive = 60
+    """How often a running group looks for room to grow into; it goes on from its last checkpoint."""
 
 
 class Parallelism(Part):
     """The workers."""
 
-    workers: Positive = 1
+    workers: Positive | Elastic = 1
+    """A number, or {min: 1, max: 4}: after a failure the run goes on with what is left, and grows back."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     cpus_per_worker: Annotated[float, Field(gt=0.0)] = 1.0
     max_failures: NonNegative = 3
     """So many times a crashed group of workers is started again from the last checkpoint."""
+
+    @property
+    def fewest_workers(self) -> int:
+        """That the run goes on with."""
+        return self.workers.min if isinstance(self.workers, Elastic) else self.workers
+
+    @property
+    def most_workers(self) -> int:
+        """That it ever has."""
+        return self.workers.max if isinstance(self.workers, Elastic) else self.workers
 
 
 class Tracking(Part):
@@ -163,6 +197,8 @@ class Tracking(Part):
     wandb: Literal["disabled", "offline", "online"] = "disabled"
     project: str = "dlm_ray"
     log_every_steps: Positive = 10
+    alarm_deviations: Annotated[float, Field(ge=0.0)] = 8.0
+    """A logged loss so many standard deviations above the mean of those before it is warned of; 0 turns it off."""
 
 
 class Recipe(Part):
@@ -231,6 +267,12 @@ class Recipe(Part):
                 "become bidirectional; lower the first"
             )
         found += self._block_contradictions()
+        if self.checkpoint.keep_best and (not self.validation.rows or self.checkpoint.every_steps % self.validation.every_steps):
+            found.append(
+                f"checkpoint.keep_best={self.checkpoint.keep_best} needs validation at every checkpoint, with checkpoint.every_steps="
+                f"{self.checkpoint.every_steps}, validation.every_steps={self.validation.every_steps} and validation.rows={self.validation.rows}; "
+                "make the first a multiple of the second, with rows, or leave keep_best out"
+            )
         optimizer = self.optimizer
         if (optimizer.rate == "warmup_stable_decay") != (optimizer.decay_steps > 0):
             found.append(
@@ -242,10 +284,15 @@ class Recipe(Part):
                 f"optimizer.warmup_steps={optimizer.warmup_steps} + optimizer.decay_steps={optimizer.decay_steps} exceed "
                 f"training.steps={self.training.steps}; lower either"
             )
-        if self.training.global_batch_rows < self.parallelism.workers:
+        workers = self.parallelism
+        if workers.fewest_workers > workers.most_workers:
+            found.append(
+                f"parallelism.workers: min={workers.fewest_workers} exceeds max={workers.most_workers}; lower the first or raise the second"
+            )
+        if self.training.global_batch_rows < workers.most_workers:
             found.append(
                 f"training.global_batch_rows={self.training.global_batch_rows} is fewer than "
-                f"parallelism.workers={self.parallelism.workers}: a worker would have no row; raise the first or lower the second"
+                f"parallelism.workers={workers.most_workers}: a worker would have no row; raise the first or lower the second"
             )
         return found
 

@@ -33,6 +33,8 @@ class Row(NamedTuple):
     source: int
     part: int
     """With the document id, what names a document of the source."""
+    finding: str = ""
+    """What is wrong with its shard, of a row of padding that stands for one that cannot be read."""
 
 
 def open_sources(sources: Sequence[Source]) -> list[Index]:
@@ -67,16 +69,20 @@ def open_sources(sources: Sequence[Source]) -> list[Index]:
 class ShardReader:
     """Reads rows of several sources; checks each shard's sha256 the first time, and keeps copies of the remote ones that it used last."""
 
-    def __init__(self, paths: Sequence[str], indexes: Sequence[Index], split: str = "train"):
+    def __init__(self, paths: Sequence[str], indexes: Sequence[Index], split: str = "train", on_bad_sample: str = "fail"):
         self.paths, self.indexes, self.split = list(paths), list(indexes), split
+        self._skips, self._findings = on_bad_sample == "skip", dict[tuple[int, int], str]()
         self._checked: set[tuple[int, int]] = set()
         self._copies: dict[tuple[int, int], BinaryIO] = {}
 
     def read(self, references: Sequence[RowReference]) -> list[Row]:
         """The rows in the order of `references`; each shard is opened once and read front to back.
 
+        With `on_bad_sample="skip"` rows of a shard that is missing or damaged are padding, with nothing in them to score, and say why: the
+        rows around them, and their masks, are what they would be.
+
         Raises:
-            DamageError: if a shard is missing or not what the index says.
+            DamageError: if a shard is missing or not what the index says, unless such are skipped.
         """
         wanted: dict[tuple[int, int], list[int]] = defaultdict(list)
         for place, reference in enumerate(references):
@@ -85,11 +91,26 @@ class ShardReader:
         for (source, number), places in wanted.items():
             index = self.indexes[source]
             shard = index.splits[self.split].shards[number]
+            if finding := self._finding(source, number, shard):
+                for place in places:
+                    rows[place] = _padding(index.row_tokens, source, shard.part, finding)
+                continue
             with self._opened(source, number, shard) as stream:
                 for place in sorted(places, key=lambda place: references[place].row):
                     arrays = shards.read_row(stream, references[place].row, index.row_tokens)
-                    rows[place] = Row(**arrays, source=source, part=shard.part)
+                    rows[place] = Row(arrays["input_ids"], arrays["document_ids"], arrays["num_bytes"], source, shard.part)
         return [row for row in rows if row is not None]
+
+    def _finding(self, source: int, number: int, shard: Shard) -> str:
+        """Why the shard is skipped; empty if it is good, or if damage is not skipped."""
+        key = source, number
+        if self._skips and key not in self._findings:
+            try:
+                with self._opened(source, number, shard):
+                    self._findings[key] = ""
+            except DamageError as error:
+                self._findings[key] = str(error)
+        return self._findings.get(key, "")
 
     @contextmanager
     def _opened(self, source: int, number: int, shard: Shard) -> Iterator[BinaryIO]:
@@ -112,6 +133,11 @@ class ShardReader:
             self._copies.pop(next(iter(self._copies))).close()
             sizes.pop(0)
         yield copy
+
+
+def _padding(row_tokens: int, source: int, part: int, finding: str) -> Row:
+    zeros = np.zeros(row_tokens, dtype=np.int32)
+    return Row(zeros, zeros - 1, zeros, source, part, finding)
 
 
 def _check(path: str, shard: Shard, copy: BinaryIO | None = None) -> None:

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
 os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
-os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
 os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
@@ -49,18 +48,19 @@ def session() -> Iterator[None]:
 
 
 def check_fits(parallelism: Parallelism) -> None:
-    """Raises UserError if the workers ask for more than the connected cluster has; Ray would wait for it for ever."""
+    """Raises UserError if the (fewest) workers ask for more than the connected cluster has; Ray would wait for it for ever."""
     resources = ray.cluster_resources()
     cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
-    needed = parallelism.workers * parallelism.cpus_per_worker
+    workers = parallelism.fewest_workers
+    needed = workers * parallelism.cpus_per_worker
     if needed > cpus:
         raise UserError(
-            f"parallelism.workers={parallelism.workers} with parallelism.cpus_per_worker={parallelism.cpus_per_worker:g} need {needed:g} CPUs, "
+            f"parallelism.workers={workers} with parallelism.cpus_per_worker={parallelism.cpus_per_worker:g} need {needed:g} CPUs, "
             f"and the cluster has {cpus:g}; set parallelism.workers to at most {int(cpus // parallelism.cpus_per_worker)}, or lower "
             "parallelism.cpus_per_worker"
         )
-    if parallelism.device == "cuda" and parallelism.workers > gpus:
+    if parallelism.device == "cuda" and workers > gpus:
         raise UserError(
-            f"parallelism.workers={parallelism.workers} with parallelism.device=cuda need as many GPUs, and the cluster has {gpus:g}; lower "
+            f"parallelism.workers={workers} with parallelism.device=cuda need as many GPUs, and the cluster has {gpus:g}; lower "
             "parallelism.workers or set parallelism.device=cpu"
         )

@@ -27,19 +27,22 @@ from dlm_ray.data.reading import Row, ShardReader, by_step, shares
 _SPAN_ITEMS = 64
 
 
-def ray_data_stream(sources: Sequence[Source], order: Order, cursor: Cursor, **share: int) -> Iterator[tuple[list[Row], Cursor]]:
+def ray_data_stream(
+    sources: Sequence[Source], order: Order, cursor: Cursor, *, on_bad_sample: str = "fail", **share: int
+) -> Iterator[tuple[list[Row], Cursor]]:
     """For each of the next steps: this rank's rows, and the cursor behind the whole global batch.
 
     Args:
         sources: where the shards lie.
         order: of the run.
         cursor: where to begin.
+        on_bad_sample: fail, or skip for rows of padding in the place of those of a missing or damaged shard.
         share: global_batch_rows, rank, world_size, num_steps.
 
     Raises:
-        DamageError: if a shard is missing or damaged.
+        DamageError: if a shard is missing or damaged, unless such are skipped.
     """
-    groups = _groups([source.path for source in sources], order, cursor, share)
+    groups = _groups([source.path for source in sources], order, cursor, on_bad_sample, share)
     # The next group is asked for before this one is used up: that hides the seconds in which the next span's actor starts.
     with ThreadPoolExecutor(1) as ahead:
         waiting = ahead.submit(next, groups, None)
@@ -48,7 +51,9 @@ def ray_data_stream(sources: Sequence[Source], order: Order, cursor: Cursor, **s
             yield from group
 
 
-def _groups(paths: Sequence[str], order: Order, cursor: Cursor, share: dict[str, int]) -> Iterator[list[tuple[list[Row], Cursor]]]:
+def _groups(
+    paths: Sequence[str], order: Order, cursor: Cursor, on_bad_sample: str, share: dict[str, int]
+) -> Iterator[list[tuple[list[Row], Cursor]]]:
     """Several steps at a time."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -58,7 +63,7 @@ def _groups(paths: Sequence[str], order: Order, cursor: Cursor, share: dict[str,
         items = [{"references": [(one.source, one.shard, one.row) for step in references for one in step]} for references, _ in span]
         dataset = ray.data.from_items(items, override_num_blocks=len(items)).map(
             _Reader,  # type: ignore[arg-type]  # Ray's annotation leaves out the classes that it takes
-            fn_constructor_args=(paths, order),
+            fn_constructor_args=(paths, order, on_bad_sample),
             num_cpus=0,
             concurrency=1,
         )
@@ -69,15 +74,22 @@ def _groups(paths: Sequence[str], order: Order, cursor: Cursor, share: dict[str,
 
 
 def _rows(group: dict[str, Any]) -> list[Row]:
-    arrays = (group["input_ids"], group["document_ids"], group["num_bytes"], group["source"].tolist(), group["part"].tolist())
+    arrays = (
+        group["input_ids"],
+        group["document_ids"],
+        group["num_bytes"],
+        group["source"].tolist(),
+        group["part"].tolist(),
+        group["finding"],
+    )
     return [Row(*fields) for fields in zip(*arrays, strict=True)]
 
 
 class _Reader:
     """The actor: references -> the arrays of their rows, stacked. It checks each shard once."""
 
-    def __init__(self, paths: Sequence[str], order: Order):
-        self._reader = ShardReader(paths, order.indexes)
+    def __init__(self, paths: Sequence[str], order: Order, on_bad_sample: str):
+        self._reader = ShardReader(paths, order.indexes, on_bad_sample=on_bad_sample)
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
         try:
@@ -90,5 +102,6 @@ class _Reader:
             "num_bytes": np.stack([row.num_bytes for row in rows]),
             "source": np.array([row.source for row in rows]),
             "part": np.array([row.part for row in rows]),
+            "finding": np.array([row.finding for row in rows]),
             "error": "",
         }

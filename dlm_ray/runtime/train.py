@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dlm_ray.checkpoint import commit, listing
-from dlm_ray.config.errors import DamageError, UserError
+from dlm_ray.config.errors import DamageError, Stopped, StorageError, UserError
 from dlm_ray.config.load import dump, run_name
-from dlm_ray.config.recipe import Recipe
+from dlm_ray.config.recipe import Elastic, Parallelism, Recipe
 from dlm_ray.runtime import cluster  # first of all: it sets what Ray reads when it is imported
 
 # isort: split
@@ -22,17 +23,21 @@ import ray
 import ray.train
 import torch
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+from ray.train.v2._internal.execution.context import get_train_context as get_internal_train_context
+from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 from ray.train.v2.api.report_config import CheckpointUploadMode
 
 from dlm_ray.data import storage
 from dlm_ray.data.reading import open_sources
 from dlm_ray.runtime.stream import ray_data_stream
-from dlm_ray.training import loop, start, teacher
+from dlm_ray.training import guards, loop, start, teacher
 
 log = logging.getLogger(__name__)
 
 OnEvent = Callable[[dict[str, Any]], None]
+
+# The workers of a driver that was killed end by themselves, and write until then.
+_PATIENCE_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -56,35 +61,42 @@ def fit(recipe: Recipe, out: str | Path = "runs", *, fresh: bool = False, on_eve
         on_event: called with every line of `metrics.jsonl` while the workers run.
 
     Raises:
-        UserError: if the recipe does not fit the data, its base or the cluster; before any worker starts.
-        DamageError: if a shard or a checkpoint is damaged.
+        UserError: if the recipe does not fit the data, its base or the cluster, before any worker starts; or if the run is going on elsewhere.
+        DamageError: if a shard or a checkpoint is damaged, or the disk is full. Neither is tried again.
         RuntimeError: if the workers failed more often than `parallelism.max_failures`, with the cause.
+        Stopped: after SIGTERM, or once there is a file `stop` in the run directory; the state is committed, and the same call goes on.
     """
     run_dir = _run_dir(recipe, Path(out).absolute(), fresh)
     finished = _finished(recipe, run_dir)
     if finished is not None:
         return finished
     _check_before_starting(recipe)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "recipe.yaml").write_text(dump(recipe))
-    # Which checkpoints there are is said by their manifests. Ray's own list may name pruned ones, and would then refuse to start.
-    (run_dir / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
-    with cluster.session():
-        cluster.check_fits(recipe.parallelism)
-        with _followed(run_dir / "metrics.jsonl", on_event):
-            try:
-                _trainer(recipe, run_dir).fit()
-            except TrainingFailedError as error:
-                raise _cause(error) from error
+    with guards.sole_owner(run_dir, "run"):
+        (run_dir / "recipe.yaml").write_text(dump(recipe))
+        # Which checkpoints there are is said by their manifests. Ray's own list may name pruned ones, and would then refuse to start.
+        (run_dir / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
+        (run_dir / guards.STOP_FILE).unlink(missing_ok=True)  # of a request that its run did not live to obey
+        with cluster.session():
+            cluster.check_fits(recipe.parallelism)
+            with _followed(run_dir / "metrics.jsonl", on_event), _told_to_stop(run_dir):
+                try:
+                    _trainer(recipe, run_dir).fit()
+                except TrainingFailedError as error:
+                    raise _cause(error) from error
     result = _finished(recipe, run_dir)
-    assert result is not None, f"Ray Train ended without an error, and {run_dir} holds no checkpoint of the last step"
+    if result is None:
+        latest = listing.latest(str(run_dir))
+        assert latest is not None, f"Ray Train ended without an error, and {run_dir} holds no checkpoint"
+        raise Stopped(
+            f"the run was asked to stop before step {recipe.training.steps}; {latest} holds its state, and the same command goes on"
+        )
     return RunResult(run_dir, result.checkpoint, result.step, already_finished=False, metrics=result.metrics)
 
 
 def _trainer(recipe: Recipe, run_dir: Path) -> TorchTrainer:
     parallelism = recipe.parallelism
     use_gpu = parallelism.device == "cuda" or (
-        parallelism.device == "auto" and ray.cluster_resources().get("GPU", 0) >= parallelism.workers
+        parallelism.device == "auto" and ray.cluster_resources().get("GPU", 0) >= parallelism.fewest_workers
     )
     return TorchTrainer(
         _worker,
@@ -94,17 +106,47 @@ def _trainer(recipe: Recipe, run_dir: Path) -> TorchTrainer:
             "device": "cuda" if use_gpu else "cpu",
         },
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=parallelism.workers,
-            use_gpu=use_gpu,
-            resources_per_worker={"CPU": parallelism.cpus_per_worker, "GPU": float(use_gpu)},
-        ),
+        scaling_config=_scaling(parallelism, use_gpu),
         run_config=ray.train.RunConfig(
             name=run_dir.name,
             storage_path=str(run_dir.parent),
             failure_config=ray.train.FailureConfig(max_failures=parallelism.max_failures),
+            callbacks=[_NotTriedAgain()],  # type: ignore[list-item]  # Ray's annotation is of the callbacks before version 2
         ),
     )
+
+
+def _scaling(parallelism: Parallelism, use_gpu: bool) -> ray.train.ScalingConfig:
+    """A fixed number of workers, or Ray's elastic policy between two."""
+    resources = {"CPU": parallelism.cpus_per_worker, "GPU": float(use_gpu)}
+    elastic = parallelism.workers
+    if not isinstance(elastic, Elastic):
+        return ray.train.ScalingConfig(num_workers=elastic, use_gpu=use_gpu, resources_per_worker=resources)
+    return ray.train.ScalingConfig(  # type: ignore[call-arg]  # Ray's annotation is of the class before version 2
+        num_workers=(elastic.min, elastic.max),  # type: ignore[arg-type]
+        use_gpu=use_gpu,
+        resources_per_worker=resources,
+        elastic_resize_monitor_interval_s=elastic.look_every_seconds,
+    )
+
+
+class _NotTriedAgain(ray.train.UserCallback):
+    """A mistake, damage or a diverged run fails again however often it is started: an error in a callback ends the run at once."""
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        permanent = _permanent(worker_exceptions)
+        if permanent is not None:
+            raise permanent
+
+
+def _permanent(failures: Mapping[int, Exception]) -> Exception | None:
+    """The failure among those of the workers that another start would not mend, and that a person is told of."""
+    found = [getattr(failure, "_base_exc", failure) for failure in failures.values()]
+    for kind in (DamageError, UserError, FloatingPointError):
+        for failure in found:
+            if isinstance(failure, kind) and not isinstance(failure, StorageError):
+                return failure
+    return None
 
 
 def _anchored(recipe: Recipe) -> Recipe:
@@ -137,7 +179,22 @@ def _worker(config: dict[str, Any]) -> None:
             checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
         )
 
-    loop.fit(recipe, config["run_dir"], stream=ray_data_stream, report=report)
+    try:
+        loop.fit(
+            recipe,
+            config["run_dir"],
+            stream=ray_data_stream,
+            report=report,
+            is_machine_leaving=_is_machine_leaving,
+            patience_seconds=_PATIENCE_SECONDS,
+        )
+    except Stopped as stopped:
+        log.info("%s", stopped)  # on all workers at the same step; a failure would be started again
+
+
+def _is_machine_leaving() -> bool:
+    """Whether Ray has had notice that a machine of this run will be taken. Ray's public call is a barrier, and the loop agrees by itself."""
+    return get_internal_train_context().preemption_context.preemption_info is not None
 
 
 def _run_dir(recipe: Recipe, out: Path, fresh: bool) -> Path:
@@ -176,14 +233,27 @@ def _check_before_starting(recipe: Recipe) -> None:
 
 def _cause(error: TrainingFailedError) -> Exception:
     """The failure of a worker that explains the others: a user's or a damaged file if there is one, else the first."""
+    if isinstance(error, ControllerError):
+        failure = error.controller_failure
+        return failure if isinstance(failure, (UserError, FloatingPointError)) else RuntimeError(f"Ray Train failed: {failure!r}")
     if not isinstance(error, WorkerGroupError):
         return RuntimeError(str(error))
     failures = [getattr(failure, "_base_exc", failure) for failure in error.worker_failures.values()]
-    for kind in (DamageError, UserError, FloatingPointError):
-        for failure in failures:
-            if isinstance(failure, kind):
-                return failure
-    return RuntimeError(f"the workers failed: {failures[0]!r}" if failures else str(error))
+    told = _permanent(error.worker_failures) or next((failure for failure in failures if isinstance(failure, StorageError)), None)
+    return told or RuntimeError(f"the workers failed: {failures[0]!r}" if failures else str(error))
+
+
+@contextmanager
+def _told_to_stop(run_dir: Path) -> Iterator[None]:
+    """Within the context SIGTERM to this process becomes a file that the workers see between two steps, wherever they run."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: (run_dir / guards.STOP_FILE).touch())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

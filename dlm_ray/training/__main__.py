@@ -1,4 +1,4 @@
-"""`torchrun -m dlm_ray.training RECIPE [key=value ...] [--out runs]`: the same run without Ray."""
+"""`torchrun -m dlm_ray.training RECIPE [key=value ...] [--out runs]`: the same run without Ray. SIGTERM commits and exits with 75."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import sys
 from pathlib import Path
 
-from dlm_ray.config.errors import UserError
+from dlm_ray.config.errors import Stopped, UserError
 from dlm_ray.config.load import load_recipe, run_name
 from dlm_ray.training.loop import fit
 
@@ -23,6 +23,9 @@ def main() -> int:
     try:
         recipe = load_recipe(arguments.recipe, arguments.overrides)
         result = fit(recipe, arguments.out.absolute() / run_name(recipe))
+    except Stopped as stopped:
+        sys.stderr.write(f"{stopped}\n")
+        return 75
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,6 +18,14 @@ from dlm_ray.diffusion.clip_search import Measured
 from dlm_ray.training import curriculum
 from dlm_ray.training.validate import gather_again
 
+log = logging.getLogger(__name__)
+
+
+def is_due(recipe: Recipe, step: int) -> bool:
+    """Whether the recipe searches after this step."""
+    asked = recipe.curriculum.clip_search
+    return asked is not None and step % asked.every_steps == 0
+
 
 def search(
     recipe: Recipe, root: Any, objective: Any, rows: Sequence[Any], rank: int, world_size: int, device: torch.device
@@ -24,6 +33,7 @@ def search(
     """The paper's candidates on held-out rows, the least variance first. Collective: every rank passes the same rows and gets the same answer."""
     asked = recipe.curriculum.clip_search
     assert asked is not None, "the recipe searches"
+    rows = rows[: asked.rows]
     x_0 = np.stack([row.input_ids for row in rows]).astype(np.int64)
     document_ids = np.stack([row.document_ids for row in rows])
     clips = clip_search.candidates(recipe.objective.clip.enforce if recipe.objective.clip else "none")
@@ -47,9 +57,11 @@ def search(
     return clip_search.measured(clips, totals)
 
 
-def apply(recipe: Recipe, objective: Any, interval: Sequence[float]) -> None:
-    """Trains on [beta, omega] from here on, with the weights and the enforcement that the recipe asks for."""
+def apply(recipe: Recipe, objective: Any, interval: Sequence[float]) -> tuple[float, float]:
+    """Trains on [beta, omega] from here on, with the weights and the enforcement that the recipe asks for; returns the two."""
     asked = recipe.objective.clip
     beta, omega = interval
     clip = Clip(beta, omega, asked.weight if asked else "unbiased", asked.enforce if asked else "none")
     objective.process = replace(objective.process, clip=clip)
+    log.info("clip [%g, %g] from here on", beta, omega)
+    return beta, omega

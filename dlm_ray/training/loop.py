@@ -7,8 +7,8 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, replace
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,19 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from dlm_ray.checkpoint import commit, listing
-from dlm_ray.config.errors import UserError
-from dlm_ray.config.objective import rules_of
+from dlm_ray.checkpoint import agreement, commit, listing
+from dlm_ray.config.errors import DamageError, Stopped, UserError
 from dlm_ray.config.recipe import Recipe, Source
 from dlm_ray.data.index import load_data_tokenizer
 from dlm_ray.data.order import Cursor, Order
 from dlm_ray.data.reading import Row, ShardReader, iterate_rows, open_sources, read_split
-from dlm_ray.training import clip_search, curriculum, start, state, teacher
+from dlm_ray.training import clip_search, curriculum, guards, start, state, teacher
 from dlm_ray.training import optimizer as optimization
+from dlm_ray.training.capabilities import capabilities
 from dlm_ray.training.ema import Ema
+from dlm_ray.training.faults import Faults, LossAlarm, findings, write_bad_step
 from dlm_ray.training.metrics import MetricsLog
+from dlm_ray.training.saving import Saver
 from dlm_ray.training.step import StepResult, micro_batches, train_step
 from dlm_ray.training.validate import validate
 
@@ -36,50 +38,71 @@ Stream = Callable[..., Iterator[tuple[list[Row], Cursor]]]
 Report = Callable[[dict[str, Any], str | None], None]
 
 
-def local_stream(sources: Sequence[Source], order: Order, cursor: Cursor, **share: int) -> Iterator[tuple[list[Row], Cursor]]:
+def local_stream(
+    sources: Sequence[Source], order: Order, cursor: Cursor, *, on_bad_sample: str = "fail", **share: int
+) -> Iterator[tuple[list[Row], Cursor]]:
     """The rows of this rank, read in this process: per step its share of the global batch, and the cursor behind the whole batch."""
-    return iterate_rows(ShardReader([source.path for source in sources], order.indexes), order, cursor, **share)
+    reader = ShardReader([source.path for source in sources], order.indexes, on_bad_sample=on_bad_sample)
+    return iterate_rows(reader, order, cursor, **share)
 
 
-def fit(recipe: Recipe, run_dir: str | Path, *, stream: Stream = local_stream, report: Report | None = None) -> dict[str, Any]:
+def fit(
+    recipe: Recipe,
+    run_dir: str | Path,
+    *,
+    stream: Stream = local_stream,
+    report: Report | None = None,
+    is_machine_leaving: Callable[[], bool] | None = None,
+    patience_seconds: float = 0.0,
+) -> dict[str, Any]:
     """Trains until `training.steps`, from the last committed checkpoint of `run_dir` if there is one.
 
     Args:
         recipe: the run.
         run_dir: where checkpoints (`step_*`), `metrics.jsonl` and `tokenizer/` lie; the same on every rank.
         stream: gives the rows; `local_stream`, or Ray Data's.
-        report: called on every rank after every commit with the last metrics and the committed directory.
+        report: called on every rank, at the same step, after every commit with the metrics of its step and the committed directory.
+        is_machine_leaving: asked on every rank between steps; the first time that one says so, the state is committed, and the run goes on.
+        patience_seconds: how long another writer of `run_dir` may take to end before this one is refused.
 
     Returns:
         The last metrics; `checkpoint` is the last committed directory.
 
     Raises:
-        UserError: if the recipe does not fit the data, the base or the run directory.
-        DamageError: if a shard or checkpoint is damaged.
-        FloatingPointError: if the gradient is not finite; the last checkpoint is good.
+        UserError: if the recipe does not fit the data, the base or the run directory, or another process writes it.
+        DamageError: if a shard or checkpoint is damaged, or the disk is full.
+        FloatingPointError: if the gradient is not finite (`training.max_skipped_steps` times in a row); the last checkpoint is good.
+        Stopped: after SIGTERM, or once there is a file `stop` in `run_dir`; the state is committed.
     """
-    with _process_group(recipe):
-        run = _Run(recipe, Path(run_dir))
-        return run.train(stream, report)
+    with _process_group(recipe), guards.StopRequest(Path(run_dir)) as stop, ExitStack() as held:
+        run = _Run(recipe, Path(run_dir), held, patience_seconds)
+        return run.train(stream, report, stop, is_machine_leaving or (lambda: False))
 
 
 class _Run:
     """The state of one run on one rank."""
 
-    def __init__(self, recipe: Recipe, run_dir: Path):
+    def __init__(self, recipe: Recipe, run_dir: Path, held: ExitStack, patience_seconds: float):
         self.recipe, self.run_dir = recipe, run_dir
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.device = pick_device(recipe.parallelism.device)
         self.host_group = dist.new_group(backend="gloo")
         self.indexes = open_sources(recipe.data.sources)
+        self.data_identity = guards.data_identity(self.indexes)
         self.order = Order(self.indexes, [source.weight for source in recipe.data.sources], recipe.seed, recipe.data.window_shards)
-        # All ranks must resume from the same step, whatever each of them sees of the file system just now.
-        latest = [listing.latest(str(run_dir)) if self.rank == 0 else None]
-        dist.broadcast_object_list(latest, group=self.host_group)
-        self.checkpoint: str | None = latest[0]
-        if self.rank == 0:
-            run_dir.mkdir(parents=True, exist_ok=True)
+
+        def open_directory() -> str | None:
+            if self.rank != 0:
+                return None
+            held.enter_context(guards.sole_owner(run_dir, "writer", patience_seconds=patience_seconds))
             load_data_tokenizer(recipe.data.sources[0].path).save_pretrained(str(run_dir / "tokenizer"))
+            return listing.latest(str(run_dir))
+
+        # All ranks must resume from the same step, whatever each of them sees of the file system just now.
+        self.checkpoint: str | None = agreement.gathered(open_directory, self.host_group)[0]
+        self.faults = Faults()
+        self.saver = Saver(recipe.checkpoint, run_dir, self.rank)
+        held.callback(self.saver.close)
         self._build()
 
     def _build(self) -> None:
@@ -93,6 +116,8 @@ class _Run:
                     f"{self.checkpoint} was trained with tokenizer {manifest.tokenizer['name']} ({manifest.tokenizer['sha256'][:12]}) and "
                     f"data.sources hold {tokenizer.name} ({tokenizer.sha256[:12]}); point data.sources at the run's own data"
                 )
+            then = manifest.extra.get("data", self.data_identity)
+            guards.check_same_run(self.recipe, self.data_identity, str(self.checkpoint), manifest.recipe, then)
             self.network = start.Network.from_manifest(manifest.model)
         self.objective = start.build_objective(self.recipe, self.network, self.indexes[0].row_tokens)
         mesh = init_device_mesh(self.device.type, (self.world_size,))
@@ -105,20 +130,31 @@ class _Run:
         self.optimizer = optimization.build(self.recipe.optimizer, self.root)
         self.ema = Ema(self.root, self.recipe.ema.decay) if self.recipe.ema else None
         self.step, self.cursor = 0, Cursor.start(len(self.indexes))
-        self.clip: list[float] | None = None  # what the search chose last
+        self.clip: tuple[float, float] | None = None  # what the search chose last
         if manifest is not None and self.checkpoint is not None:
-            commit.load(self.checkpoint, state.tensors(self.root, self.optimizer, self.ema))
-            optimization.set_step(self.optimizer, manifest.step)
+            self._load(self.checkpoint)
+            self.faults = Faults(**manifest.extra.get("faults", {}))
+            optimization.set_step(self.optimizer, manifest.step - self.faults.skipped_steps)
             self.step, self.cursor = manifest.step, Cursor.from_dict(manifest.cursor)
-            self.clip = manifest.extra.get("clip")
-            if self.clip:
-                clip_search.apply(self.recipe, self.objective, self.clip)
+            if manifest.extra.get("clip"):
+                self.clip = clip_search.apply(self.recipe, self.objective, manifest.extra["clip"])
             log.info("resumed from %s", self.checkpoint)
 
-    def train(self, stream: Stream, report: Report | None) -> dict[str, Any]:
+    def _load(self, checkpoint: str) -> None:
+        """Damage that one rank finds is every rank's failure."""
+
+        def read() -> None:
+            commit.load(checkpoint, state.tensors(self.root, self.optimizer, self.ema))
+
+        agreement.gathered(read, self.host_group)
+
+    def train(
+        self, stream: Stream, report: Report | None, stop: guards.StopRequest, is_machine_leaving: Callable[[], bool]
+    ) -> dict[str, Any]:
         """The loop: one line a stage; everything in it happens on every rank at the same step."""
         recipe, num_steps = self.recipe, self.recipe.training.steps
-        metrics_log = MetricsLog(recipe, self.run_dir, self.step) if self.rank == 0 else None
+        self.metrics_log = MetricsLog(recipe, self.run_dir, self.step) if self.rank == 0 else None
+        alarm = LossAlarm(recipe.tracking.alarm_deviations, self.metrics_log.losses if self.metrics_log else [])
         held_out = self._held_out_rows()
         share = {
             "global_batch_rows": recipe.training.global_batch_rows,
@@ -128,18 +164,26 @@ class _Run:
         }
         metrics: dict[str, Any] = {}
         clock = _Clock()
-        unchecked: tuple[int, StepResult] | None = None
-        for rows, cursor in stream(recipe.data.sources, self.order, self.cursor, **share):
+        unchecked: tuple[int, Cursor, StepResult] | None = None
+        has_left = False
+        for rows, cursor in stream(recipe.data.sources, self.order, self.cursor, on_bad_sample=recipe.data.on_bad_sample, **share):
             rate = optimization.learning_rate(recipe.optimizer, self.step, num_steps)
             optimization.set_learning_rate(self.optimizer, rate)
             batches = micro_batches(recipe, self.objective, rows, self.step, self.rank, self.world_size, self.device)
-            result = train_step(self.root, self.objective, self.optimizer, batches, recipe.optimizer.max_gradient_norm, self.host_group)
-            if unchecked is not None:
-                _check_finite(recipe, *unchecked)  # one step late, so that the host never waits for the step it has just launched
-            if self.ema is not None:
+            skips = {"skips_nonfinite": recipe.training.max_skipped_steps > 0}
+            result = train_step(
+                self.root, self.objective, self.optimizer, batches, recipe.optimizer.max_gradient_norm, self.host_group, **skips
+            )
+            self.faults.count_step(result.is_skipped)
+            if result.is_skipped:
+                self._check_finite(self.step + 1, self.cursor, result)
+            elif unchecked is not None:
+                self._check_finite(*unchecked)  # one step late, so that the host never waits for the step it has just launched
+            if self.ema is not None and not result.is_skipped:
                 self.ema.update(self.step)
             ratio = 0.0 if self.objective.is_causal else curriculum.annealing_ratio(recipe, self.step)
-            self.step, self.cursor, unchecked = self.step + 1, cursor, (self.step + 1, result)
+            unchecked = (self.step + 1, self.cursor, result)
+            self.step, self.cursor = self.step + 1, cursor
             clock.count(recipe.training.global_batch_rows * self.indexes[0].row_tokens)
 
             is_last = self.step == num_steps
@@ -148,35 +192,46 @@ class _Run:
                 if recipe.curriculum.block_sizes:
                     metrics["block_tokens"] = curriculum.block_tokens(recipe, self.step - 1)
                 metrics |= {"learning_rate": rate, "visible_future": ratio, "tokens_per_second": clock.tokens_per_second()}
-                if metrics_log is not None:
-                    metrics_log.write(self.step, **metrics, rows=self.cursor.rows)
+                if self.metrics_log is not None:
+                    alarms = {"loss_spike": True} if alarm.rings(self.step, metrics["loss"]) else {}
+                    skipped = {"skipped_steps": self.faults.skipped_steps} if self.faults.skipped_steps else {}
+                    self.metrics_log.write(self.step, **metrics, **alarms, **skipped, rows=self.cursor.rows, workers=self.world_size)
             if recipe.validation.rows and held_out and (self.step % recipe.validation.every_steps == 0 or is_last):
                 with clock.paused(), self.ema.swapped_in() if self.ema else nullcontext():
-                    validation = validate(
-                        recipe, self.root, self.objective, held_out[: recipe.validation.rows], self.rank, self.world_size, self.device
-                    )
-                if metrics_log is not None:
-                    metrics_log.write(self.step, validation=validation)
-                metrics["validation"] = validation
-            search = recipe.curriculum.clip_search
-            if search is not None and held_out and self.step % search.every_steps == 0 and not is_last:
+                    validated = held_out[: recipe.validation.rows]
+                    validation = validate(recipe, self.root, self.objective, validated, self.rank, self.world_size, self.device)
+                if self.metrics_log is not None:
+                    self.metrics_log.write(self.step, validation=validation)
+                metrics |= {"validation": validation, "validated_step": self.step}
+            if clip_search.is_due(recipe, self.step) and held_out and not is_last:
                 with clock.paused(), self.ema.swapped_in() if self.ema else nullcontext():
-                    found = clip_search.search(
-                        recipe, self.root, self.objective, held_out[: search.rows], self.rank, self.world_size, self.device
-                    )
-                self.clip = [found[0].beta, found[0].omega]
-                clip_search.apply(recipe, self.objective, self.clip)
-                if metrics_log is not None:
-                    metrics_log.write(self.step, clip_search=[asdict(one) for one in found])
-                    log.info("step %d: clip [%g, %g], variance %.4g", self.step, *self.clip, found[0].variance)
-            if self.step % recipe.checkpoint.every_steps == 0 or is_last:
-                _check_finite(recipe, self.step, result)
-                with clock.paused():
-                    self._commit(metrics)
-                    if report is not None:
-                        report({"step": self.step, **metrics}, self.checkpoint)
-        if metrics_log is not None:
-            metrics_log.close()
+                    found = clip_search.search(recipe, self.root, self.objective, held_out, self.rank, self.world_size, self.device)
+                self.clip = clip_search.apply(recipe, self.objective, (found[0].beta, found[0].omega))
+                if self.metrics_log is not None:
+                    self.metrics_log.write(self.step, clip_search=[vars(one) for one in found])
+
+            bad_rows = findings(rows)
+            own = [len(bad_rows), int(stop.is_made()), int(is_machine_leaving()), int(self.saver.is_over())]
+            num_bad, is_asked, is_leaving, is_over = agreement.totals(own, self.host_group)
+            if num_bad:
+                self._count_bad(bad_rows, num_bad)
+            with clock.paused():
+                if is_over == self.world_size:
+                    self._conclude(report)
+                is_due = self.step % recipe.checkpoint.every_steps == 0 or is_last
+                if is_due or is_asked or (is_leaving and not has_left):
+                    self._check_finite(*unchecked)
+                    self._conclude(report)
+                    self._begin_save(metrics)
+                if is_last or is_asked or is_leaving or not recipe.checkpoint.asynchronous:
+                    self._conclude(report, has_to_succeed=is_last or bool(is_asked))
+                has_left = has_left or bool(is_leaving)
+            if is_asked:
+                stop.obeyed()
+            if is_asked and not is_last:
+                raise Stopped(f"stopped after step {self.step} of {num_steps}, as it was asked to; {self.checkpoint} holds its state")
+        if self.metrics_log is not None:
+            self.metrics_log.close()
         assert self.step == num_steps, f"the stream ended after step {self.step} of {num_steps}"
         return {"step": self.step, "checkpoint": self.checkpoint, **metrics}
 
@@ -191,40 +246,58 @@ class _Run:
                 rows += read_split(source.path, "held_out", per_source)
         return rows[:wanted]
 
-    def _commit(self, metrics: dict[str, Any]) -> None:
-        directory = listing.step_directory(str(self.run_dir), self.step)
-        commit.save(
-            directory,
-            state.tensors(self.root, self.optimizer, self.ema),
-            {
-                "step": self.step,
-                "recipe": self.recipe.model_dump(mode="json"),
-                "tokenizer": self.indexes[0].tokenizer.as_dict(),
-                "model": {**self.network.as_manifest(), "objective": self.recipe.objective.name},
-                "capabilities": self._capabilities(),
-                "cursor": self.cursor.as_dict(),
-                "extra": {"metrics": metrics, "clip": self.clip},
-            },
-            group=self.host_group,
-        )
-        self.checkpoint = directory
-        if self.rank == 0:
-            listing.prune(str(self.run_dir), self.recipe.checkpoint.keep_last)
-
-    def _capabilities(self) -> dict[str, Any]:
-        """What can be asked of the checkpoint."""
-        row_tokens = self.indexes[0].row_tokens
-        block_tokens = 1 if self.network.is_causal else self.recipe.objective.block_tokens or row_tokens
-        is_whole = block_tokens == row_tokens and self.objective.likelihood != "none"
-        return {
-            "likelihood": self.objective.likelihood,
-            "infill": is_whole,
-            "canvas": "simplex_blocks" if self.objective.likelihood == "none" else "whole" if is_whole else "blocks",
-            "block_tokens": block_tokens,
-            "rules": list(rules_of(self.recipe.objective.name)),
-            "row_tokens": row_tokens,
-            "document_mask": self.recipe.data.document_mask,
+    def _begin_save(self, metrics: dict[str, Any]) -> None:
+        fields = {
+            "step": self.step,
+            "recipe": self.recipe.model_dump(mode="json"),
+            "tokenizer": self.indexes[0].tokenizer.as_dict(),
+            "model": {**self.network.as_manifest(), "objective": self.recipe.objective.name},
+            "capabilities": capabilities(self.recipe, self.network, self.objective, self.indexes[0].row_tokens),
+            "cursor": self.cursor.as_dict(),
+            "extra": {"metrics": dict(metrics), "faults": self.faults.as_dict(), "data": self.data_identity, "clip": self.clip},
         }
+        self.saver.begin(self.step, state.tensors(self.root, self.optimizer, self.ema), fields, dict(metrics))
+
+    def _conclude(self, report: Report | None, *, has_to_succeed: bool = False) -> None:
+        """Waits for the save that is on its way, if one is, and tells of it."""
+        saved = self.saver.end(has_to_succeed=has_to_succeed)
+        if saved is None:
+            return
+        self.checkpoint = saved.directory or self.checkpoint
+        if self.metrics_log is not None:
+            self.metrics_log.write(self.step, checkpoint=saved.directory, of_step=saved.step, blocked_seconds=saved.blocked_seconds)
+        if report is not None and saved.directory is not None:
+            report({"step": saved.step, **saved.metrics}, saved.directory)
+
+    def _count_bad(self, own: list[str], num_bad: int) -> None:
+        """Counts the rows that were left out of this step's global batch, on all ranks alike.
+
+        Raises:
+            DamageError: if not one row of the batch is left.
+        """
+        everybodys = [finding for rank in agreement.gathered(lambda: own, self.host_group) for finding in rank]
+        self.faults.count_rows(everybodys)
+        if num_bad == self.recipe.training.global_batch_rows:
+            raise DamageError(f"step {self.step}: not one of its {num_bad} rows can be read ({everybodys[0]}); restore the shards")
+
+    def _check_finite(self, step: int, cursor: Cursor, result: StepResult) -> None:
+        """Raises FloatingPointError on every rank alike, because the norm is of the global gradient.
+
+        Names the step, its rows in the order of the run, and the objective; a file holds what it takes to run the same step again.
+        """
+        norm, recipe = result.gradient_norm.item(), self.recipe
+        if math.isfinite(norm) or (result.is_skipped and self.faults.skipped_in_a_row <= recipe.training.max_skipped_steps):
+            return
+        self._conclude(None)
+        metrics, rows = result.metrics(), recipe.training.global_batch_rows
+        where = ""
+        if self.rank == 0:
+            path = write_bad_step(self.run_dir, recipe, self.order, step=step, cursor=cursor, checkpoint=self.checkpoint, metrics=metrics)
+            where = f", and {path} holds what it takes to run the step again"
+        raise FloatingPointError(
+            f"step {step} (rows {(step - 1) * rows} to {step * rows - 1} of the run's order) of objective {recipe.objective.name}: loss "
+            f"{metrics['loss']:.6g}, gradient norm {norm}, not finite; the last checkpoint is good{where}. Lower optimizer.learning_rate"
+        )
 
 
 def pick_device(name: str) -> torch.device:
@@ -257,20 +330,6 @@ def _process_group(recipe: Recipe) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
-
-
-def _check_finite(recipe: Recipe, step: int, result: StepResult) -> None:
-    """Raises FloatingPointError on every rank alike, because the norm is of the global gradient.
-
-    Names the step, its rows in the order of the run, and the objective: what it takes to look at the same batch again.
-    """
-    norm = result.gradient_norm.item()
-    if not math.isfinite(norm):
-        rows = recipe.training.global_batch_rows
-        raise FloatingPointError(
-            f"step {step} (rows {(step - 1) * rows} to {step * rows - 1} of the run's order) of objective {recipe.objective.name}: loss "
-            f"{result.metrics()['loss']:.6g}, gradient norm {norm}, not finite; the last checkpoint is good. Lower optimizer.learning_rate"
-        )
 
 
 class _Clock:

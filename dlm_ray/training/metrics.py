@@ -19,6 +19,8 @@ class MetricsLog:
     def __init__(self, recipe: Recipe, run_dir: Path, start_step: int):
         self.path = run_dir / "metrics.jsonl"
         kept = [line for line in self._lines() if json.loads(line)["step"] <= start_step]
+        self.losses: list[float] = [event["loss"] for event in map(json.loads, kept) if "loss" in event]
+        """Those that were logged before."""
         partial = self.path.with_suffix(".tmp")
         partial.write_text("".join(kept))
         os.replace(partial, self.path)

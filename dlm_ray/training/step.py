@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,6 +49,8 @@ class StepResult:
     num_scored: int
     gradient_norm: Tensor
     """Scalar, of the global gradient before clipping."""
+    is_skipped: bool = False
+    """Nothing was updated, because the gradient was not finite."""
 
     def metrics(self) -> dict[str, float]:
         """The step's means over all ranks; collective."""
@@ -93,11 +96,19 @@ def micro_batches(
 
 
 def train_step(
-    root: Any, objective: Any, optimizer: torch.optim.Optimizer, batches: Sequence[Batch], max_norm: float, host_group: Any
+    root: Any,
+    objective: Any,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[Batch],
+    max_norm: float,
+    host_group: Any,
+    *,
+    skips_nonfinite: bool = False,
 ) -> StepResult:
     """Forward, backward, clip and update over the global batch of which `batches` is this rank's part.
 
-    The counts are on the host, so the division is known before the first backward pass and nothing waits for the device.
+    The counts are on the host, so the division is known before the first backward pass and nothing waits for the device; only to skip a
+    gradient that is not finite does the host wait for its norm, which is the same on all ranks.
     """
     counts = torch.tensor([sum(objective.count(batch.draw) for batch in batches), sum(batch.draw.num_scored for batch in batches)])
     dist.all_reduce(counts, group=host_group)
@@ -115,10 +126,12 @@ def train_step(
         parts = torch.stack([loss.weighted_sum.detach(), *loss.by_name.values(), *loss.by_token.values()]).double()
         sums = parts if sums is None else sums + parts
     norm = _clip(root.denoiser.parameters(), _reduced(objective.parameters()), max_norm)
-    optimizer.step()
+    is_skipped = skips_nonfinite and not math.isfinite(norm.item())
+    if not is_skipped:
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     assert sums is not None, "a step has at least one micro-batch"
-    return StepResult(sums, names, divisors, count, num_scored, norm)
+    return StepResult(sums, names, divisors, count, num_scored, norm, is_skipped)
 
 
 def _reduced(own: Iterable[nn.Parameter]) -> list[Tensor]:

@@ -96,6 +96,10 @@ def test_a_wrong_override_says_what_is_allowed(recipe_file, override, message):
         (["curriculum.annealing={pattern: window, steps: 9}", "objective.name=autoregressive"], "stays causal"),
         (["optimizer.rate=warmup_stable_decay"], "optimizer.decay_steps=0"),
         (["optimizer.warmup_steps=11"], "exceed training.steps=10"),
+        (["parallelism.workers={min: 3, max: 2}"], "parallelism.workers: min=3 exceeds max=2"),
+        (["parallelism.workers={min: 1, max: 5}"], "a worker would have no row"),
+        (["parallelism.workers={mn: 1, max: 2}"], "did you mean parallelism.workers.min?"),
+        (["checkpoint.keep_best=1", "validation.every_steps=30"], "checkpoint.keep_best=1 needs validation at every checkpoint"),
         (["parallelism.workers=5"], "a worker would have no row"),
         (["objective.name=block"], "objective.block_tokens is missing"),
         (["objective.block_tokens=4"], "is not used by objective.name=masked, only by block"),
@@ -157,7 +161,14 @@ def test_a_dumped_recipe_is_the_same_recipe(tmp_path):
 def test_the_hash_follows_the_result_and_nothing_else(recipe_file):
     plain = load_recipe(recipe_file)
     assert run_name(plain).startswith("test-") and len(recipe_hash(plain)) == 8
-    for same in ("parallelism.workers=2", "tracking.wandb=offline", "checkpoint.every_steps=7"):
+    same_run = (
+        "parallelism.workers=2",
+        "tracking.wandb=offline",
+        "checkpoint.every_steps=7",
+        "data.on_bad_sample=skip",
+        "training.max_skipped_steps=3",
+    )
+    for same in same_run:
         assert recipe_hash(load_recipe(recipe_file, [same])) == recipe_hash(plain)
     for other in ("seed=1", "training.steps=11", "data.sources.0.path=x"):
         assert recipe_hash(load_recipe(recipe_file, [other])) != recipe_hash(plain)

@@ -18,6 +18,7 @@ from dlm_ray.config.recipe import Source
 from dlm_ray.data.index import load_index
 from dlm_ray.data.order import Cursor, Order
 from dlm_ray.data.reading import ShardReader, iterate_rows
+from dlm_ray.diffusion.objectives import Masked
 from dlm_ray.training import loop
 
 pytestmark = pytest.mark.ray
@@ -162,13 +163,43 @@ def _a_worker():
     raise AssertionError(f"no worker among {threading.active_count()} threads' processes")
 
 
-def test_a_failure_in_the_workers_comes_back_as_one_message(ray_session, data_folder, tmp_path):
+class CountedMasked(Masked):
+    """The objective of the test below, in whatever process builds it: an actor counts how often that is."""
+
+    def __init__(self, *arguments, **options):
+        import ray
+
+        super().__init__(*arguments, **options)
+        ray.get(ray.get_actor("attempts").add.remote())
+
+
+def test_a_failure_in_the_workers_comes_back_as_one_message_and_is_not_tried_again(ray_session, data_folder, tmp_path):
+    """The rate is what diverges: three more attempts would end as the first."""
+    import ray
+
     from dlm_ray.runtime.train import fit
 
-    recipe = tiny_recipe(data_folder, "explodes", optimizer__learning_rate=1e30, optimizer__warmup_steps=0, parallelism__max_failures=0)
+    class Attempts:
+        number = 0
+
+        def add(self, count=1):
+            self.number += count
+            return self.number
+
+    attempts = ray.remote(num_cpus=0)(Attempts).options(name="attempts").remote()
+    recipe = tiny_recipe(
+        data_folder,
+        "explodes",
+        objective__name="runtime.test_on_ray:CountedMasked",
+        optimizer__learning_rate=1e30,
+        optimizer__warmup_steps=0,
+    )
+    assert recipe.parallelism.max_failures == 3
     with pytest.raises(
         FloatingPointError,
-        match=r"step 2 \(rows 12 to 23 of the run's order\) of objective masked: loss \S+, gradient norm \S+, not finite",
+        match=r"step 2 \(rows 12 to 23 of the run's order\) of objective runtime\S+: loss \S+, gradient norm \S+, not finite",
     ):
         fit(recipe, tmp_path)
-    assert listing.latest(str(next(tmp_path.glob("explodes-*")))) is None
+    assert ray.get(attempts.add.remote(0)) == 2  # once by the driver, which checks the recipe, and once by the worker
+    run_dir = next(tmp_path.glob("explodes-*"))
+    assert listing.latest(str(run_dir)) is None and (run_dir / "bad_step_00000002.json").is_file()

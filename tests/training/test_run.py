@@ -144,9 +144,10 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_saved(data_fol
 def test_a_damaged_checkpoint_and_other_data_are_refused(data_folder, base, tmp_path):
     recipe = tiny_recipe(data_folder)
     loop.fit(recipe, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/step_00000008")
     other = make_data(tmp_path / "other", vocab=310)
     with pytest.raises(UserError, match="was trained with tokenizer"):
-        loop.fit(tiny_recipe(other, training__steps=9), tmp_path / "run")
+        loop.fit(tiny_recipe(other), tmp_path / "run")
     with pytest.raises(UserError, match="was made with tokenizer"):
         loop.fit(tiny_recipe(other, model__architecture=None, model__base=str(base[0])), tmp_path / "new")
     victim = max(Path(listing.latest(str(tmp_path / "run"))).glob("ocdbt.process_0/d/*"), key=lambda path: path.stat().st_size)
@@ -154,7 +155,7 @@ def test_a_damaged_checkpoint_and_other_data_are_refused(data_folder, base, tmp_
     content[len(content) // 2] ^= 4
     victim.write_bytes(content)
     with pytest.raises(DamageError, match="damaged"):
-        loop.fit(tiny_recipe(data_folder, training__steps=9), tmp_path / "run")
+        loop.fit(recipe, tmp_path / "run")
 
 
 def test_a_run_on_shards_in_s3_is_the_run_on_the_disk(s3, data_folder, tmp_path):
