@@ -130,34 +130,36 @@ def one(arm: Arm, seed: int, folder: Path, data: str, base: str) -> Outcome:
 
 
 def search(base: str, data: str, out: Path, rows: int = 64, draws: int = 4) -> list[str]:
-    """The clip search on the base for every size of SEARCHED: a heat map each in `out`, and a line each for the report."""
+    """The clip search on the base for every size of SEARCHED, unless it is there: a heat map each in `out`, and a line each for the report."""
     model = load(base)
-    lines = []
+    lines, centres = [], []
     for size in SEARCHED:
-        found = clip_search.search(model, data, size, rows=rows, draws=draws)
         folder = out / f"clips_{size}"
-        clip_search.write(
-            found, folder, {"checkpoint": "the base of the study block_size", "block_tokens": size, "rows": rows, "draws": draws}
-        )
-        full = next(one for one in found if one.omega - one.beta > 0.95)
-        best = found[0]
+        if not (folder / "clip_search.json").exists():
+            found = clip_search.search(model, data, size, rows=rows, draws=draws)
+            about = {"checkpoint": "the base of the study block_size", "block_tokens": size, "rows": rows, "draws": draws}
+            clip_search.write(found, folder, about)
+        best, *others = json.loads((folder / "clip_search.json").read_text())["candidates"]
+        full = next(one for one in (best, *others) if one["omega"] - one["beta"] > 0.95)
+        centres.append((best["beta"] + best["omega"]) / 2)
         lines.append(
-            f"Clip search on the base, blocks of {size}: [{best.beta:g}, {best.omega:g}], variance {best.variance:.3g} (full range {full.variance:.3g}); "
-            f"{best.masked_tokens:.2f} masked tokens a block (full range {full.masked_tokens:.2f})."
+            f"Clip search on the base, blocks of {size}: [{best['beta']:g}, {best['omega']:g}], variance {best['variance']:.3g} (full range "
+            f"{full['variance']:.3g}); {best['masked_tokens']:.2f} masked tokens a block (full range {full['masked_tokens']:.2f})."
         )
-    centres = [_centre(out, size) for size in SEARCHED]
-    falls = all(small >= large for small, large in zip(centres, centres[1:], strict=False))
+    return [*lines, verdict(centres)]
+
+
+def verdict(centres: Sequence[float]) -> str:
+    """Whether smaller blocks chose heavier masking, from the middles of the chosen clips, the smallest block first."""
     order = ", ".join(f"{size}: {centre:.3g}" for size, centre in zip(SEARCHED, centres, strict=True))
-    lines.append(
-        f"The middle of the chosen clip by block size: {order}. The paper's claim that smaller blocks want heavier masking "
-        + ("held." if falls else "held between the ends, not at every step." if centres[0] > centres[-1] else "did not hold.")
-    )
-    return lines
-
-
-def _centre(out: Path, size: int) -> float:
-    best = json.loads((out / f"clips_{size}" / "clip_search.json").read_text())["candidates"][0]
-    return (best["beta"] + best["omega"]) / 2
+    rises = centres[0] > centres[-1]
+    if not rises:
+        outcome = "did not hold: the smallest blocks chose no heavier masking than the row"
+    elif all(small >= large for small, large in zip(centres, centres[1:], strict=False)):
+        outcome = "held"
+    else:
+        outcome = "held between the ends, not at every step"
+    return f"The middle of the chosen clip by block size: {order}. The paper's finding that smaller blocks want heavier masking {outcome}."
 
 
 def notes(records: Sequence[runner.Record], corpus: dict[str, Any], steps: int) -> list[str]:

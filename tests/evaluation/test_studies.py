@@ -275,6 +275,20 @@ def test_every_arm_of_the_block_size_study_runs_from_training_to_the_table(text8
     assert "Clip search on the base, blocks of 4" in written[0].read_text()
 
 
+@pytest.mark.parametrize(
+    ("centres", "outcome"),
+    [
+        ((0.7, 0.5), "heavier masking held."),
+        ((0.75, 0.75), "did not hold"),
+        ((0.5, 0.7), "did not hold"),
+        ((0.7, 0.8, 0.5), "not at every step"),
+    ],
+)
+def test_the_search_says_plainly_whether_smaller_blocks_chose_heavier_masking(monkeypatch, centres, outcome):
+    monkeypatch.setattr(block_size, "SEARCHED", (4, 16, 128)[: len(centres)])
+    assert outcome in block_size.verdict(centres)
+
+
 def test_a_record_survives_its_line():
     record = Record("s", "a", 0, "f", {"x": [1]}, "2026-11-21", 1.5, {"bits": 1.0}, [1.0], [2.0], {"d": None})
     assert Record(**json.loads(json.dumps(vars(record)))) == record
