@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
+from dlm_ray.cli_serve import serve
 from dlm_ray.config.errors import DamageError, Stopped, UserError
 from dlm_ray.console import (
     bar,
@@ -42,6 +43,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(checkpoint_app, name="checkpoint")
 sweep_app = typer.Typer(no_args_is_help=True, help="Try settings and say which is best.")
 app.add_typer(sweep_app, name="sweep")
+app.command()(serve)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Checkpoint = Annotated[str, typer.Argument(help="A step directory, a run directory (its last step), a Hugging Face folder or a hub name.")]
@@ -336,13 +338,15 @@ def sweep_clip_search(
 
 
 @app.command()
-def schema(kind: Annotated[str, typer.Argument(help="recipe")] = "recipe") -> None:
-    """The JSON Schema of a recipe, for editors."""
-    if kind != "recipe":
-        raise UserError(f"there is no schema {kind!r}; allowed is recipe")
+def schema(kind: Annotated[str, typer.Argument(help="recipe or server")] = "recipe") -> None:
+    """The JSON Schema of a recipe or a server, for editors."""
     from dlm_ray.config.recipe import Recipe
+    from dlm_ray.config.server import Server
 
-    sys.stdout.write(json.dumps(Recipe.model_json_schema(), indent=2) + "\n")
+    kinds: dict[str, Any] = {"recipe": Recipe, "server": Server}
+    if kind not in kinds:
+        raise UserError(f"there is no schema {kind!r}; allowed is {', '.join(kinds)}")
+    sys.stdout.write(json.dumps(kinds[kind].model_json_schema(), indent=2) + "\n")
 
 
 @app.command()

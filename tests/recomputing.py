@@ -9,7 +9,7 @@ class Recomputing:
         self.rows_for, self.reduce_logits = denoiser.rows_for, denoiser.reduce_logits
         self.last_rows = torch.zeros(1, width) if width else denoiser.embedding[:1]
 
-    def new_cache(self, num_slots, capacity_tokens):
+    def new_cache(self, num_slots, capacity_tokens, *, fixed_shapes=False):
         return Texts(self.last_rows.new_zeros(num_slots, self.last_rows.shape[1]))
 
     def hidden(self, inputs, visibility, memory):

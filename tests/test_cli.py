@@ -25,7 +25,7 @@ def test_help_comes_in_under_a_second_and_imports_nothing_heavy():
         if seconds[-1] < 1:
             break
     assert min(seconds) < 1
-    for verb in ("quickstart", "train", "sample", "eval", "export", "data", "checkpoint", "schema", "doctor"):
+    for verb in ("quickstart", "train", "sample", "eval", "export", "data", "checkpoint", "schema", "doctor", "serve"):
         assert verb in done.stdout
 
 

@@ -14,6 +14,7 @@ FLOORS = [
     {"evaluation"},
     {"runtime"},
     {"console"},
+    {"cli_serve"},
     {"cli"},
     {"__main__", "__init__"},
 ]

@@ -46,8 +46,8 @@ class Denoiser(Protocol):
         `memory` is a cache of `new_cache`, behind whose first B slots the rows go on, or a recording of `record`, which the rows see.
         """
 
-    def new_cache(self, num_slots: int, capacity_tokens: int) -> Cache:
-        """An empty cache."""
+    def new_cache(self, num_slots: int, capacity_tokens: int, *, fixed_shapes: bool = False) -> Cache:
+        """An empty cache; with `fixed_shapes` a pass over it sees as many keys whatever is committed."""
 
     def record(self, inputs: Tensor, visibility: Visibility) -> tuple[Tensor, Any]:
         """`hidden`, and its keys and values for later passes to see."""

@@ -78,9 +78,10 @@ class HuggingFaceDenoiser(nn.Module):
         """[B, L] ids -> [B, L, D] embeddings, as the network makes them from ids."""
         return self.network.get_input_embeddings()(input_ids)
 
-    def new_cache(self, num_slots: int, capacity_tokens: int) -> KeyValueCache:
+    def new_cache(self, num_slots: int, capacity_tokens: int, *, fixed_shapes: bool = False) -> KeyValueCache:
         """An empty cache for this network, on its device and in its precision."""
-        return KeyValueCache(self.network.config, num_slots, capacity_tokens, self.embedding.device, self.embedding.dtype)
+        own = self.embedding
+        return KeyValueCache(self.network.config, num_slots, capacity_tokens, own.device, own.dtype, fixed_shapes=fixed_shapes)
 
     def record(self, inputs: Tensor, visibility: Visibility) -> tuple[Tensor, Recording]:
         """`hidden`, and the keys and values that it was made from, for later passes to see."""

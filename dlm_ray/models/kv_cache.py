@@ -31,14 +31,25 @@ class KeyValueCache:
         num_slots: requests at once.
         capacity_tokens: positions of each.
         device, dtype: of the network.
+        fixed_shapes: every pass sees as many keys, most of them hidden by its mask, so that no slot's arithmetic depends on the others' lengths.
     """
 
-    def __init__(self, config: PreTrainedConfig, num_slots: int, capacity_tokens: int, device: torch.device, dtype: torch.dtype):
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        num_slots: int,
+        capacity_tokens: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        fixed_shapes: bool = False,
+    ):
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self._pairs = [
-            torch.zeros(2, num_slots, heads, capacity_tokens, size, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)
-        ]
+        # With one place more than is ever filled, no pass has nothing to hide, which would be another kernel.
+        self._fixed_keys = capacity_tokens + 1 if fixed_shapes else None
+        places = self._fixed_keys or capacity_tokens
+        self._pairs = [torch.zeros(2, num_slots, heads, places, size, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
         self.capacity_tokens = capacity_tokens
         self.lengths = [0] * num_slots
         self.last_rows = torch.zeros(num_slots, config.hidden_size, device=device, dtype=dtype)
@@ -57,11 +68,12 @@ class KeyValueCache:
         """Makes ready for a pass of so many positions in the first len(offsets) slots; returns how many keys its queries see."""
         self._end = max(offsets) + num_queries
         assert self._end <= self.capacity_tokens, f"{self._end} positions in a cache of {self.capacity_tokens}"
-        if len(set(offsets)) == 1:
+        if len(set(offsets)) == 1 and self._fixed_keys is None:
             self._places = None
         else:
             start = torch.tensor(offsets, device=self.last_rows.device)[:, None]
             self._places = start + torch.arange(num_queries, device=start.device)  # [B, queries]
+            self._end = self._fixed_keys or self._end
         return self._end
 
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

@@ -93,12 +93,12 @@ class TextModel:
         Raises:
             UserError: if prompt and length do not fit the context, or an option is out of range or does not belong to the objective.
         """
-        before = self._encode(prompt)
+        before = self.encode(prompt)
         room = self.row_tokens - 1 - len(before)
         if isinstance(self.objective, SsdLm):
             room -= room % self.objective.block_tokens  # the network sees whole blocks
         length = room if length_tokens is None else length_tokens
-        chosen = choose(options, self._sampled_as(), max(1, length))
+        chosen = choose(options, self.sampled_as(), max(1, length))
         self._check_room(length, len(before), room, "--prompt", is_bounded=chosen.block_tokens is None or room < 1)
         return self._write(chosen, before, length, [], options)
 
@@ -108,7 +108,7 @@ class TextModel:
         Raises:
             UserError: if the model cannot see a suffix, or the three do not fit the context.
         """
-        own = self._sampled_as()
+        own = self.sampled_as()
         kind = {
             "autoregressive": "autoregressive",
             "simplex": "an SSD-LM, which sees nothing behind its block",
@@ -118,7 +118,7 @@ class TextModel:
             raise UserError(f"this checkpoint is {kind[own.kind]}: it cannot infill (--prefix, --suffix); use --prompt, or adapt it first")
         if options.get("block_tokens") not in (None, self.row_tokens):
             raise UserError(f"--block-tokens {options['block_tokens']}: a block sees no suffix; leave it out to infill")
-        before, after = self._encode(prefix), self._encode(suffix)
+        before, after = self.encode(prefix), self.encode(suffix)
         given = len(before) + len(after)
         self._check_room(length_tokens, given, self.row_tokens - 1 - given, "--prefix and --suffix")
         return self._write(choose(options, own, length_tokens), before, length_tokens, after, options)
@@ -179,7 +179,8 @@ class TextModel:
             nats, num_bytes, scored.draw_totals, int(maskable_positions(document_ids).sum()), self.objective.likelihood == "bound"
         )
 
-    def _encode(self, text: str) -> list[int]:
+    def encode(self, text: str) -> list[int]:
+        """Ids, without a start token."""
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def _text(self, ids: list[int]) -> str:
@@ -198,7 +199,8 @@ class TextModel:
                 f"{self.row_tokens}, which leaves {max(0, room)}; shorten either"
             )
 
-    def _sampled_as(self) -> Sampled:
+    def sampled_as(self) -> Sampled:
+        """What it is, for a sampler."""
         trained = 1 if self.is_causal else getattr(self.objective, "block_tokens", None)
         if isinstance(self.objective, SsdLm):
             return Sampled("simplex", self.rules, self.sampling, self.row_tokens, None)
@@ -209,7 +211,7 @@ class TextModel:
     def _write(self, chosen: Chosen, before: list[int], length: int, after: list[int], options: SamplingOptions) -> Texts:
         """[start] before [length to write] after, in a batch."""
         prompt = [self.tokenizer_identity.start_id, *before]
-        never = self._never(bool(after), options.get("ban") or ())
+        never = self.never_drawn(bool(after), options.get("ban") or ())
         common: dict[str, Any] = {
             "num_steps": chosen.steps,
             "temperature": chosen.temperature,
@@ -225,7 +227,7 @@ class TextModel:
         forced_ids = self._forced(options.get("force") or {}, len(prompt), length)
         common |= {"grid": chosen.grid}
         common |= {"adjust": chained(banned(never) if never else None, options.get("adjust"), forced(forced_ids) if forced_ids else None)}
-        rule = self._rule(chosen)
+        rule = self.rule(chosen)
         if chosen.block_tokens is None:
             canvas = self._canvas(prompt, length, after, chosen.num_samples)
             common |= {"noise": chosen.noise, "seed": options.get("seed", 0)}
@@ -259,7 +261,7 @@ class TextModel:
             reward_temperature=options.get("reward_temperature", 1.0),
         )
 
-    def _never(self, has_suffix: bool, ban: Sequence[str]) -> list[int]:
+    def never_drawn(self, has_suffix: bool, ban: Sequence[str]) -> list[int]:
         """Ids that are never drawn: rows without a token, the start token, before a suffix the end token, and what is banned."""
         start_id, end_id = self.tokenizer_identity.start_id, self.tokenizer_identity.end_id
         never = set(range(self.tokenizer_identity.vocab_size, self.denoiser.vocab_size))
@@ -268,7 +270,7 @@ class TextModel:
         if start_id != end_id:
             never.add(start_id)
         for text in ban:
-            ids = self._encode(text)
+            ids = self.encode(text)
             if len(ids) != 1:
                 raise UserError(
                     f"--ban {text!r} is {len(ids)} tokens of this tokenizer, and one token at a time can be banned; name one token"
@@ -280,7 +282,7 @@ class TextModel:
         """Absolute position -> token, of texts by their place behind the prompt."""
         tokens: dict[int, int] = {}
         for place, text in force.items():
-            for position, token in enumerate(self._encode(text), start=place):
+            for position, token in enumerate(self.encode(text), start=place):
                 if not 0 <= position < length:
                     raise UserError(
                         f"--force {place}={text}: token {position} is not among the {length} that are written, 0 to {length - 1}"
@@ -289,7 +291,8 @@ class TextModel:
                     raise UserError(f"--force {place}={text}: another text is forced to stand at token {position}, too; move either")
         return tokens
 
-    def _rule(self, chosen: Chosen) -> Rule:
+    def rule(self, chosen: Chosen) -> Rule:
+        """What a step reveals."""
         name = chosen.rule
         if name == "state_dependent":
             return StateDependent(self.objective.exponents)

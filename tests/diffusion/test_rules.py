@@ -28,7 +28,7 @@ class OneBlock(TableDenoiser):
     def hidden(self, ids, visibility, memory=None):
         return super().hidden(ids, visibility)
 
-    def new_cache(self, num_slots, capacity_tokens):
+    def new_cache(self, num_slots, capacity_tokens, *, fixed_shapes=False):
         def nothing(*_):
             return None
 

@@ -8,41 +8,19 @@ what crosses to the device in a call is its tokens and what it wants, and back c
 
 from __future__ import annotations
 
-import enum
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from dlm_ray.diffusion.denoiser import Denoiser
 from dlm_ray.diffusion.samplers.adjust import Adjust
-from dlm_ray.diffusion.samplers.drawing import draw_tokens, nothing_allowed
-from dlm_ray.diffusion.samplers.requests import Progress, Request, Written
+from dlm_ray.diffusion.samplers.drawing import nothing_allowed
+from dlm_ray.diffusion.samplers.requests import Progress, Request, Way, Written
 from dlm_ray.diffusion.samplers.rules import Canvas, Choosing
-from dlm_ray.diffusion.samplers.whole_canvas import grid_times
+from dlm_ray.diffusion.samplers.slots import Slot, State, by_way, draw_by_way, num_steps, times, window
 from dlm_ray.diffusion.visibility import Visibility
-
-# Steps of a block whose random numbers are made at once, and which are looked through at once for one that wants something.
-LOOK_AHEAD_STEPS = 128
-
-
-class _State(enum.Enum):
-    LOOKING = "its next step is not known yet"
-    ASKING = "wants proposals that need a network call"
-    CLEAN = "its block is finished; other candidates for it are not"
-    COMMITTING = "its block is finished and belongs into the cache"
-    LEAVING = "its text is finished"
-
-
-@dataclass(eq=False)
-class _Slot:
-    text: Progress
-    candidate: int
-    random: np.random.Generator
-    """Of the current block."""
-    state: _State = _State.LOOKING
 
 
 @dataclass(frozen=True)
@@ -70,6 +48,7 @@ class BlockSampler:
         grid: as in `whole_canvas.sample`.
         temperature, top_p: as in `drawing.draw_tokens`.
         adjust: its rows are the numbers of requests, its positions count from the start token.
+        fixed_shapes: every call has all slots, all rows of logits and as many keys, so that a text has the same bits alone and in company.
     """
 
     def __init__(
@@ -85,27 +64,27 @@ class BlockSampler:
         temperature: float = 1.0,
         top_p: float = 1.0,
         adjust: Adjust | None = None,
+        fixed_shapes: bool = False,
     ):
         assert capacity_tokens % block_tokens == 0 and capacity_tokens >= 2 * block_tokens, f"{capacity_tokens} positions in blocks"
-        self.denoiser, self.rule, self.adjust = denoiser, rule, adjust
+        self.denoiser, self.adjust, self.fixed_shapes = denoiser, adjust, fixed_shapes
+        self.way = Way(rule, num_steps, grid, temperature, top_p)
         self.block_tokens, self.capacity_tokens = block_tokens, capacity_tokens
-        self.temperature, self.top_p = temperature, top_p
-        self.cache = denoiser.new_cache(num_slots, capacity_tokens)
+        self.cache = denoiser.new_cache(num_slots, capacity_tokens, fixed_shapes=fixed_shapes)
         self.finished: list[Written] = []
         self.num_denoising_calls = self.num_cache_calls = self.num_blocks = 0
         self._visibility = Visibility("bidirectional", block_tokens=block_tokens)
         # The row that predicts each position of a block, among [last committed row ; the block's own rows].
         self._row_of = denoiser.rows_for(torch.arange(block_tokens, 2 * block_tokens)) - block_tokens + 1  # [K]
         assert bool((self._row_of >= 0).all()), "a position is predicted from its block, or from the row before it"
-        self._times = torch.tensor(grid_times(grid, num_steps), dtype=torch.float64)
-        self._num_steps = num_steps if rule.is_timed else block_tokens
-        self._window = min(self._num_steps, LOOK_AHEAD_STEPS) if rule.is_timed else block_tokens
-        self._slots: list[_Slot] = []  # those in use
+        self._slots: list[Slot] = []  # those in use
         shape = (num_slots, block_tokens)
         self._ids = torch.zeros(shape, dtype=torch.int64)
         self._is_masked, self._is_open, self._wanted, self._again = (torch.zeros(shape, dtype=torch.bool) for _ in range(4))
         self._step = torch.zeros(num_slots, dtype=torch.int64)
-        self._numbers = torch.zeros(num_slots, self._window, 2, block_tokens, dtype=torch.float64)  # for tokens, and for positions
+        self._confidence = torch.zeros(shape, dtype=torch.float64)
+        width = window(self.way, block_tokens)
+        self._numbers = torch.zeros(num_slots, width, 2, block_tokens, dtype=torch.float64)  # for tokens, and for positions
 
     @property
     def num_active(self) -> int:
@@ -119,37 +98,51 @@ class BlockSampler:
             assert 0 < len(request.prompt) < self.capacity_tokens, "a prompt has a start token and leaves room"
             text = Progress(request, list(request.prompt))
             for candidate in range(request.candidates):
-                self._slots.append(_Slot(text, candidate, request.random(0, candidate)))
+                self._slots.append(Slot(text, candidate, request.random(0, candidate), request.way or self.way))
         assert self.num_active <= len(self._ids), f"{self.num_active} requests in {len(self._ids)} slots"
         slots = range(first, self.num_active)
+        more = max(window(self._slots[slot].way, self.block_tokens) for slot in slots) - self._numbers.shape[1]
+        if more > 0:
+            self._numbers = torch.nn.functional.pad(self._numbers, (0, 0, 0, 0, 0, more))
         whole = [len(self._slots[slot].text.ids) // self.block_tokens * self.block_tokens for slot in slots]
         self._encode(first, [self._slots[slot].text.ids[:length] for slot, length in zip(slots, whole, strict=True)])
         for slot, length in zip(slots, whole, strict=True):
             self._slots[slot].text.num_encoded = length
             self._begin(slot)
 
+    def remove(self, request: Request) -> None:
+        """Gives back the slots of a request that nobody waits for any more; it is never in `finished`."""
+        for slot in self._slots:
+            if slot.text.request is request:
+                slot.state = State.LEAVING
+        self._leave()
+
+    def under_way(self) -> Iterator[tuple[Progress, Tensor, Tensor, Tensor]]:
+        """Every text in a slot; and of the block it is at, ids [K], where they are masked [K] and the confidence of the others [K]."""
+        for number, slot in enumerate(self._slots):
+            if slot.candidate == 0:
+                yield slot.text, self._ids[number], self._is_masked[number], self._confidence[number]
+
     def tick(self) -> None:
         """One network call over all slots in use: each denoises its block or commits it."""
         self._look()
         if not self.num_active:
             return
-        asking, committing = (
-            [i for i, own in enumerate(self._slots) if own.state is state] for state in (_State.ASKING, _State.COMMITTING)
-        )
-        num = self.num_active
+        asking, committing = ([i for i, own in enumerate(self._slots) if own.state is state] for state in (State.ASKING, State.COMMITTING))
+        num = len(self._ids) if self.fixed_shapes else self.num_active
         mask_id = self.denoiser.mask_id
         assert mask_id is not None or not asking, "without a mask token, every position is predicted by the row before it"
         x_t = self._ids[:num] if mask_id is None else self._ids[:num].masked_fill(self._is_masked[:num], mask_id)
         hidden = self.denoiser.hidden(x_t.to(self.cache.last_rows.device), self._visibility, self.cache)  # [A, K, D]
         if asking:
             self.num_denoising_calls += 1
-            for text in self._texts_of(asking):
+            for text in dict.fromkeys(self._slots[slot].text for slot in asking):
                 text.num_denoising_calls += 1
             rows = torch.cat([self.cache.last_rows[:num, None], hidden], 1)  # [A, 1 + K, D]
-            self._reveal(asking, rows if len(asking) == num else rows[asking])
+            self._reveal(asking, rows if len(asking) == num else rows[asking], num * self.block_tokens)
         else:
             self.num_cache_calls += 1
-        for text in self._texts_of(committing):
+        for text in dict.fromkeys(self._slots[slot].text for slot in committing):
             text.num_encoded += self.block_tokens
             text.num_cache_calls += 1
         for slot in committing:
@@ -159,26 +152,30 @@ class BlockSampler:
             self._begin(slot)
         self._leave()
 
-    def _texts_of(self, slots: list[int]) -> list[Progress]:
-        """Each text once, whatever the number of its candidates."""
-        return list({id(self._slots[slot].text): self._slots[slot].text for slot in slots}.values())
-
     def _begin(self, slot: int) -> None:
         """Masks the block behind what is committed, but for what the prompt gives of it."""
         text = self._slots[slot].text
         given = text.ids[text.num_encoded :]
         self._ids[slot, : len(given)] = torch.tensor(given, dtype=torch.int64)
         self._is_masked[slot] = self._is_open[slot] = torch.arange(self.block_tokens) >= len(given)
-        self._slots[slot].state = _State.LOOKING
+        self._slots[slot].state = State.LOOKING
+        self._again[slot] = False
+        self._confidence[slot] = 0.0
         self._step[slot] = 0
         self._slots[slot].random = text.request.random(text.num_encoded // self.block_tokens, self._slots[slot].candidate)
         self._refill(slot)
 
     def _refill(self, slot: int) -> None:
-        self._numbers[slot] = torch.from_numpy(self._slots[slot].random.random(self._numbers.shape[1:]))
+        own = self._slots[slot]
+        width = window(own.way, self.block_tokens)
+        self._numbers[slot, :width] = torch.from_numpy(own.random.random((width, 2, self.block_tokens)))
 
     def _encode(self, first: int, rows: list[list[int]]) -> None:
         """Whole blocks of clean text into the empty slots from `first` on, padded on the right, where no block looks."""
+        if self.fixed_shapes and len(rows) > 1:
+            for slot, row in enumerate(rows, start=first):
+                self._encode(slot, [row])
+            return
         longest = max(len(row) for row in rows)
         if not longest:
             return
@@ -204,29 +201,31 @@ class BlockSampler:
     def _look(self) -> None:
         """Takes every slot to its next network call: over steps that want nothing, and over what the last committed row predicts."""
         while True:
-            looking = [slot for slot, state in enumerate(self._slots) if state.state is _State.LOOKING]
+            looking = [slot for slot, state in enumerate(self._slots) if state.state is State.LOOKING]
             if not looking:
                 return
-            self._find_step(looking)
+            for way, places in by_way([self._slots[slot] for slot in looking]):
+                self._find_step(way, [looking[place] for place in places])
             asks_network = (self._wanted[looking] & (self._row_of > 0)).any(1).tolist()
-            free = [slot for slot, asks in zip(looking, asks_network, strict=True) if self._slots[slot].state is _State.ASKING and not asks]
+            free = [slot for slot, asks in zip(looking, asks_network, strict=True) if self._slots[slot].state is State.ASKING and not asks]
             if free:
-                self._reveal(free, self.cache.last_rows[free][:, None])
+                self._reveal(free, self.cache.last_rows[free][:, None], len(self._ids))
             self._leave()
 
-    def _find_step(self, slots: list[int]) -> None:
+    def _find_step(self, way: Way, slots: list[int]) -> None:
         """Moves each slot to its next step that wants something; the canvas is the same up to it, so a window of steps is one batch."""
-        index, rule, width = torch.tensor(slots), self.rule, self._window
+        index, rule, width = torch.tensor(slots), way.rule, window(way, self.block_tokens)
+        last = num_steps(way, self.block_tokens)
         now = self._step[index]  # [S]
         if not rule.is_timed:  # every step of such a rule wants something
-            self._wanted[index] = rule.wanted(self._canvas(index), *self._now_and_then(now), self._numbers[index, now, 1])
+            self._wanted[index] = rule.wanted(self._canvas(index), *times(way, now), self._numbers[index, now, 1])
             for slot in slots:
-                self._slots[slot].state = _State.ASKING
+                self._slots[slot].state = State.ASKING
             return
         steps = (now - now % width)[:, None] + torch.arange(width)  # [S, W]
-        is_next = (steps >= now[:, None]) & (steps < self._num_steps)
-        t, s = self._now_and_then(steps.flatten())
-        uniform = self._numbers[index[:, None], steps % self._window, 1].flatten(0, 1)  # [S * W, K]
+        is_next = (steps >= now[:, None]) & (steps < last)
+        t, s = times(way, steps.flatten())
+        uniform = self._numbers[index[:, None], steps % width, 1].flatten(0, 1)  # [S * W, K]
         canvas = self._canvas(index.repeat_interleave(width))
         shape = (*steps.shape, self.block_tokens)
         wanted = rule.wanted(canvas, t, s, uniform).view(shape) & is_next[:, :, None]
@@ -235,93 +234,102 @@ class BlockSampler:
         is_found, at = acts.any(1), acts.int().argmax(1)
         rows = torch.arange(len(slots))
         self._wanted[index], self._again[index] = wanted[rows, at], again[rows, at]
-        self._move(slots, torch.where(is_found, steps[rows, at], steps[:, -1] + 1))
+        self._move(way, slots, torch.where(is_found, steps[rows, at], steps[:, -1] + 1))
         wants = wanted[rows, at].any(-1)
         for slot, found, asks in zip(slots, is_found.tolist(), wants.tolist(), strict=True):
             if asks:
-                self._slots[slot].state = _State.ASKING
+                self._slots[slot].state = State.ASKING
             elif found:  # masks again, and asks for nothing
                 self._is_masked[slot] |= self._again[slot]
-                self._move([slot], self._step[slot : slot + 1] + 1)
-            elif self._step[slot] >= self._num_steps:
+                self._move(way, [slot], self._step[slot : slot + 1] + 1)
+            elif self._step[slot] >= last:
                 self._finish_block(slot)
 
-    def _move(self, slots: list[int], step: Tensor) -> None:
+    def _move(self, way: Way, slots: list[int], step: Tensor) -> None:
         """To a step [S] within the window of random numbers, or to the first of the next."""
         before, self._step[slots] = self._step[slots], step
-        if self.rule.is_timed:
-            for place in ((step != before) & (step % self._window == 0) & (step < self._num_steps)).nonzero()[:, 0].tolist():
+        if way.rule.is_timed:
+            is_next = (step != before) & (step % window(way, self.block_tokens) == 0) & (step < num_steps(way, self.block_tokens))
+            for place in is_next.nonzero()[:, 0].tolist():
                 self._refill(slots[place])
-
-    def _now_and_then(self, step: Tensor) -> tuple[Tensor, Tensor]:
-        """The times t, s [n] of steps [n]; of a rule without times, any."""
-        last = self._times.shape[0] - 1
-        return self._times[step.clamp(max=last)], self._times[(step + 1).clamp(max=last)]
 
     def _canvas(self, index: Tensor) -> Canvas:
         return Canvas(self._ids[index], self._is_masked[index], self._is_open[index])
 
-    def _reveal(self, slots: list[int], rows: Tensor) -> None:
+    def _reveal(self, slots: list[int], rows: Tensor, fixed_rows: int) -> None:
         """One step of some slots: proposals where they want them, and the rule's choice among them.
 
         Args:
             slots: S of them.
             rows: [S, 1 or 1 + K, D]: the last committed row, and the block's own if they are wanted.
+            fixed_rows: so many rows of logits with fixed shapes.
         """
         index, step = torch.tensor(slots), self._step[slots]
+        ways = by_way([self._slots[slot] for slot in slots])
         wanted = self._wanted[index]  # [S, K]
         which, position = wanted.nonzero(as_tuple=True)  # [n]
+        width = torch.tensor([window(self._slots[slot].way, self.block_tokens) for slot in slots])
         proposed, ranked = self._propose(
             rows.flatten(0, 1)[(which * rows.shape[1] + self._row_of[position]).to(rows.device)],
-            self._numbers[index[which], step[which] % self._window, 0, position],
-            [self._slots[slots[number]].text for number in which.tolist()] if self.adjust is not None else [],
+            self._numbers[index[which], (step % width)[which], 0, position],
+            [self._slots[slots[number]] for number in which.tolist()] if self.adjust is not None or len(ways) > 1 else [],
+            ways[0][0],
             position,
+            fixed_rows,
         )
         canvas = self._canvas(index)
         confidence = torch.full(wanted.shape, float("-inf"), dtype=torch.float64)
         confidence[wanted] = ranked
-        chosen = self.rule.chosen(canvas, wanted, confidence, *self._now_and_then(step))
         tokens = torch.zeros_like(canvas.ids)
         tokens[wanted] = proposed
+        chosen, is_over = torch.zeros_like(wanted), torch.ones(len(slots), dtype=torch.bool)
+        for way, places in ways:
+            part = Canvas(canvas.ids[places], canvas.is_masked[places], canvas.is_open[places])
+            chosen[places] = way.rule.chosen(part, wanted[places], confidence[places], *times(way, step[places]))
+            self._move(way, [slots[place] for place in places], step[places] + 1)
+            if way.rule.remasks:
+                is_over[places] = step[places] + 1 >= num_steps(way, self.block_tokens)
         self._ids[index] = torch.where(chosen, tokens, canvas.ids)
-        is_masked = canvas.is_masked & ~chosen
-        if self.rule.remasks:
-            is_masked |= self._again[index]
+        self._confidence[index] = torch.where(chosen, confidence, self._confidence[index])
+        is_masked = (canvas.is_masked & ~chosen) | self._again[index]
         self._is_masked[index] = is_masked
-        self._move(slots, step + 1)
-        is_finished = ~is_masked.any(1)
-        if self.rule.remasks:
-            is_finished &= step + 1 >= self._num_steps
-        for slot, finished in zip(slots, is_finished.tolist(), strict=True):
-            self._slots[slot].state = _State.LOOKING
+        for slot, finished in zip(slots, (~is_masked.any(1) & is_over).tolist(), strict=True):
+            self._slots[slot].state = State.LOOKING
             if finished:
                 self._finish_block(slot)
 
-    def _propose(self, rows: Tensor, uniform: Tensor, texts: list[Progress], position: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens [n] and confidence [n] on the host, for hidden rows [n, D] on the device."""
-        device, adjust = rows.device, self.adjust
-        arguments = [uniform.to(device)]
+    def _propose(
+        self, rows: Tensor, uniform: Tensor, slots: list[Slot], way: Way, position: Tensor, fixed_rows: int
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens [n] and confidence [n] on the host, for hidden rows [n, D] on the device, of `slots` [n] or all of one `way`."""
+        device, adjust, num_rows = rows.device, self.adjust, len(rows)
+        ways = list(dict.fromkeys(slot.way for slot in slots)) or [way]
+        number = torch.tensor([ways.index(slot.way) for slot in slots] if len(ways) > 1 else [0] * num_rows, device=device)
+        arguments = [uniform.to(device), number]
         if adjust is not None:
-            absolute = position + torch.tensor([text.num_encoded for text in texts])
-            arguments += [torch.tensor([text.request.number for text in texts], device=device), absolute.to(device)]
+            absolute = position + torch.tensor([slot.text.num_encoded for slot in slots])
+            arguments += [torch.tensor([slot.text.request.number for slot in slots], device=device), absolute.to(device)]
+        if self.fixed_shapes:  # rows of nobody, of no way
+            missing = (0, fixed_rows - num_rows)
+            rows = torch.nn.functional.pad(rows, (0, 0, *missing))
+            arguments = [torch.nn.functional.pad(one, missing, value=-1) for one in arguments]
 
-        def draw(logits: Tensor, uniform: Tensor, *places: Tensor) -> Tensor:
+        def draw(logits: Tensor, uniform: Tensor, number: Tensor, *places: Tensor) -> Tensor:
             if adjust is not None:
                 logits = adjust(logits, *places)
-            # Tokens as float64, which holds them exactly: one tensor to bring back.
-            return torch.stack(draw_tokens(logits, uniform, self.temperature, self.top_p, self.rule.confidence), 1)
+            return draw_by_way(logits, uniform, number, ways)
 
-        tokens, confidence = self.denoiser.reduce_logits(rows, draw, *arguments).cpu().unbind(1)
+        tokens, confidence = self.denoiser.reduce_logits(rows, draw, *arguments)[:num_rows].cpu().unbind(1)
         if adjust is not None and bool((tokens < 0).any()):
             raise ValueError(nothing_allowed(int(absolute[tokens < 0][0])))
         return tokens.long(), confidence
 
     def _finish_block(self, slot: int) -> None:
         """Adds a clean block to its text, once all candidates for it are clean: then one is kept, by all of them."""
-        self._slots[slot].state = _State.CLEAN
+        self._slots[slot].state = State.CLEAN
         text = self._slots[slot].text
         group = [slot] if text.request.candidates == 1 else [i for i, other in enumerate(self._slots) if other.text is text]
-        if any(self._slots[i].state is not _State.CLEAN for i in group):
+        if any(self._slots[i].state is not State.CLEAN for i in group):
             return
         given = len(text.ids) - text.num_encoded
         written = [ids[given:] for ids in self._ids[group].tolist()]
@@ -334,17 +342,27 @@ class BlockSampler:
         text.take(written[best])
         self.num_blocks += 1
         for i in group:
-            self._slots[i].state = _State.LEAVING if text.stopped_by else _State.COMMITTING
+            self._slots[i].state = State.LEAVING if text.stopped_by else State.COMMITTING
 
     def _leave(self) -> None:
         """Finished requests go, and the last slot in use takes the place of each."""
-        for slot in [i for i, state in enumerate(self._slots) if state.state is _State.LEAVING][::-1]:
-            if self._slots[slot].candidate == 0:
-                self.finished.append(self._slots[slot].text.written())
+        for slot in [i for i, state in enumerate(self._slots) if state.state is State.LEAVING][::-1]:
+            text = self._slots[slot].text
+            if self._slots[slot].candidate == 0 and text.stopped_by is not None:
+                self.finished.append(text.written())
             last = self.num_active - 1
             if slot != last:
                 self.cache.fork(last, slot)
-                for tensor in (self._ids, self._is_masked, self._is_open, self._wanted, self._again, self._step, self._numbers):
+                for tensor in (
+                    self._ids,
+                    self._is_masked,
+                    self._is_open,
+                    self._wanted,
+                    self._again,
+                    self._confidence,
+                    self._step,
+                    self._numbers,
+                ):
                     tensor[slot] = tensor[last]
             self._slots[slot] = self._slots[last]
             self._slots.pop()

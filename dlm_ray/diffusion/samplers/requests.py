@@ -10,6 +10,8 @@ from typing import Literal
 import numpy as np
 
 from dlm_ray.diffusion.draws import SAMPLING, generator
+from dlm_ray.diffusion.samplers.drawing import Ranking
+from dlm_ray.diffusion.samplers.rules import Choosing
 
 ENTROPY_WINDOW_TOKENS = 256
 LOWEST_ENTROPY_NATS = 4.0
@@ -27,6 +29,27 @@ class Stops:
     """After the first generated token that is this one, which is kept."""
     lowest_entropy_nats: float | None = None
     """When the unigram entropy of the last 256 generated tokens is below (4.0 in the paper); those 256 are dropped."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a text is denoised; texts of different ways share network calls."""
+
+    rule: Choosing
+    """What a step reveals."""
+    num_steps: int
+    """T of a block, for rules with times."""
+    grid: str = "uniform"
+    """As in `whole_canvas.sample`."""
+    temperature: float = 1.0
+    top_p: float = 1.0
+    is_shown: bool = False
+    """Whether confidence is wanted where the rule needs none."""
+
+    @property
+    def ranking(self) -> Ranking | None:
+        """The confidence that is computed."""
+        return self.rule.confidence or ("probability" if self.is_shown else None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +70,8 @@ class Request:
     """Of the ids of prompt and text up to and with the block."""
     reward_temperature: float = 1.0
     """A candidate is kept with probability softmax(reward / temperature); 0 keeps the best."""
+    way: Way | None = None
+    """The sampler's own if not said."""
 
     def random(self, block: int, candidate: int) -> np.random.Generator:
         """The numbers of a block's steps, one after the other; a block counts from the start of the text, wherever its keys lie."""

@@ -87,7 +87,7 @@ def sample(
             break
         t, s = (times[step], times[step + 1]) if rule.is_timed else (1.0, 0.0)
         uniform = _uniform(seed, step, shape, canvas.ids.device)  # [2, B, L]
-        proposals = _Proposals(denoiser, canvas, visibility, uniform[0].flatten(), temperature, top_p, adjust, noise, (seed, step))
+        proposals = Proposals(denoiser, canvas, visibility, uniform[0].flatten(), temperature, top_p, adjust, noise, (seed, step))
         canvas = rule.step(canvas, proposals, t, s, uniform[1])
         num_calls += proposals.num_calls
         if on_step is not None:
@@ -98,7 +98,7 @@ def sample(
 
 
 @dataclass
-class _Proposals:
+class Proposals:
     """What the network says of one canvas (`rules.Propose`)."""
 
     denoiser: Denoiser
@@ -113,9 +113,21 @@ class _Proposals:
     key: tuple[int, int]
     """(seed, step) of Gumbel noise."""
     num_calls: int = 0
+    hidden: Tensor | None = None
+    """[B, L, D] of a call that was made already, for others too."""
+    seen: tuple[Tensor, Tensor] | None = None
+    """Positions [N] and log-probabilities [N] of the last tokens that were proposed; kept if `is_shown`."""
+    is_shown: bool = False
 
     def __call__(self, positions: Tensor, confidence: Ranking | None = "probability") -> tuple[Tensor, Tensor]:
         """Tokens and the model's confidence in them."""
+        if self.is_shown:
+            proposed = self._proposed(positions, confidence or "probability")
+            self.seen = positions, proposed[1]
+            return proposed
+        return self._proposed(positions, confidence)
+
+    def _proposed(self, positions: Tensor, confidence: Ranking | None) -> tuple[Tensor, Tensor]:
 
         def draw(logits: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
             logits = self._adjusted(logits, positions)
@@ -152,9 +164,11 @@ class _Proposals:
 
     def _reduce(self, positions: Tensor, draw: Callable[..., tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         self.num_calls += 1
-        canvas, mask_id = self.canvas, self.denoiser.mask_id
-        x_t = canvas.ids if mask_id is None else torch.where(canvas.is_masked, mask_id, canvas.ids)
-        rows = self.denoiser.hidden(x_t, self.visibility).flatten(0, 1)[self.denoiser.rows_for(positions)]
+        canvas, mask_id, hidden = self.canvas, self.denoiser.mask_id, self.hidden
+        if hidden is None:
+            x_t = canvas.ids if mask_id is None else torch.where(canvas.is_masked, mask_id, canvas.ids)
+            hidden = self.denoiser.hidden(x_t, self.visibility)
+        rows = hidden.flatten(0, 1)[self.denoiser.rows_for(positions)]
         tokens, other = self.denoiser.reduce_logits(rows, draw, positions)
         if self.adjust is not None and bool((tokens < 0).any()):
             raise ValueError(nothing_allowed(positions[tokens < 0][:1].tolist()[0] % canvas.ids.shape[1]))

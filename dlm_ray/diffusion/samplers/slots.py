@@ -1,0 +1,82 @@
+"""A slot of block sampling: whose text it holds, by which way, and what its next network call is for; and the steps of a way."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dlm_ray.diffusion.samplers.drawing import draw_tokens
+from dlm_ray.diffusion.samplers.requests import Progress, Way
+from dlm_ray.diffusion.samplers.whole_canvas import grid_times
+
+# Steps of a block whose random numbers are made at once, and which are looked through at once for one that wants something.
+LOOK_AHEAD_STEPS = 128
+
+
+class State(enum.Enum):
+    """What a slot waits for."""
+
+    LOOKING = "its next step is not known yet"
+    ASKING = "wants proposals that need a network call"
+    CLEAN = "its block is finished; other candidates for it are not"
+    COMMITTING = "its block is finished and belongs into the cache"
+    LEAVING = "its text is finished"
+
+
+@dataclass(eq=False)
+class Slot:
+    """One candidate of one text."""
+
+    text: Progress
+    candidate: int
+    random: np.random.Generator
+    """Of the current block."""
+    way: Way
+    state: State = State.LOOKING
+
+
+def by_way(slots: Sequence[Slot]) -> list[tuple[Way, list[int]]]:
+    """The ways of some slots, each with its places among them: a rule serves its slots in one batch."""
+    places: dict[Way, list[int]] = {}
+    for place, slot in enumerate(slots):
+        places.setdefault(slot.way, []).append(place)
+    return list(places.items())
+
+
+def num_steps(way: Way, block_tokens: int) -> int:
+    """Steps of a block; a rule without times takes one a position at most."""
+    return way.num_steps if way.rule.is_timed else block_tokens
+
+
+def window(way: Way, block_tokens: int) -> int:
+    """Steps whose random numbers lie ready."""
+    return min(way.num_steps, LOOK_AHEAD_STEPS) if way.rule.is_timed else block_tokens
+
+
+def times(way: Way, step: Tensor) -> tuple[Tensor, Tensor]:
+    """The times t, s [n] of steps [n]; of a rule without times, any."""
+    grid = _grid(way.grid, way.num_steps)
+    return grid[step.clamp(max=way.num_steps)], grid[(step + 1).clamp(max=way.num_steps)]
+
+
+def draw_by_way(logits: Tensor, uniform: Tensor, number: Tensor, ways: Sequence[Way]) -> Tensor:
+    """Tokens and confidence [n, 2] of logits [n, V], each row by the way of its `number` [n]; rows of number -1 are nobody's.
+
+    Tokens are float64, too, which holds them exactly: one tensor to bring back from the device.
+    """
+    drawn = torch.zeros(len(logits), 2, dtype=torch.float64, device=logits.device)
+    for each, way in enumerate(ways):
+        own = (number == each).nonzero()[:, 0] if len(ways) > 1 or bool((number < 0).any()) else slice(None)
+        drawn[own] = torch.stack(draw_tokens(logits[own], uniform[own], way.temperature, way.top_p, way.ranking), 1)
+    return drawn
+
+
+@lru_cache(maxsize=64)
+def _grid(name: str, num_steps: int) -> Tensor:
+    return torch.tensor(grid_times(name, num_steps), dtype=torch.float64)

@@ -1,0 +1,226 @@
+"""What becomes of a request that was understood: admitted, made a task, collected or streamed, begun again when a replica is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any, Protocol
+
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+
+from dlm_ray.config.server import Server
+from dlm_ray.serving.answers import Answer, stream
+from dlm_ray.serving.errors import ApiError, Event, ReplicaLost, error_event, raise_error
+from dlm_ray.serving.gate import Admission, Counts
+from dlm_ray.serving.protocol import Asked, Infill
+
+if TYPE_CHECKING:
+    from dlm_ray.serving.jobs import Task
+
+log = logging.getLogger("dlm_ray.serving")
+TRIES = 4
+
+
+class Backend(Protocol):
+    """Where texts are written: a `Host` in this process, or replicas behind a handle. Each raises ReplicaLost if its process is gone."""
+
+    async def describe(self) -> dict[str, Any]:
+        """The model's card."""
+
+    def generate(self, task: Task) -> AsyncGenerator[list[Event]]:
+        """Events of a task; whoever stops reading gives its slots back."""
+
+    async def score(self, text: str, draws: int, seed: int) -> Event:
+        """A text's bound."""
+
+
+class Admitted:
+    """A place among those that are under way, for as long as the context lasts or until `leave`."""
+
+    def __init__(self, admission: Admission, key: str, num_texts: int):
+        admission.enter(key, num_texts)
+        self._admission, self._key, self._num_texts, self._is_in = admission, key, num_texts, True
+
+    def __enter__(self) -> Admitted:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.leave()
+
+    def leave(self) -> None:
+        """Once."""
+        if self._is_in:
+            self._is_in = False
+            self._admission.leave(self._key, self._num_texts)
+
+
+class Service:
+    """What the paths share."""
+
+    def __init__(self, server: Server, backend: Backend, admission: Admission, counts: Counts):
+        self.server, self.backend, self.admission, self.counts = server, backend, admission, counts
+
+    def check_model(self, name: str) -> None:
+        """Raises ApiError if the service has no such model."""
+        if name != self.server.model_name:
+            raise ApiError(404, f"there is no model {name!r}; this service has {self.server.model_name!r}", "model_not_found", "model")
+
+    def task(self, asked: Asked, request: Request, *, lengths: Any, length_field: str, **given: Any) -> Task:
+        """A task, after the checks that need no tokenizer."""
+        self.check_model(asked.model)
+        if asked.stream_options is not None and not asked.stream:
+            raise ApiError(400, "stream_options is for stream=true; leave it out", "invalid_value", "stream_options")
+        return {
+            "request_id": request.state.request_id,
+            "prompts": given.get("prompts", []),
+            "messages": given.get("messages"),
+            "suffix": given.get("suffix"),
+            "lengths": lengths if isinstance(lengths, list) else [] if lengths is None else [lengths],
+            "length_field": length_field,
+            "n": asked.n or 1,
+            "seed": asked.seed,
+            "stops": asked.stops(),
+            "options": asked.options(),
+            "is_shown": bool(asked.stream_options and asked.stream_options.denoising),
+            "timeout_seconds": asked.timeout_seconds,
+        }
+
+    def admitted(self, request: Request, num_texts: int) -> Admitted:
+        """Raises ApiError if there is no place."""
+        return Admitted(self.admission, request.state.key, num_texts)
+
+    async def answer(self, asked: Asked, task: Task, request: Request, *, is_chat: bool) -> Response:
+        """Whole or streamed."""
+        answer = self._answer(task, is_chat)
+        num_texts = (len(task["prompts"]) or 1) * task["n"]
+        if num_texts > self.server.limits.choices:
+            most = self.server.limits.choices
+            raise ApiError(
+                400, f"{num_texts} texts in one request (prompts times n); at most {most}; ask for fewer", "too_many_choices", "n"
+            )
+        if not asked.stream:
+            with self.admitted(request, num_texts):
+                await self._collect(task, answer, request)
+            return JSONResponse(answer.whole())
+        admitted = self.admitted(request, num_texts)
+        try:
+            first, events = await self._begin(task)
+        except BaseException:
+            admitted.leave()
+            raise
+        include_usage = bool(asked.stream_options and asked.stream_options.include_usage)
+        sent = self._sent(answer, _behind(first, events), include_usage, admitted)
+        return StreamingResponse(sent, media_type="text/event-stream", headers={"cache-control": "no-store", "x-accel-buffering": "no"})
+
+    async def infill_best(self, asked: Infill, given: dict[str, Any], request: Request) -> Response:
+        """Texts of several lengths, of which the one stays whose whole text has the fewest bits a byte."""
+        if asked.stream or (asked.n or 1) > 1:
+            raise ApiError(
+                400, "several lengths are for one text that is not streamed; leave out stream and n", "invalid_value", "length_tokens"
+            )
+        assert isinstance(asked.length_tokens, list), "one length needs no choice"
+        lengths = list(dict.fromkeys(asked.length_tokens))
+        task = self.task(asked, request, lengths=lengths, **given)
+        answer = self._answer(task, False)
+        with self.admitted(request, len(lengths)):
+            await self._collect(task, answer, request)
+            texts = [answer.choices[index].text for index in range(len(lengths))]
+            scores = [await self.backend.score(asked.prefix + text + asked.suffix, 16, 0) for text in texts]
+        for score in scores:
+            raise_error(score)
+        best = min(range(len(lengths)), key=lambda index: scores[index]["bits_per_byte"])
+        whole = answer.whole()
+        whole["choices"] = [{**whole["choices"][best], "index": 0}]
+        candidates = [
+            {"length_tokens": length, "text": text, "bits_per_byte": score["bits_per_byte"], "ci95_draws": score["ci95_draws"]}
+            for length, text, score in zip(lengths, texts, scores, strict=True)
+        ]
+        whole["dlm_ray"] |= {"length_tokens": lengths[best], "candidates": candidates}
+        return JSONResponse(whole)
+
+    def _answer(self, task: Task, is_chat: bool) -> Answer:
+        own = self.server.engine.deadline_seconds
+        return Answer(task["request_id"], self.server.model_name, is_chat, min(own, task["timeout_seconds"] or own))
+
+    async def _collect(self, task: Task, answer: Answer, request: Request) -> None:
+        """All events, from another replica when one is lost, and none any more when the client is gone."""
+
+        async def work() -> None:
+            for number in range(1, TRIES + 1):
+                answer.choices.clear()
+                try:
+                    async with aclosing(self.backend.generate(task)) as events:
+                        async for some in events:
+                            for event in some:
+                                answer.take(event)
+                    return
+                except ReplicaLost:
+                    log.warning("%s lost its replica, try %d of %d", task["request_id"], number, TRIES)
+            raise _lost()
+
+        working, gone = asyncio.ensure_future(work()), asyncio.ensure_future(_disconnected(request))
+        try:
+            await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not working.done():
+                raise ApiError(499, "the client is gone", "client_gone")
+            working.result()
+        finally:
+            for one in (working, gone):
+                one.cancel()
+            await asyncio.gather(working, gone, return_exceptions=True)
+            self._count(answer)
+
+    async def _begin(self, task: Task) -> tuple[list[Event], AsyncGenerator[list[Event]]]:
+        """The first events and the rest: what is wrong with a request is said before a stream has begun."""
+        for number in range(1, TRIES + 1):
+            events = self.backend.generate(task)
+            try:
+                first = await anext(events)
+                raise_error(first[0])
+                return first, events
+            except ReplicaLost:
+                log.warning("%s lost its replica, try %d of %d", task["request_id"], number, TRIES)
+            except BaseException:
+                await events.aclose()
+                raise
+        raise _lost()
+
+    async def _sent(self, answer: Answer, events: AsyncGenerator[list[Event]], usage: bool, admitted: Admitted) -> AsyncIterator[bytes]:
+        try:
+            async with aclosing(events):
+                async for chunk in stream(answer, events, usage):
+                    yield chunk
+        finally:
+            admitted.leave()
+            self._count(answer)
+
+    def _count(self, answer: Answer) -> None:
+        written = sum(choice.num_tokens for choice in answer.choices.values())
+        self.counts.totals["prompt_tokens_total"] += answer.prompt_tokens
+        self.counts.totals["completion_tokens_total"] += written
+        for kind, calls in answer.network_calls.items():
+            self.counts.totals[f"{kind}_calls_total"] += calls
+
+
+async def _behind(first: list[Event], events: AsyncGenerator[list[Event]]) -> AsyncGenerator[list[Event]]:
+    """A stream again; that its replica is lost is its last event."""
+    async with aclosing(events):
+        yield first
+        try:
+            async for some in events:
+                yield some
+        except ReplicaLost:
+            yield [error_event(_lost())]
+
+
+async def _disconnected(request: Request) -> None:
+    """Returns when the client is gone."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _lost() -> ApiError:
+    return ApiError(503, "the replica that wrote this text is gone; send the request again", "replica_lost", retry_after_seconds=1)

@@ -1,0 +1,50 @@
+"""A server's file: the shipped ones hold, every mistake is said at once, keys are read and never said."""
+
+from pathlib import Path
+
+import pytest
+
+from dlm_ray.config.errors import UserError
+from dlm_ray.config.server import Http
+from dlm_ray.config.server_file import load_server, read_keys
+
+SHIPPED = sorted((Path(__file__).parent.parent.parent / "configs/serve").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_files_hold(path):
+    assert load_server(str(path)).model_name
+    assert load_server(str(path), ["checkpoint=runs/mine", "name=mine"]).model_name == "mine"
+
+
+def test_every_mistake_is_said_at_once(tmp_path):
+    file = tmp_path / "serve.yaml"
+    file.write_text("checkpoint: x\nengine: {slotz: 3}\nhttp: {port: 0, api_keys: [secret]}\nreplicas: {count: -1}\n")
+    with pytest.raises(UserError) as raised:
+        load_server(str(file))
+    for message in ("engine.slotz is unknown; did you mean engine.slots", "http.port=0", "replicas.count=-1", "http.api_keys is unknown"):
+        assert message in str(raised.value)
+    with pytest.raises(UserError, match="max_replicas=1 is less than min_replicas=2"):
+        load_server("x", ["replicas.autoscaling={min_replicas: 2, max_replicas: 1}"])
+    with pytest.raises(UserError, match="there is no file"):
+        load_server(str(tmp_path / "no.yaml"))
+
+
+def test_addresses_that_others_reach():
+    assert [Http(host=host).is_public for host in ("127.0.0.1", "localhost", "::1", "0.0.0.0", "10.0.0.3", "example.org")] == [
+        False
+    ] * 3 + [True] * 3
+
+
+def test_keys_come_from_the_environment_and_a_file_and_stand_in_no_message(tmp_path, monkeypatch):
+    first, second = "first-key-long-enough", "second-key-long-enough"
+    file = tmp_path / "keys"
+    file.write_text(f"# ours\n{second}\n\n{first}\n")
+    monkeypatch.setenv("DLM_RAY_API_KEYS", f"{first}, ")
+    assert read_keys(str(file)) == [first, second] and read_keys(None) == [first]
+    file.write_text("tooshort\n")
+    with pytest.raises(UserError, match="1 of 2 API keys are shorter than 16 characters") as raised:
+        read_keys(str(file))
+    assert "tooshort" not in str(raised.value)
+    with pytest.raises(UserError, match="No such file"):
+        read_keys(str(tmp_path / "none"))

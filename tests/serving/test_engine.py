@@ -1,0 +1,175 @@
+"""The engine: texts are those of `TextModel`, whoever else is there; slots come back; the canvas is told; fixed shapes give the same bits."""
+
+import pytest
+from conftest import tiny_recipe
+
+from dlm_ray.config.errors import UserError
+from dlm_ray.config.server import Engine as Settings
+from dlm_ray.serving.engine import Engine
+from dlm_ray.serving.jobs import Job, TextStream
+from dlm_ray.serving.loading import load
+from dlm_ray.serving.options import choose
+from dlm_ray.training import loop
+
+
+@pytest.fixture(scope="module")
+def runs(data_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    loop.fit(tiny_recipe(data_folder, "ar", objective__name="autoregressive", training__steps=20), folder / "ar")
+    loop.fit(tiny_recipe(data_folder, "whole", training__steps=10), folder / "whole")
+    loop.fit(tiny_recipe(data_folder, "sedd", objective__name="sedd", training__steps=4), folder / "sedd")
+    recipe = tiny_recipe(
+        data_folder, "block8", objective__name="block", objective__block_tokens=8, objective__shift=False, training__steps=20
+    )
+    loop.fit(recipe, folder / "block8")
+    return folder
+
+
+def job(model, prompt="the model", length=12, *, suffix=None, is_shown=False, stops=(), deadline=None, number=0, request="r", **options):
+    ids = [model.tokenizer_identity.start_id, *model.encode(prompt)]
+    chosen = choose(options, model.sampled_as(), length)
+    after = None if suffix is None else model.encode(suffix)
+    return Job(request, ids, length, chosen, after, options.get("seed", 0), number, stops, is_shown, deadline)
+
+
+def finish(engine, now=0.0, texts=None):
+    """Ticks until nothing is left; texts by job, and all updates."""
+    texts, updates = {} if texts is None else texts, []
+    while engine.num_active or engine.waiting:
+        for update in engine.tick(now):
+            updates.append(update)
+            texts[update.job] = texts.get(update.job, "") + update.text
+    return texts, updates
+
+
+WAYS = {
+    "ar": [{}, {"temperature": 0.0}, {"temperature": 0.7, "top_p": 0.8}],
+    "block8": [{}, {"rule": "threshold", "threshold": 0.3}, {"rule": "ancestral", "steps": 5, "remask": 0.2}, {"rule": "margin", "top_p": 0.9}],
+    "whole": [{"steps": 4}, {"rule": "threshold"}, {"rule": "ancestral", "steps": 30, "remask": 0.1}, {"rule": "first_hitting", "temperature": 0.5}],
+    "sedd": [{"steps": 6}, {"rule": "confidence", "steps": 3, "temperature": 0.0}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+@pytest.mark.parametrize("name", WAYS)
+def test_texts_of_every_way_and_length_share_calls_and_are_those_of_the_sampler(runs, name, batch_invariant):
+    model = load(runs / name)
+    engine = Engine(model, Settings(slots=4, batch_invariant=batch_invariant))
+    jobs, texts = {}, {}
+    for number, options in enumerate(WAYS[name] * 2):  # more than there are slots, and joining at different times
+        asked = job(model, ["the model", "a", ""][number % 3], 9 + 4 * (number % 4), seed=number, **options)
+        jobs[asked] = options
+        engine.submit([asked])
+        for update in engine.tick():
+            texts[update.job] = texts.get(update.job, "") + update.text
+        assert engine.num_active <= 4
+    finish(engine, texts=texts)
+    alone = {}
+    for asked, options in jobs.items():
+        engine.submit([asked])
+        own, updates = finish(engine)
+        alone[asked] = own[asked]
+        assert updates[-1].finish_reason in ("length", "stop")
+        prompt = model.tokenizer.decode(asked.prompt[1:])
+        [expected] = model.sample(prompt, length_tokens=asked.length_tokens, seed=asked.seed, **options)
+        assert alone[asked] == expected
+    assert texts == alone
+
+
+def test_a_cancelled_text_frees_its_slot_before_the_next_tick_and_is_never_heard_of_again(runs):
+    for name in ("block8", "whole"):
+        model = load(runs / name)
+        engine = Engine(model, Settings(slots=2))
+        first, second, third = (job(model, length=20, seed=seed, rule="first_hitting") for seed in range(3))
+        for one in (first, second, third):
+            engine.submit([one])
+        engine.tick()
+        assert engine.num_active == 2 and list(engine.waiting) == [third]
+        engine.cancel([first])
+        assert engine.num_active == 1
+        engine.tick()
+        assert engine.num_active == 2 and not engine.waiting
+        texts, _ = finish(engine)
+        assert set(texts) == {second, third}
+        engine.cancel([second])  # finished already
+        engine.submit([third])
+        engine.cancel([third])
+        assert not engine.waiting and engine.tick() == []
+
+
+def test_a_deadline_ends_what_runs_and_what_waits(runs):
+    model = load(runs / "block8")
+    engine = Engine(model, Settings(slots=1))
+    running, waiting, patient = (job(model, deadline=deadline) for deadline in (10.0, 11.0, None))
+    for one in (running, waiting, patient):
+        engine.submit([one])
+    assert not [update for update in engine.tick(9.0) if update.finish_reason]
+    assert {(update.job, update.finish_reason) for update in engine.tick(12.0)} >= {(running, "deadline"), (waiting, "deadline")}
+    _, updates = finish(engine, 13.0)
+    assert [(update.job, update.finish_reason) for update in updates if update.finish_reason] == [(patient, "length")]
+
+
+@pytest.mark.parametrize("name", ["block8", "whole"])
+def test_a_stop_text_ends_a_text_before_it_and_nothing_is_ever_taken_back(runs, name):
+    model = load(runs / name)
+    engine = Engine(model, Settings(slots=2))
+    plain, stopped = job(model, length=20, seed=5), None
+    engine.submit([plain])
+    whole = finish(engine)[0][plain]
+    middle = whole[len(whole) // 2 : len(whole) // 2 + 3]
+    stopped = job(model, length=20, seed=5, stops=(middle, "never in it"))
+    engine.submit([stopped])
+    texts, updates = finish(engine)
+    assert texts[stopped] == whole[: whole.index(middle)]
+    assert updates[-1].finish_reason == "stop"
+
+
+@pytest.mark.parametrize("name", ["block8", "whole"])
+def test_the_canvas_is_told_position_by_position_with_how_sure_the_model_was(runs, name):
+    model = load(runs / name)
+    engine = Engine(model, Settings(slots=2))
+    shown = job(model, length=12, seed=5, is_shown=True, rule="first_hitting")
+    engine.submit([shown])
+    texts, updates = finish(engine)
+    canvases = [update.canvas for update in updates if update.canvas]
+    assert len(canvases) >= 11 and canvases[0]["tokens"][0:] != canvases[-1]["tokens"]
+    filled = [canvas["start"] + sum(text is not None for text, _ in canvas["tokens"]) for canvas in canvases]
+    assert filled == sorted(filled)  # one more a call
+    for canvas in canvases:
+        assert canvas["start"] + len(canvas["tokens"]) <= 12
+        assert all(0 < p <= 1 if text is not None else p == 0 for text, p in canvas["tokens"])
+
+
+def test_infilling_in_company_keeps_both_sides(runs):
+    model = load(runs / "whole")
+    engine = Engine(model, Settings(slots=4))
+    jobs = [job(model, "the model", length, suffix=" and writes", seed=length) for length in (3, 5, 7)]
+    for one in [*jobs, job(model, length=20)]:
+        engine.submit([one])
+    texts, _ = finish(engine)
+    for one in jobs:
+        assert texts[one] == model.infill("the model", " and writes", length_tokens=one.length_tokens, seed=one.seed)[0]
+
+
+def test_sizes_of_blocks_beside_the_trained_one_have_slots_of_their_own(runs):
+    model = load(runs / "whole")
+    engine = Engine(model, Settings(slots=3, block_tokens=(8,)))
+    with pytest.warns(UserWarning, match="not trained for"):
+        by_blocks = job(model, length=40, block_tokens=8, rule="first_hitting")
+    for one in (by_blocks, job(model, length=20), job(model, length=9)):
+        engine.submit([one])
+    texts, updates = finish(engine)
+    with pytest.warns(UserWarning, match="not trained for"):
+        assert texts[by_blocks] == model.sample("the model", length_tokens=40, block_tokens=8, rule="first_hitting")[0]
+    with pytest.raises(UserError, match="engine.block_tokens=5: this checkpoint is sampled by divisors of its context of 32"):
+        Engine(model, Settings(block_tokens=(5,)))
+
+
+def test_characters_come_whole_and_what_may_be_a_stop_is_held_back():
+    letters = {1: b"a", 2: b"\xe2", 3: b"\x82", 4: b"\xac", 5: b"b", 6: b"c"}
+    stream = TextStream(lambda ids: b"".join(letters[i] for i in ids).decode(errors="replace"), ("bcb",))
+    said = [stream.push(ids, False) for ids in ([1], [1, 2], [1, 2, 3], [1, 2, 3, 4], [1, 2, 3, 4, 5], [1, 2, 3, 4, 5, 6])]
+    assert said == ["a", "", "", "\u20ac", "", ""]
+    assert stream.push([1, 2, 3, 4, 5, 6, 1], False) == "bca" and not stream.is_stopped
+    assert stream.push([1, 2, 3, 4, 5, 6, 1, 5, 6, 5], False) == "" and stream.is_stopped
+    assert TextStream(lambda ids: "ab", ("bc",)).push([1], True) == "ab"
