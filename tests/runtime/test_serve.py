@@ -1,0 +1,166 @@
+"""The service on Ray Serve: OpenAI's client, company, a client that leaves, a replica that is killed, and an end that finishes what was accepted."""
+
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+sys.path.append(str(Path(__file__).parent.parent / "serving"))
+import service  # noqa: E402
+
+from dlm_ray.config.errors import UserError  # noqa: E402
+from dlm_ray.config.server import Server  # noqa: E402
+
+pytestmark = pytest.mark.ray
+PROMPTS = ("a", "the", "row", "the model")  # at temperature 0 their texts have no end
+
+
+@pytest.fixture(scope="module")
+def served(ray_session, data_folder, tmp_path_factory):
+    """(url, server, redeploy) of one replica; `redeploy(count)` changes how many there are."""
+    from ray import serve
+    from ray.serve.exceptions import RayServeException
+
+    from dlm_ray.runtime import serve as runtime
+
+    folder = service.train(data_folder, tmp_path_factory.mktemp("served"), "block8")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+
+    def server(count):
+        return Server(
+            checkpoint=str(folder / "block8"),
+            name="tiny",
+            engine={"slots": 32, "batch_invariant": True},
+            limits={"output_tokens": 200_000},
+            http={"port": port},
+            replicas={"count": count, "cpus": 0.2, "drain_seconds": 30},
+        )
+
+    def redeploy(count):
+        serve.run(runtime.application(server(count).model_dump(mode="json")), name=runtime.APPLICATION, route_prefix="/")
+
+    url = runtime.start(server(1))
+    with pytest.raises(UserError, match="cannot be listened at"):
+        runtime.start(server(1))
+    yield url, redeploy
+    with suppress(RayServeException):  # a test has ended it
+        runtime.stop()
+
+
+def test_openais_client_gets_the_same_text_alone_streamed_and_among_31_others(served):
+    url, _ = served
+    own = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
+    asked = {"model": "tiny", "prompt": "the model", "max_tokens": 30, "seed": 7}
+    whole = own.completions.create(**asked)
+    # It may write its end before.
+    assert (whole.usage.completion_tokens == 30) == (whole.choices[0].finish_reason == "length") and whole.usage.network_calls["denoising"] > 0
+    chunks = list(own.completions.create(**asked, stream=True))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == whole.choices[0].text and len(chunks) > 2
+
+    def other(number):
+        return own.completions.create(model="tiny", prompt="a row " * (number % 3), max_tokens=10 + number, seed=number).choices[0].text
+
+    with ThreadPoolExecutor(32) as clients:
+        others = [clients.submit(other, number) for number in range(31)]
+        among = clients.submit(lambda: own.completions.create(**asked)).result()
+        assert len({one.result() for one in others}) > 25
+    assert among.choices[0].text == whole.choices[0].text
+    answer = httpx.get(f"{url}/v1/models")
+    assert len(answer.headers.get_list("x-request-id")) == 1
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_disconnects_frees_its_slot_within_a_second(served, stream):
+    url, _ = served
+
+    def active():
+        return httpx.get(f"{url}/v1/models").json()["data"][0]["load"]["active"]
+
+    body = {"model": "tiny", "prompt": "the model", "max_tokens": 200_000, "stream": stream}
+    with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as line:
+        content = httpx.Request("POST", url, json=body).content
+        head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(content)}\r\n\r\n"
+        line.sendall(head.encode() + content)
+        service.until(lambda: active() == 1)
+    assert service.until(lambda: active() == 0) < 1.0
+
+
+def test_a_replica_killed_under_load_costs_no_whole_answer_and_ends_streams_with_an_error(served):
+    from ray.util.state import list_actors
+
+    url, redeploy = served
+    redeploy(2)
+    # One longer than what was there before: the new one has to answer, too.
+    engines = [actor for actor in list_actors(filters=[("state", "=", "ALIVE")], limit=1000) if "#engine#" in (actor.name or "")]
+    assert len(engines) == 2
+    stop_asking = threading.Event()
+    own = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
+
+    def whole(number):
+        texts = []
+        while not stop_asking.is_set():
+            asked = {"model": "tiny", "prompt": "the model", "max_tokens": 60, "seed": number}
+            texts.append(own.completions.create(**asked).choices[0].text)
+        return texts
+
+    def streamed(number):
+        try:
+            for _ in own.completions.create(model="tiny", prompt=PROMPTS[number], max_tokens=100_000, temperature=0, stream=True, timeout=60):
+                if stop_asking.is_set():
+                    return "stopped"
+        except openai.APIError as error:
+            return error.body["code"]
+        return "finished"
+
+    with ThreadPoolExecutor(12) as clients:
+        streams = [clients.submit(streamed, number) for number in range(4)]
+        asking = [clients.submit(whole, number) for number in range(6)]
+        time.sleep(3)
+        os.kill(engines[0].pid, signal.SIGKILL)
+        time.sleep(6)
+        stop_asking.set()
+        texts = [one.result() for one in asking]
+        ends = [one.result() for one in streams]
+    assert all(len(own) > 2 and len(set(own)) == 1 for own in texts)  # none failed, and each was the same text
+    assert set(ends) == {"replica_lost", "stopped"}
+
+
+def test_the_end_finishes_what_was_accepted(served):
+    from dlm_ray.runtime import serve as runtime
+
+    url, _ = served
+    with ThreadPoolExecutor(1) as clients:
+        body = {"model": "tiny", "prompt": "the model", "max_tokens": 2000, "seed": 1}
+        answer = clients.submit(httpx.post, f"{url}/v1/completions", json=body, timeout=60)
+        service.until(lambda: "texts_under_way 1" in httpx.get(f"{url}/metrics").text)
+        runtime.stop()
+        assert answer.result().status_code == 200
+        assert answer.result().json()["usage"]["completion_tokens"] > 0
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{url}/healthz")
+
+
+def test_what_is_rendered_is_a_config_that_serve_deploys():
+    from ray.serve.schema import ServeDeploySchema
+
+    from dlm_ray.runtime import serve as runtime
+
+    server = Server(checkpoint="x", replicas={"autoscaling": {"max_replicas": 3}})
+    config = ServeDeploySchema.model_validate(runtime.rendered(server))
+    [one] = config.applications
+    assert config.http_options.host == "127.0.0.1" and one.args == {"checkpoint": "x", "replicas": {"autoscaling": {"max_replicas": 3}}}
+    module, _, name = one.import_path.partition(":")
+    built = getattr(__import__(module, fromlist=[name]), name)(one.args)
+    [engine] = [deployment for deployment in built.deployments if deployment.name == "engine"] if hasattr(built, "deployments") else [None]
+    assert engine is None or engine._deployment_config.autoscaling_config.max_replicas == 3
