@@ -176,6 +176,7 @@ def notes(records: Sequence[runner.Record], corpus: dict[str, Any], steps: int) 
         "`1, random batch size` is the AR loss of a random half of the tokens of every batch. The arms with a clip are scored over the full range.",
         "Variances are of each arm's own training loss over draws of t and masks on one batch at the end of training; clipped losses, and `4, x_t only`, are "
         "estimates of something else than the bound.",
+        "Times of runs are rough, because the machine had other work; `python -m dlm_ray.evaluation.speed train` measures steps interleaved.",
     ]
 
 
