@@ -64,7 +64,9 @@ def test_openais_client_gets_the_same_text_alone_streamed_and_among_31_others(se
     asked = {"model": "tiny", "prompt": "the model", "max_tokens": 30, "seed": 7}
     whole = own.completions.create(**asked)
     # It may write its end before.
-    assert (whole.usage.completion_tokens == 30) == (whole.choices[0].finish_reason == "length") and whole.usage.network_calls["denoising"] > 0
+    assert (whole.usage.completion_tokens == 30) == (whole.choices[0].finish_reason == "length") and whole.usage.network_calls[
+        "denoising"
+    ] > 0
     chunks = list(own.completions.create(**asked, stream=True))
     assert "".join(chunk.choices[0].text for chunk in chunks) == whole.choices[0].text and len(chunks) > 2
 
@@ -116,7 +118,9 @@ def test_a_replica_killed_under_load_costs_no_whole_answer_and_ends_streams_with
 
     def streamed(number):
         try:
-            for _ in own.completions.create(model="tiny", prompt=PROMPTS[number], max_tokens=100_000, temperature=0, stream=True, timeout=60):
+            for _ in own.completions.create(
+                model="tiny", prompt=PROMPTS[number], max_tokens=100_000, temperature=0, stream=True, timeout=60
+            ):
                 if stop_asking.is_set():
                     return "stopped"
         except openai.APIError as error:
