@@ -81,13 +81,13 @@ def wait_for(condition, process):
 
 
 def test_a_file_stops_a_run_and_is_gone_when_it_has(data_folder, tmp_path):
-    recipe = tiny_recipe(data_folder, "file")
+    recipe, before = tiny_recipe(data_folder, "file"), signal.getsignal(signal.SIGTERM)
     (tmp_path / "run").mkdir()
     (tmp_path / "run/stop").touch()
     with pytest.raises(Stopped, match="stopped after step 1 of 8, as it was asked to; .*step_00000001 holds its state"):
         loop.fit(recipe, tmp_path / "run")
     assert loop.fit(recipe, tmp_path / "run")["step"] == 8
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_machine_that_leaves_is_one_more_checkpoint_and_no_end(data_folder, tmp_path):
