@@ -9,7 +9,7 @@ model; K = L is masked diffusion.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -83,30 +83,28 @@ class Block(Masked):
             if block_tokens == 1 and _predicts_next(denoiser):
                 # Only rows of x_0 predict anything, and they see the past alone: this is the autoregressive model.
                 return denoiser.hidden(batch.x_0, replace(batch.visibility, pattern="causal")).flatten(0, 1)[predicting]
-            x_t = self.process.inputs(denoiser, batch)
+            if self.passes == "two":
+                return next(self._rows_of_draws(denoiser, batch, [batch.draw]))
             halves = replace(batch.visibility, block_tokens=block_tokens, half=length)
-            if self.passes == "one":
-                hidden = denoiser.hidden(torch.cat([x_t, batch.x_0], 1), halves)  # [B, 2L, D]
-            else:
-                clean, memory = denoiser.record(batch.x_0, replace(halves, half=None))
-                hidden = torch.cat([denoiser.hidden(x_t, halves, memory), clean], 1)
+            hidden = denoiser.hidden(torch.cat([self.process.inputs(denoiser, batch), batch.x_0], 1), halves)  # [B, 2L, D]
             return hidden.flatten(0, 1)[_in_halves(predicting, batch.draw.scored, block_tokens, length)]
         visibility = batch.visibility if block_tokens == length else replace(batch.visibility, block_tokens=block_tokens)
         return denoiser.hidden(self.process.inputs(denoiser, batch), visibility).flatten(0, 1)[predicting]
 
     def nll_of_draws(self, denoiser: Denoiser, batch: Batch, draws: Sequence[Draw]) -> list[Tensor]:
         """[R] nats of each of several draws of the same rows, which share one pass over x_0."""
-        block_tokens = _block_tokens(batch)
-        length = batch.x_0.shape[1]
+        rows = self._rows_of_draws(denoiser, batch, draws)
+        return [nll_of(denoiser, own, replace(batch, draw=draw)) for own, draw in zip(rows, draws, strict=True)]
+
+    def _rows_of_draws(self, denoiser: Denoiser, batch: Batch, draws: Sequence[Draw]) -> Iterator[Tensor]:
+        """[R, D] of each draw: x_t over the keys and values of one pass over x_0."""
+        block_tokens, length = _block_tokens(batch), batch.x_0.shape[1]
         halves = replace(batch.visibility, block_tokens=block_tokens, half=length)
         clean, memory = denoiser.record(batch.x_0, replace(halves, half=None))
-        found = []
         for draw in draws:
-            own = replace(batch, draw=draw)
-            hidden = torch.cat([denoiser.hidden(self.process.inputs(denoiser, own), halves, memory), clean], 1)
-            rows = _in_halves(denoiser.rows_for(draw.scored), draw.scored, block_tokens, length)
-            found.append(nll_of(denoiser, hidden.flatten(0, 1)[rows], own))
-        return found
+            x_t = self.process.inputs(denoiser, replace(batch, draw=draw))
+            hidden = torch.cat([denoiser.hidden(x_t, halves, memory), clean], 1)  # [B, 2L, D]
+            yield hidden.flatten(0, 1)[_in_halves(denoiser.rows_for(draw.scored), draw.scored, block_tokens, length)]
 
 
 def _block_tokens(batch: Batch) -> int:
