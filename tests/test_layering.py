@@ -14,7 +14,7 @@ FLOORS = [
     {"evaluation"},
     {"runtime"},
     {"console"},
-    {"cli_serve"},
+    {"cli_serve", "cli_sweep"},
     {"cli"},
     {"__main__", "__init__"},
 ]
