@@ -335,13 +335,15 @@ def sweep_clip_search(
 
 
 @app.command()
-def schema(kind: Annotated[str, typer.Argument(help="recipe")] = "recipe") -> None:
-    """The JSON Schema of a recipe, for editors."""
-    if kind != "recipe":
-        raise UserError(f"there is no schema {kind!r}; allowed is recipe")
+def schema(kind: Annotated[str, typer.Argument(help="recipe or sweep")] = "recipe") -> None:
+    """The JSON Schema of a recipe or a sweep, for editors."""
     from dlm_ray.config.recipe import Recipe
+    from dlm_ray.config.sweep import Sweep
 
-    sys.stdout.write(json.dumps(Recipe.model_json_schema(), indent=2) + "\n")
+    trees = {"recipe": Recipe, "sweep": Sweep}
+    if kind not in trees:
+        raise UserError(f"there is no schema {kind!r}; allowed are {', '.join(trees)}")
+    sys.stdout.write(json.dumps(trees[kind].model_json_schema(), indent=2) + "\n")
 
 
 @app.command()

@@ -162,6 +162,8 @@ class Tracking(Part):
 
     wandb: Literal["disabled", "offline", "online"] = "disabled"
     project: str = "dlm_ray"
+    group: str | None = None
+    """Runs that belong together; a sweep gives its trials its name."""
     log_every_steps: Positive = 10
 
 

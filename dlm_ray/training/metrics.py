@@ -29,6 +29,7 @@ class MetricsLog:
 
             self._wandb = wandb.init(
                 project=recipe.tracking.project,
+                group=recipe.tracking.group,
                 name=run_dir.name,
                 id=run_dir.name,
                 resume="allow",

@@ -114,7 +114,10 @@ def test_a_wrong_override_says_what_is_allowed(recipe_file, override, message):
             "is impossible with blocks of 2",
         ),
         (["objective={name: block, block_tokens: 4}", "curriculum.block_sizes=[{block_tokens: 1, steps: 11}]"], "would never be trained"),
-        (["objective={name: block, block_tokens: 4, mask_sampler: count}", "curriculum.clip_search={every_steps: 5}"], "chooses objective.clip"),
+        (
+            ["objective={name: block, block_tokens: 4, mask_sampler: count}", "curriculum.clip_search={every_steps: 5}"],
+            "chooses objective.clip",
+        ),
         (["objective={name: block, block_tokens: 4}", "model.attention=flash"], "set model.attention=auto"),
         (["objective={name: block, block_tokens: 1}", "curriculum.clip_search={every_steps: 5}"], "nothing to search"),
         (["seed=4294967296"], "below 2**32"),
