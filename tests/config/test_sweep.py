@@ -91,7 +91,7 @@ def test_draws_are_within_their_ranges_for_every_grid_and_the_seed_decides(tmp_p
           "search": {"name": "random", "trials": 4}},
          "would change in the middle"),
         ({"rank_by": "seed"}, "rank_by=seed; allowed are the keys of the space with grid or choice: objective.name, objective.block_tokens"),
-        ({"shceduler": {}}, r"shceduler is unknown; did you mean scheduler\?"),
+        ({"scheduling": {}}, r"scheduling is unknown; did you mean scheduler\?"),
         ({"scheduler": {"min_token": 3}}, r"scheduler.min_token is unknown; did you mean scheduler.min_tokens\?"),
         ({"recipe": "quickstrat"}, "there is no recipe 'quickstrat'"),
         ({"confirm": {"overrides": ["training.step=9"]}}, r"training.step is unknown; did you mean training.steps\?"),
