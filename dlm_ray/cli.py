@@ -10,12 +10,12 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
+from dlm_ray.cli_sweep import sweep_app
 from dlm_ray.config.errors import DamageError, UserError
 from dlm_ray.console import (
     bar,
     console,
     print_bits,
-    print_clips,
     print_described,
     print_mapping,
     print_quickstart,
@@ -40,7 +40,6 @@ data_app = typer.Typer(no_args_is_help=True, help="Build folders of shards from 
 checkpoint_app = typer.Typer(no_args_is_help=True, help="List, verify and prune the checkpoints of a run.")
 app.add_typer(data_app, name="data")
 app.add_typer(checkpoint_app, name="checkpoint")
-sweep_app = typer.Typer(no_args_is_help=True, help="Try settings and say which is best.")
 app.add_typer(sweep_app, name="sweep")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
@@ -294,44 +293,6 @@ def checkpoint_prune(
 
     removed = prune(path, keep_last)
     show_result({"removed": removed}, as_json, lambda: say(f"removed steps {removed}" if removed else "nothing to remove"))
-
-
-@sweep_app.command("clip-search")
-def sweep_clip_search(
-    checkpoint: Checkpoint,
-    data: Annotated[str, typer.Option(help="A folder that `data build` wrote with the checkpoint's tokenizer.")],
-    block_tokens: Annotated[int | None, typer.Option(help="Size of the blocks; without it the checkpoint's own, or a whole row.")] = None,
-    rows: Annotated[int, typer.Option(help="Held-out rows that every candidate is measured on.", min=1)] = 64,
-    draws: Annotated[int, typer.Option(help="Draws of every row.", min=1)] = 4,
-    gradients: Annotated[int, typer.Option(help="Draws for the variance of the gradient, beside: slow. 0 leaves it out.", min=0)] = 0,
-    enforce: Annotated[str, typer.Option(help="none, or counts: the masked share of every block is within the clip, too.")] = "none",
-    out: Annotated[Path | None, typer.Option(help="A folder for clip_search.json and a heat map.")] = None,
-    weights: Weights = None,
-    as_json: Json = False,
-) -> None:
-    """Which interval of mask probabilities a block size should be trained with: the one whose blocks' bound varies least (BD3-LM)."""
-    from dataclasses import asdict
-
-    from dlm_ray.evaluation import clip_search
-
-    from dlm_ray.serving.loading import load
-
-    if enforce not in ("none", "counts"):
-        raise UserError(f"--enforce {enforce}: one of none, counts")
-    if gradients == 1:
-        raise UserError("--gradients 1: a variance needs at least 2 draws; 0 leaves it out")
-    model = load(checkpoint, weights)
-    with bar("batches") as update:
-        chosen: Any = enforce
-        found = clip_search.search(
-            model, data, block_tokens, rows=rows, draws=draws, gradients=gradients, enforce=chosen, progress=update
-        )
-    size = block_tokens or getattr(model.objective, "block_tokens", model.row_tokens)
-    fields = {"block_tokens": size, "candidates": [asdict(one) for one in found]}
-    if out is not None:
-        about = {"checkpoint": checkpoint, "block_tokens": size, "rows": rows, "draws": draws, "enforce": enforce}
-        fields["files"] = [str(path) for path in clip_search.write(found, out, about)]
-    show_result(fields, as_json, lambda: print_clips(fields["candidates"], size))
 
 
 @app.command()

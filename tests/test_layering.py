@@ -14,6 +14,7 @@ FLOORS = [
     {"evaluation"},
     {"runtime"},
     {"console"},
+    {"cli_sweep"},
     {"cli"},
     {"__main__", "__init__"},
 ]

@@ -56,6 +56,43 @@ def heat_map(cells: Mapping[tuple[float, float], float], xlabel: str, ylabel: st
     return figure
 
 
+def parallel(names: Sequence[str], lines: Sequence[Sequence[Any]]) -> Any:
+    """A line for each of `lines` over upright axes of `names`, coloured by its last value, the least darkest.
+
+    Numbers stand where they are within the axis' range; everything else is a step of its own, in order of appearance.
+    """
+    figure, axes = _axes(1.4 + 1.6 * len(names), 3.6)
+    heights = []
+    for column in zip(*lines, strict=True):
+        known = [value for value in column if value is not None]
+        is_number = bool(known) and all(isinstance(value, int | float) and not isinstance(value, bool) for value in known)
+        order = sorted(set(known)) if is_number else list(dict.fromkeys(_written(value) for value in known))
+        low, span = (order[0], order[-1] - order[0]) if is_number else (0, len(order) - 1)
+        place = (lambda value, low=low: value - low) if is_number else (lambda value, order=order: order.index(_written(value)))
+        heights.append([None if value is None else place(value) / span if span else 0.5 for value in column])
+        shown = order if len(order) <= 6 else [order[0], order[-1]]
+        for value in shown:
+            height = (place(value) if is_number else order.index(value)) / span if span else 0.5
+            text = f"{value:.4g}" if is_number else value
+            axes.annotate(text, (len(heights) - 1, height), xytext=(4, 3), textcoords="offset points", fontsize=7)
+    for points in sorted(zip(*heights, strict=True), key=lambda points: -(points[-1] or 0)):
+        places = [(x, height) for x, height in enumerate(points) if height is not None]
+        shade = 0.25 + 0.65 * (1 - (points[-1] or 0))
+        axes.plot(*zip(*places, strict=True), color=COLOURS[0], alpha=shade, linewidth=1.5)
+    for x in range(len(names)):
+        axes.axvline(x, color=_GREY, linewidth=0.8)
+    axes.set_xticks(range(len(names)), [name.rpartition(".")[2] for name in names])
+    axes.set_yticks([])
+    axes.set(xlim=(-0.1, len(names) - 0.5))
+    return figure
+
+
+def _written(value: Any) -> str:
+    """A value that is no number, short."""
+    text = " ".join(str(part) for part in value.values()) if isinstance(value, dict) else str(value)
+    return text if len(text) < 24 else text[:21] + "..."
+
+
 def _frame(place: tuple[int, int]) -> Any:
     """The border of a cell."""
     from matplotlib.patches import Rectangle
