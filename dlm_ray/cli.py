@@ -300,12 +300,13 @@ def checkpoint_prune(
 
 
 @app.command()
-def schema(kind: Annotated[str, typer.Argument(help="recipe or server")] = "recipe") -> None:
-    """The JSON Schema of a recipe or a server, for editors."""
+def schema(kind: Annotated[str, typer.Argument(help="recipe, sweep or server")] = "recipe") -> None:
+    """The JSON Schema of a recipe, a sweep or a server, for editors."""
     from dlm_ray.config.recipe import Recipe
     from dlm_ray.config.server import Server
+    from dlm_ray.config.sweep import Sweep
 
-    kinds: dict[str, Any] = {"recipe": Recipe, "server": Server}
+    kinds: dict[str, Any] = {"recipe": Recipe, "sweep": Sweep, "server": Server}
     if kind not in kinds:
         raise UserError(f"there is no schema {kind!r}; allowed is {', '.join(kinds)}")
     sys.stdout.write(json.dumps(kinds[kind].model_json_schema(), indent=2) + "\n")

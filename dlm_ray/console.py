@@ -133,6 +133,20 @@ def print_clips(found: list[dict[str, Any]], block_tokens: int, shown: int = 8) 
     say(f"train with: objective.clip={{beta: {found[0]['beta']:g}, omega: {found[0]['omega']:g}, weight: paper}}")
 
 
+def print_sweep(result: dict[str, Any], metric: str, out: Path) -> None:
+    """The trials of a sweep, the best first."""
+    table = Table(title=str(out))
+    for heading in ("", "settings", "status", "steps", "bits per byte", metric, ""):
+        table.add_column(heading)
+    for one in result["trials"]:
+        settings = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in one["settings"].items())
+        numbers = ["" if one[name] is None else f"{one[name]:.4g}" for name in ("bits_per_byte", metric)]
+        remark = "tied with the best" if one["tied"] else one["reason"]
+        table.add_row(str(one["place"] or ""), escape(settings), one["status"], str(one["step"]), *numbers, escape(remark))
+    Console().print(table)
+    say(f"the report: {out / 'report.html'}   its numbers: {out / 'results.parquet'}   the best: dlm-ray train {out / 'best.yaml'}")
+
+
 def print_quickstart(report: dict[str, Any], out: Path) -> None:
     """The quickstart in one table, and where to go on."""
     table = Table(title="held-out text, bits per byte")

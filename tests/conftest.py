@@ -66,7 +66,7 @@ def data_folder(tmp_path_factory):
 
 def tiny_recipe(data, name="tiny", **changes):
     """A recipe of a network that trains in a second; `changes` are dotted keys with __ for the dot."""
-    from dlm_ray.config.load import _apply, validate
+    from dlm_ray.config.load import set_key, validate
 
     tree = {
         "name": name,
@@ -82,7 +82,7 @@ def tiny_recipe(data, name="tiny", **changes):
         "tracking": {"log_every_steps": 1},
     }
     for key, value in changes.items():
-        assert not _apply(tree, f"{key.replace('__', '.')}={json.dumps(value)}")
+        assert not set_key(tree, f"{key.replace('__', '.')}={json.dumps(value)}")
     return validate(tree, name)
 
 

@@ -42,7 +42,7 @@ def test_help_comes_in_under_a_second_and_imports_nothing_heavy():
         (["data", "build", "/nowhere", "--out", "/tmp/never"], 2, "one of --tokenizer"),
         (["export", "/nowhere", "/tmp/never"], 2, "is no checkpoint of ours"),
         (["checkpoint", "verify", "/nowhere"], 1, "is not a checkpoint"),
-        (["schema", "sweep"], 2, "allowed is recipe"),
+        (["schema", "serve"], 2, "allowed is recipe, sweep, server"),
     ],
 )
 def test_mistakes_exit_with_their_code_and_one_message(arguments, code, message):

@@ -11,6 +11,7 @@ import asyncio
 import hashlib
 import json
 import math
+import shutil
 from collections.abc import Coroutine, Mapping
 from typing import Any
 
@@ -142,6 +143,22 @@ def load(directory: str, tensors: Mapping[str, Tensor]) -> Manifest:
     manifest = _manifest_of_whole_files(directory)
     _fill(directory, manifest, tensors)
     return manifest
+
+
+def copy(source: str, target: str, recipe: Mapping[str, Any]) -> None:
+    """Commits at `target` what `source` holds, optimizer and cursor included, as a checkpoint of another recipe's run. On a local disk.
+
+    A member of a population goes on so from a better one's state; the manifest notes whose under extra.copied_from.
+
+    Raises:
+        DamageError: if a file of `source` is damaged.
+    """
+    manifest = _manifest_of_whole_files(source)
+    shutil.rmtree(target, ignore_errors=True)  # of an attempt that was cut short: no manifest was written
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns(MANIFEST))
+    fields = manifest.model_dump(mode="json", exclude={"sha256"})
+    extra = {**fields["extra"], "copied_from": source}
+    _commit(target, arrays.key_value_store(target), {**fields, "recipe": dict(recipe), "extra": extra})
 
 
 def read_tensor(directory: str, name: str) -> Tensor:
@@ -285,8 +302,11 @@ def _write_manifest(directory: str, base: dict[str, Any], fields: Mapping[str, A
         for name, block in blocks.items()
     }
     sealed = {name: seal.model_dump() for name, seal in files.seal(directory).items()}
-    content = {**fields, "format": FORMAT, "arrays": entries, "files": sealed, "sha256": ""}
-    content = json.loads(json.dumps(content))  # what a reader will get back: no tuples
+    return _commit(directory, base, {**fields, "format": FORMAT, "arrays": entries, "files": sealed})
+
+
+def _commit(directory: str, base: dict[str, Any], fields: Mapping[str, Any]) -> Manifest:
+    content = json.loads(json.dumps({**fields, "sha256": ""}))  # what a reader will get back: no tuples
     content["sha256"] = _digest(content)
     manifest = Manifest.model_validate(content)
     try:

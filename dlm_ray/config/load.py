@@ -38,13 +38,22 @@ def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         UserError: with every mistake that was found.
     """
-    tree = _parse(_text(path), path)
+    return validate(read_tree(path, overrides), path)
+
+
+def read_tree(path: str, overrides: Sequence[str] = (), *, kind: str = "recipe") -> dict[str, Any]:
+    """The plain values of a recipe or a sweep, with overrides on top, before anything is checked.
+
+    Raises:
+        UserError: if there is no such file, it is no YAML, or an override is malformed.
+    """
+    tree = _parse(_text(path, kind), path, kind)
     problems: list[str] = []
     for override in overrides:
-        problems += _apply(tree, override)
+        problems += set_key(tree, override)
     if problems:
-        raise UserError(_listed(path, problems))
-    return validate(tree, path)
+        raise UserError(listed(path, problems))
+    return tree
 
 
 def validate(tree: dict[str, Any], where: str) -> Recipe:
@@ -56,10 +65,10 @@ def validate(tree: dict[str, Any], where: str) -> Recipe:
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
-        raise UserError(_listed(where, list(_readable(error)))) from error
+        raise UserError(listed(where, list(readable(error)))) from error
     found = recipe.contradictions()
     if found:
-        raise UserError(_listed(where, found))
+        raise UserError(listed(where, found))
     return recipe
 
 
@@ -81,8 +90,17 @@ def run_name(recipe: Recipe) -> str:
 
 def shipped() -> dict[str, Any]:
     """The recipes that come with the package, by name without .yaml: `quickstart`, `recipes/md4_text8`."""
+    return _shipped(("", "recipes/"))
+
+
+def shipped_sweeps() -> dict[str, Any]:
+    """The sweeps that come with the package: `sweeps/block_size`, `sweeps/laptop/block_size`."""
+    return _shipped(("sweeps/", "sweeps/laptop/"))
+
+
+def _shipped(prefixes: Sequence[str]) -> dict[str, Any]:
     folder = resources.files("dlm_ray.configs")
-    found = {file.name: file for file in folder.iterdir()} | {f"recipes/{file.name}": file for file in folder.joinpath("recipes").iterdir()}
+    found = {f"{prefix}{file.name}": file for prefix in prefixes for file in (folder / prefix if prefix else folder).iterdir()}
     return {name.removesuffix(".yaml"): file for name, file in found.items() if name.endswith(".yaml")}
 
 
@@ -106,20 +124,20 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 
 
-def _text(path: str) -> str:
+def _text(path: str, kind: str) -> str:
     file = Path(path)
     if file.is_file():
         return file.read_text()
-    known = shipped()
+    known = shipped() if kind == "recipe" else shipped_sweeps()
     name = path.removesuffix(".yaml")
     if name in known:
         text: str = known[name].read_text()
         return text
     near = difflib.get_close_matches(Path(name).name, known, n=3, cutoff=0.4) or sorted(known)
-    raise UserError(f"there is no recipe {path!r}: neither a file nor one of the shipped ones; near: {', '.join(near)}")
+    raise UserError(f"there is no {kind} {path!r}: neither a file nor one of the shipped ones; near: {', '.join(near)}")
 
 
-def _parse(text: str, where: str) -> dict[str, Any]:
+def _parse(text: str, where: str, kind: str) -> dict[str, Any]:
     try:
         tree = yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
     except yaml.YAMLError as error:
@@ -127,11 +145,11 @@ def _parse(text: str, where: str) -> dict[str, Any]:
         line = f", line {mark.line + 1}" if mark else ""
         raise UserError(f"{where}{line}: not YAML: {getattr(error, 'problem', error)}") from error
     if not isinstance(tree, dict):
-        raise UserError(f"{where}: a recipe is a mapping of keys to values, and this is {type(tree).__name__}")
+        raise UserError(f"{where}: a {kind} is a mapping of keys to values, and this is {type(tree).__name__}")
     return tree
 
 
-def _apply(tree: dict[str, Any], override: str) -> list[str]:
+def set_key(tree: dict[str, Any], override: str) -> list[str]:
     """Puts one `a.b.c=value` into the tree; returns what is wrong with it."""
     path, equals, text = override.partition("=")
     keys = path.strip().split(".")
@@ -164,14 +182,15 @@ def _apply(tree: dict[str, Any], override: str) -> list[str]:
     return []
 
 
-def _listed(where: str, problems: list[str]) -> str:
+def listed(where: str, problems: list[str]) -> str:
+    """The mistakes of one file as one message."""
     if len(problems) == 1:
         return f"{where}: {problems[0]}"
     return f"{where}: {len(problems)} mistakes\n" + "\n".join(f"  - {problem}" for problem in problems)
 
 
-def _readable(error: ValidationError) -> Iterator[str]:
-    """Pydantic's findings in plain words, one a mistake."""
+def readable(error: ValidationError, model: type[BaseModel] = Recipe) -> Iterator[str]:
+    """Pydantic's findings of a tree of `model` in plain words, one a mistake."""
     seen = set()
     for finding in error.errors():
         location = [part for part in finding["loc"] if not _is_branch(part)]
@@ -182,7 +201,7 @@ def _readable(error: ValidationError) -> Iterator[str]:
         value = finding.get("input")
         kind = finding["type"]
         if kind == "extra_forbidden":
-            yield _unknown(location)
+            yield _unknown(location, model)
         elif kind == "missing":
             yield f"{path} is missing"
         elif kind == "literal_error":
@@ -204,25 +223,23 @@ def _short(value: Any) -> str:
     return text if len(text) < 60 else text[:57] + "..."
 
 
-def _unknown(location: list[Any]) -> str:
+def _unknown(location: list[Any], model: type[BaseModel]) -> str:
     """An unknown key: the nearest names at its place, else where in the tree a key of that name is."""
-    fields = _fields_at(location[:-1])
+    fields = _fields_at(location[:-1], model)
     key, path = str(location[-1]), ".".join(str(part) for part in location)
     near = difflib.get_close_matches(key, fields, n=2, cutoff=0.6)
     if near:
         return f"{path} is unknown; did you mean {' or '.join('.'.join([*map(str, location[:-1]), name]) for name in near)}?"
-    elsewhere = [known for known in all_keys() if known.rpartition(".")[2] == key]
+    elsewhere = [known for known in all_keys(model) if known.rpartition(".")[2] == key]
     if elsewhere:
         return f"{path} is unknown; did you mean {' or '.join(elsewhere[:2])}?"
     return f"{path} is unknown; allowed here are {', '.join(fields)}"
 
 
-def _fields_at(location: Sequence[Any]) -> list[str]:
-    model: Any = Recipe
+def _fields_at(location: Sequence[Any], model: Any) -> list[str]:
     for part in location:
-        if isinstance(part, int):
-            continue
-        model = _part_of(model.model_fields[part].annotation)
+        if part in model.model_fields:  # not the number in a list, or the key of a mapping
+            model = _part_of(model.model_fields[part].annotation)
     return list(model.model_fields)
 
 
@@ -240,5 +257,5 @@ def all_keys(model: Any = Recipe, prefix: str = "") -> Iterator[str]:
     for name, field in model.model_fields.items():
         yield prefix + name
         part = _part_of(field.annotation)
-        if part is not None:
+        if part is not None and part is not model:
             yield from all_keys(part, f"{prefix}{name}.")

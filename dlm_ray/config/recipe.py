@@ -196,6 +196,8 @@ class Tracking(Part):
 
     wandb: Literal["disabled", "offline", "online"] = "disabled"
     project: str = "dlm_ray"
+    group: str | None = None
+    """Runs that belong together; a sweep gives its trials its name."""
     log_every_steps: Positive = 10
     alarm_deviations: Annotated[float, Field(ge=0.0)] = 8.0
     """A logged loss so many standard deviations above the mean of those before it is warned of; 0 turns it off."""

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from dlm_ray.config.errors import UserError
-from dlm_ray.config.load import _apply, _listed, _parse, all_keys
+from dlm_ray.config.load import _parse, all_keys, listed, set_key
 from dlm_ray.config.server import Server
 
 KEYS_VARIABLE = "DLM_RAY_API_KEYS"
@@ -32,19 +32,19 @@ def load_server(target: str, overrides: Sequence[str] = ()) -> Server:
         file = Path(target)
         if not file.is_file():
             raise UserError(f"there is no file {target!r}")
-        tree = _parse(file.read_text(), target)
+        tree = _parse(file.read_text(), target, "server")
     else:
         tree = {"checkpoint": target}
-    problems = [problem for override in overrides for problem in _apply(tree, override)]
+    problems = [problem for override in overrides for problem in set_key(tree, override)]
     if problems:
-        raise UserError(_listed(target, problems))
+        raise UserError(listed(target, problems))
     try:
         server = Server.model_validate(tree)
     except ValidationError as error:
-        raise UserError(_listed(target, [_readable(finding) for finding in error.errors()])) from error
+        raise UserError(listed(target, [_readable(finding) for finding in error.errors()])) from error
     found = server.contradictions()
     if found:
-        raise UserError(_listed(target, found))
+        raise UserError(listed(target, found))
     return server
 
 

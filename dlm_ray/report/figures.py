@@ -56,6 +56,54 @@ def heat_map(cells: Mapping[tuple[float, float], float], xlabel: str, ylabel: st
     return figure
 
 
+def parallel(names: Sequence[str], lines: Sequence[Sequence[Any]]) -> Any:
+    """A line for each of `lines` over upright axes of `names`, coloured by its last value, the least darkest.
+
+    Numbers stand where they are within the axis' range; everything else is a step of its own, in order of appearance.
+    """
+    figure, axes = _axes(1.4 + 1.6 * len(names), 3.6)
+    heights = []
+    for x, column in enumerate(zip(*lines, strict=True)):
+        own, ticks = _on_axis(column)
+        heights.append(own)
+        for text, height in ticks:
+            axes.annotate(text, (x, height), xytext=(4, 3), textcoords="offset points", fontsize=7)
+    for points in sorted(zip(*heights, strict=True), key=lambda points: -(points[-1] or 0)):
+        places = [(x, height) for x, height in enumerate(points) if height is not None]
+        shade = 0.25 + 0.65 * (1 - (points[-1] or 0))
+        axes.plot(*zip(*places, strict=True), color=COLOURS[0], alpha=shade, linewidth=1.5)
+    for x in range(len(names)):
+        axes.axvline(x, color=_GREY, linewidth=0.8)
+    axes.set_xticks(range(len(names)), [name.rpartition(".")[2] for name in names])
+    axes.set_yticks([])
+    axes.set(xlim=(-0.1, len(names) - 0.5))
+    return figure
+
+
+def _on_axis(column: Sequence[Any]) -> tuple[list[float | None], list[tuple[str, float]]]:
+    """Heights in [0, 1] of the values of an upright axis, and what is written beside it where."""
+    known = [value for value in column if value is not None]
+    places: dict[Any, float]
+    if known and all(isinstance(value, int | float) and not isinstance(value, bool) for value in known):
+        order, texts = sorted(set(known)), [f"{value:.4g}" for value in sorted(set(known))]
+        places = {value: value - order[0] for value in order}
+        column_keys = list(column)
+    else:
+        texts = list(dict.fromkeys(_written(value) for value in known))
+        places = {text: float(number) for number, text in enumerate(texts)}
+        column_keys = [None if value is None else _written(value) for value in column]
+    span = max(places.values(), default=0.0)
+    heights = {key: place / span if span else 0.5 for key, place in places.items()}
+    ticks = list(zip(texts, heights.values(), strict=True))
+    return [None if key is None else heights[key] for key in column_keys], ticks if len(ticks) <= 6 else [ticks[0], ticks[-1]]
+
+
+def _written(value: Any) -> str:
+    """A value that is no number, short."""
+    text = " ".join(str(part) for part in value.values()) if isinstance(value, dict) else str(value)
+    return text if len(text) < 24 else text[:21] + "..."
+
+
 def _frame(place: tuple[int, int]) -> Any:
     """The border of a cell."""
     from matplotlib.patches import Rectangle

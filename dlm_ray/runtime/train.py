@@ -70,7 +70,7 @@ def fit(recipe: Recipe, out: str | Path = "runs", *, fresh: bool = False, on_eve
     finished = _finished(recipe, run_dir)
     if finished is not None:
         return finished
-    _check_before_starting(recipe)
+    check_before_starting(recipe)
     with guards.sole_owner(run_dir, "run"):
         (run_dir / "recipe.yaml").write_text(dump(recipe))
         # Which checkpoints there are is said by their manifests. Ray's own list may name pruned ones, and would then refuse to start.
@@ -101,7 +101,7 @@ def _trainer(recipe: Recipe, run_dir: Path) -> TorchTrainer:
     return TorchTrainer(
         _worker,
         train_loop_config={
-            "recipe": _anchored(recipe).model_dump(mode="json"),
+            "recipe": anchored(recipe).model_dump(mode="json"),
             "run_dir": str(run_dir),
             "device": "cuda" if use_gpu else "cpu",
         },
@@ -149,7 +149,7 @@ def _permanent(failures: Mapping[int, Exception]) -> Exception | None:
     return None
 
 
-def _anchored(recipe: Recipe) -> Recipe:
+def anchored(recipe: Recipe) -> Recipe:
     """The same recipe with absolute paths: workers run in folders of their own. The run's name keeps to what was typed."""
     sources = tuple(
         source if storage.is_remote(source.path) else source.model_copy(update={"path": str(Path(source.path).absolute())})
@@ -215,7 +215,7 @@ def _finished(recipe: Recipe, run_dir: Path) -> RunResult | None:
     return RunResult(run_dir, latest, manifest.step, already_finished=True, metrics=manifest.extra["metrics"])
 
 
-def _check_before_starting(recipe: Recipe) -> None:
+def check_before_starting(recipe: Recipe) -> None:
     """What would fail in every worker fails here, once and in seconds: data, tokenizer, base, family, objective."""
     indexes = open_sources(recipe.data.sources)
     network = start.resolve(recipe, start.is_causal(recipe), indexes[0].tokenizer)

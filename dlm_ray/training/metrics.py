@@ -31,6 +31,7 @@ class MetricsLog:
 
             self._wandb = wandb.init(
                 project=recipe.tracking.project,
+                group=recipe.tracking.group,
                 name=run_dir.name,
                 id=run_dir.name,
                 resume="allow",

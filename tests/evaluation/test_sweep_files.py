@@ -1,0 +1,118 @@
+"""What a sweep makes of its trials: the measurement at common draws, the order with its ties, and the files."""
+
+import json
+import math
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from conftest import tiny_recipe
+from dlm_ray.evaluation import sweep_report
+from dlm_ray.evaluation.sweep_measure import measure
+from dlm_ray.evaluation.sweep_ranking import Row, best, ranked
+
+from dlm_ray.config.sweep import Measure, Sweep
+from dlm_ray.serving.loading import load
+from dlm_ray.training import loop
+
+ASKED = Measure(rows=12, draws_per_row=2, variance_draws=3, variance_rows=12, gradient_draws=2, gradient_rows=4)
+CLIP = {"beta": 0.45, "omega": 0.95}
+
+
+def run(folder, data, **changes):
+    loop.fit(tiny_recipe(data, training__steps=4, **changes), folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def measured(data_folder, tmp_path_factory):
+    """One network, trained alike but for what its noise is clipped to, and a whole-row one."""
+    out = tmp_path_factory.mktemp("measured")
+    blocks = {"objective__name": "block", "objective__block_tokens": 4}
+    runs = {
+        "linear": run(out / "linear", data_folder, **blocks),
+        "paper": run(out / "paper", data_folder, **blocks, objective__clip={**CLIP, "weight": "paper"}),
+        "unbiased": run(out / "unbiased", data_folder, **blocks, objective__clip={**CLIP, "weight": "unbiased"}),
+        "row": run(out / "row", data_folder),
+        "ar": run(out / "ar", data_folder, objective__name="autoregressive"),
+    }
+    return {name: measure(folder, ASKED, data_folder) for name, folder in runs.items()} | {"folders": runs}
+
+
+def test_the_bound_is_over_all_of_t_whatever_was_trained(measured, data_folder):
+    scored = load(measured["folders"]["paper"]).score(data_folder, max_rows=12, draws_per_row=2)
+    assert measured["paper"]["bits_per_byte"] == scored.bits_per_byte and measured["paper"]["nats"] == scored.nats.tolist()
+    low, high = measured["paper"]["ci95_documents"]
+    assert low < measured["paper"]["bits_per_byte"] < high and measured["paper"]["is_bound"]
+    assert len(measured["paper"]["nll_by_t"]) == 5 and measured["paper"]["tokens_per_second"] > 0
+
+
+def test_a_clip_lowers_the_variance_of_a_blocks_bound_and_its_constant_does_not(measured):
+    """The two clipped runs hardly differ in their weights; with its constant 0.5, `unbiased` would have about a quarter of the variance."""
+    assert measured["paper"]["nelbo_variance"] < measured["linear"]["nelbo_variance"] / 2
+    assert measured["unbiased"]["nelbo_variance"] == pytest.approx(measured["paper"]["nelbo_variance"], rel=0.1)
+    assert measured["row"]["nelbo_variance"] > 0 and measured["row"]["gradient_variance"] > 0
+
+
+def test_a_causal_model_has_no_variance_over_draws(measured):
+    assert measured["ar"]["nelbo_variance"] is None and not measured["ar"]["is_bound"]
+
+
+def row(number, settings, values, status="finished", **measured_as):
+    nats = np.array(values, dtype=float)
+    fields = {
+        "bits_per_byte": float(nats.sum()) / math.log(2) / max(1, 10 * len(nats)),
+        "nats": nats.tolist(),
+        "bytes": [10.0] * len(nats),
+        **measured_as,
+    }
+    return Row(number, settings, status, "", 8, f"runs/{number}", [], [(1.0, 3.0), (2.0, 2.0)], fields if status == "finished" else {})
+
+
+def test_ties_are_decided_by_the_paired_interval():
+    generator = np.random.default_rng(0)
+    documents = generator.normal(20, 8, 60)  # far more between documents than between models
+    rows = [
+        row(0, {"a": 0}, documents + generator.normal(0.5, 0.1, 60)),
+        row(1, {"a": 1}, documents),
+        row(2, {"a": 2}, documents + generator.normal(0.0, 1.0, 60) + 0.01),
+        row(3, {"a": 3}, [], "stopped"),
+        row(4, {"a": 4}, [], "failed"),
+    ]
+    found = ranked(rows, "bits_per_byte", None)
+    first, second, third = (one.row.number for one in found[:3])
+    assert {first, second} == {1, 2} and third == 0 and [one.place for one in found] == [1, 2, 3, None, None]
+    assert [one.is_tied for one in found] == [False, True, False, False, False]
+    assert [one.row.status for one in found[3:]] == ["stopped", "failed"] and best(found) == [found[0].row]
+    assert found[2].low > 0 and found[2].difference == pytest.approx(0.5 / math.log(2) / 10, rel=0.4)
+
+
+def test_trials_are_compared_within_their_group_and_the_larger_is_better_for_speed():
+    rows = [
+        row(number, {"k": number % 2}, [1.0], tokens_per_second=float(number), nelbo_variance=9.0 - number, variances=[9.0 - number] * 3)
+        for number in range(4)
+    ]
+    assert [one.number for one in best(ranked(rows, "tokens_per_second", None))] == [3]
+    assert [one.number for one in best(ranked(rows, "nelbo_variance", "k"))] == [2, 3]
+
+
+def test_the_files_say_what_was_found(tmp_path):
+    clips = [None, {"beta": 0.3, "omega": 0.8}, {"beta": 0.5, "omega": 1.0}]
+    rows = [
+        row(i, {"objective.clip": clip}, [1.0 + i, 2.0], nelbo_variance=3.0 - i, variances=[3.0 - i, 3.1 - i])
+        for i, clip in enumerate(clips)
+    ]
+    rows += [row(3, {"objective.clip": None}, [], "failed")]
+    sweep = Sweep(
+        name="s", recipe="quickstart", space={"objective.clip": {"grid": clips}}, metric="nelbo_variance", confirm={"overrides": ["seed=1"]}
+    )
+    found = ranked(rows, "nelbo_variance", None)
+    sweep_report.write(sweep, found, [rows[2]], tmp_path, 90.0)
+    table = pq.read_table(tmp_path / "results.parquet").to_pylist()
+    assert [(line["number"], line["status"], line["place"]) for line in table] == [
+        (2, "finished", 1), (1, "finished", 2), (0, "finished", 3), (3, "failed", None), (2, "confirmed", None),
+    ]  # fmt: skip
+    assert json.loads(table[0]["objective.clip"]) == clips[2] and table[0]["nelbo_variance"] == 1.0
+    text = (tmp_path / "report.html").read_text()
+    assert text.count("<svg") == 3  # heat map, parallel coordinates, curves
+    assert "confirmed by a longer run" in text and "[0.5, 1]" in text

@@ -1,0 +1,57 @@
+"""A sweep on a real Ray cluster: trials side by side, one that fails, what is left behind, and going on after an interruption."""
+
+import json
+import time
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from conftest import tiny_recipe
+
+from dlm_ray.config.errors import UserError
+from dlm_ray.config.load import dump, load_recipe
+from dlm_ray.config.sweep_load import load_sweep
+
+pytestmark = pytest.mark.ray
+
+
+def loaded(folder, data, **fields):
+    (folder / "recipe.yaml").write_text(dump(tiny_recipe(data, parallelism__max_failures=0)))
+    rates = {"optimizer.learning_rate": {"grid": [3e-3, 1e30]}}
+    asked = {"rows": 12, "draws_per_row": 2, "variance_draws": 2, "variance_rows": 6}
+    sweep = {"name": "s", "recipe": str(folder / "recipe.yaml"), "space": rates, "trials_at_once": 2, "measure": asked, **fields}
+    (folder / "sweep.yaml").write_text(yaml.safe_dump(sweep))
+    return load_sweep(str(folder / "sweep.yaml"))
+
+
+def test_trials_run_and_one_that_fails_is_a_row_with_its_reason(ray_session, data_folder, tmp_path):
+    import ray
+    from ray.util.placement_group import placement_group_table
+
+    from dlm_ray.runtime.sweep import sweep
+
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match=r"trials_at_once=5 with 1 CPUs a trial do not fit the cluster's 4 CPUs: 4 fit"):
+        sweep(loaded(tmp_path, data_folder, trials_at_once=5), tmp_path / "too-many")
+    said = []
+    result = sweep(loaded(tmp_path, data_folder), out, say=said.append)
+    good, bad = result["trials"]
+    assert (good["status"], good["place"], good["step"]) == ("finished", 1, 8)
+    assert bad["status"] == "failed" and "FloatingPointError: step 2" in bad["reason"] and bad["place"] is None
+    assert [line["status"] for line in pq.read_table(out / "results.parquet").to_pylist()] == ["finished", "failed"]
+    assert (out / "report.html").read_text().count("FloatingPointError") == 1
+    assert load_recipe(str(out / "best.yaml")).optimizer.learning_rate == 3e-3
+    deadline = time.monotonic() + 60
+    while ray.available_resources().get("CPU") != 4 and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert ray.available_resources()["CPU"] == 4
+    assert {one["state"] for one in placement_group_table().values()} <= {"REMOVED"}
+
+    with pytest.raises(UserError, match="holds a sweep already; --resume goes on with it"):
+        sweep(loaded(tmp_path, data_folder), out)
+    with pytest.raises(UserError, match=r"space.optimizer.learning_rate.grid was \[0.003, 1e\+30\] and is \[0.003\]"):
+        sweep(loaded(tmp_path, data_folder, space={"optimizer.learning_rate": {"grid": [3e-3]}}), out, resume=True)
+    lines = (out / "trials.jsonl").read_text().splitlines()
+    (out / "trials.jsonl").write_text("".join(line + "\n" for line in lines if json.loads(line)["status"] == "finished") + '{"torn')
+    again = sweep(loaded(tmp_path, data_folder), out, resume=True)
+    assert [one | {"run_dir": ""} for one in again["trials"]] == [one | {"run_dir": ""} for one in result["trials"]]
