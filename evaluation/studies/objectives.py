@@ -225,10 +225,14 @@ def notes(records: Sequence[runner.Record], corpus: dict[str, Any], steps: int) 
     return found
 
 
-def command_line(module: str, about: str, steps: int) -> argparse.Namespace:
+def command_line(module: str, about: str, steps: int, *, needs_quickstart: bool = False) -> argparse.Namespace:
     """What a study in this setting is asked; sets the threads of torch."""
     parser = argparse.ArgumentParser(prog=f"python -m {module}", description=about.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs; the same command goes on where it stopped")
+    if needs_quickstart:
+        parser.add_argument(
+            "--quickstart", type=Path, required=True, help="folder that `dlm-ray quickstart --out` has filled: data and base"
+        )
     parser.add_argument("--results", type=Path, help="folder that gets the table, the figure and the numbers; --out if absent")
     parser.add_argument("--minutes", type=float, help="start no run that would end later")
     parser.add_argument("--seeds", type=int, default=3)

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+from conftest import tiny_recipe
 from dlm_ray.evaluation.studies import annealing, block_size, draws, objectives, runner, statistics, text8
 from dlm_ray.evaluation.studies.report import write_report
 from dlm_ray.evaluation.studies.runner import Arm, Outcome, Record, Study
@@ -289,21 +290,21 @@ def test_the_search_says_plainly_whether_smaller_blocks_chose_heavier_masking(mo
     assert outcome in block_size.verdict(centres)
 
 
-def test_every_arm_of_the_annealing_study_ends_at_the_whole_row(text8_folder, tmp_path, monkeypatch):
-    for name, value in {"ROW_TOKENS": 32, "ROWS": 4, "BASE_STEPS": 2, "HELD_OUT_ROWS": 8, "DRAWS": 2}.items():
-        monkeypatch.setattr(objectives, name, value)
+def test_every_arm_of_the_annealing_study_ends_at_the_whole_row(data_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(annealing, "HELD_OUT_ROWS", 8)
     monkeypatch.setattr(annealing, "SIZES", (4, 8, 16))
-    data, base = str(text8_folder / "data"), str(tmp_path / "base")
-    loop.fit(objectives.base_recipe(data), base)
-    small = annealing.study(1, 6)
+    data, row_tokens = str(data_folder), load_index(str(data_folder)).row_tokens
+    base = loop.fit(tiny_recipe(data_folder, objective__name="autoregressive"), str(tmp_path / "base"))["checkpoint"]
+    small = annealing.study(1, 6, row_tokens)
     for arm in small.arms:
         recipe = objectives.recipe_of(arm, 0, data, base)
-        assert recipe.objective.block_tokens in (None, 32) and recipe.objective.shift == ("no shift" not in arm.name)
+        assert recipe.objective.block_tokens in (None, row_tokens) and recipe.objective.shift == ("no shift" not in arm.name)
         assert sum(stage.steps for stage in recipe.curriculum.block_sizes) + recipe.curriculum.annealing.steps < recipe.training.steps
     records = runner.run(small, lambda arm, seed, folder: annealing.one(arm, seed, folder, data, base), tmp_path / "study")
-    assert [record.error for record in records] == [None] * 8
-    assert len({record.metrics["bits_per_character"] for record in records}) == 8
-    assert len(annealing.notes(records, json.loads((text8_folder / "corpus.json").read_text()), 6)) == 3
+    assert [record.error for record in records] == [None] * 10
+    # In six steps, 10 % and 30 % are as many as blocks have sizes; all other ways differ.
+    assert len({record.metrics["bits_per_byte"] for record in records}) == 8
+    assert len(annealing.notes(base, data, 6)) == 3
 
 
 def test_a_record_survives_its_line():
