@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 from dlm_ray.evaluation.studies import statistics
 
-from dlm_ray.config.errors import UserError
+from dlm_ray.config.errors import Stopped, UserError
 
 
 @dataclass(frozen=True)
@@ -287,6 +287,8 @@ def _one(study: Study, arm: Arm, seed: int, one: Callable[[Arm, int, Path], Outc
     outcome, error = Outcome({}), None
     try:
         outcome = _plain(study, one(arm, seed, folder))
+    except Stopped:  # SIGTERM: no outcome of this run, which goes on when the study does
+        raise
     except Exception as failure:  # one row of the table, with its reason; the study goes on
         error = f"{type(failure).__name__}: {failure}"
     record = Record(

@@ -11,7 +11,7 @@ from dlm_ray.evaluation.studies import annealing, block_size, draws, objectives,
 from dlm_ray.evaluation.studies.report import write_report
 from dlm_ray.evaluation.studies.runner import Arm, Outcome, Record, Study
 
-from dlm_ray.config.errors import UserError
+from dlm_ray.config.errors import Stopped, UserError
 from dlm_ray.data.index import load_index
 from dlm_ray.data.reading import read_split
 from dlm_ray.data.tokenizer import load_tokenizer
@@ -305,6 +305,15 @@ def test_every_arm_of_the_annealing_study_ends_at_the_whole_row(data_folder, tmp
     # In six steps, 10 % and 30 % are as many as blocks have sizes; all other ways differ.
     assert len({record.metrics["bits_per_byte"] for record in records}) == 8
     assert len(annealing.notes(base, data, 6)) == 3
+
+
+def test_a_run_that_was_asked_to_stop_has_failed_nothing(tmp_path):
+    def told(arm, seed, folder):
+        raise Stopped("its state is committed")
+
+    with pytest.raises(Stopped):
+        runner.run(STUDY, told, tmp_path)
+    assert len(runner.run(STUDY, outcome, tmp_path)) == 16
 
 
 def test_a_record_survives_its_line():
