@@ -220,9 +220,9 @@ def _measured(plan: Plan, trials: Sequence[Trial], say: Say) -> list[Row]:
     while waiting:
         [done], _ = ray.wait(list(waiting), num_returns=1)
         trial = waiting.pop(done)
-        found = {**ray.get(done), "checkpoint": listing.latest(trial.run_dir)}
-        (plan.folder(trial.number) / "measured.json").write_text(json.dumps(found))
-        answers[trial.number] = found
+        text = json.dumps({**ray.get(done), "checkpoint": listing.latest(trial.run_dir)})
+        (plan.folder(trial.number) / "measured.json").write_text(text)
+        answers[trial.number] = found = json.loads(text)  # as a sweep that goes on will read it
         say(f"measured trial {trial.number}: {found['bits_per_byte']:.4f} bits per byte")
     return [_row(plan, trial, answers.get(trial.number, {})) for trial in trials]
 
