@@ -23,7 +23,7 @@ from dlm_ray.data.index import load_index
 from dlm_ray.serving.loading import load
 from dlm_ray.training import loop
 
-STEPS = 240
+STEPS = 120
 HELD_OUT_ROWS, DRAWS = 200, 4
 SIZES = (4, 16, 64)
 """Of the blocks before they are as large as the row, which is masked diffusion."""
