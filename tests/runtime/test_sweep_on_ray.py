@@ -1,6 +1,8 @@
 """A sweep on a real Ray cluster: trials side by side, one that fails, what is left behind, and going on after an interruption."""
 
 import json
+import subprocess
+import sys
 import time
 
 import pyarrow.parquet as pq
@@ -55,3 +57,30 @@ def test_trials_run_and_one_that_fails_is_a_row_with_its_reason(ray_session, dat
     (out / "trials.jsonl").write_text("".join(line + "\n" for line in lines if json.loads(line)["status"] == "finished") + '{"torn')
     again = sweep(loaded(tmp_path, data_folder), out, resume=True)
     assert [one | {"run_dir": ""} for one in again["trials"]] == [one | {"run_dir": ""} for one in result["trials"]]
+
+
+def command(folder, out, *more):
+    arguments = [sys.executable, "-m", "dlm_ray", "sweep", str(folder / "sweep.yaml"), "--out", str(out), "--json", *more]
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+def test_a_sweep_whose_process_was_killed_goes_on_to_the_same_table(data_folder, tmp_path):
+    """Killed when the first of three trials has ended and another is under way; each command has a cluster of its own."""
+    loaded(tmp_path, data_folder, space={"optimizer.learning_rate": {"grid": [3e-3, 1e-3, 3e-4]}}, trials_at_once=1)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    expected = json.loads(command(tmp_path, whole).communicate(timeout=600)[0])["trials"]
+    assert [one["status"] for one in expected] == ["finished"] * 3
+
+    running = command(tmp_path, killed)
+    while not (killed / "trials").exists() or len(list((killed / "trials").glob("*/trial.json"))) < 2:
+        assert running.poll() is None, running.communicate()[1]
+        time.sleep(0.2)
+    running.kill()
+    running.communicate()
+    assert not (killed / "results.parquet").exists()
+    out, err = command(tmp_path, killed, "--resume").communicate(timeout=600)
+    assert "2 trials" in err or "1 trials" in err, err
+    found = json.loads(out)["trials"]
+    own = ("run_dir", "tokens_per_second")
+    assert [{**one, **dict.fromkeys(own)} for one in found] == [{**one, **dict.fromkeys(own)} for one in expected]
