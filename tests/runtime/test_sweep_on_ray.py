@@ -1,8 +1,11 @@
 """A sweep on a real Ray cluster: trials side by side, one that fails, what is left behind, and going on after an interruption."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pyarrow.parquet as pq
@@ -57,6 +60,23 @@ def test_trials_run_and_one_that_fails_is_a_row_with_its_reason(ray_session, dat
     (out / "trials.jsonl").write_text("".join(line + "\n" for line in lines if json.loads(line)["status"] == "finished") + '{"torn')
     again = sweep(loaded(tmp_path, data_folder), out, resume=True)
     assert [one | {"run_dir": ""} for one in again["trials"]] == [one | {"run_dir": ""} for one in result["trials"]]
+
+
+@pytest.mark.slow
+def test_a_trial_whose_worker_is_killed_is_a_row_with_its_reason(ray_session, data_folder, tmp_path):
+    from dlm_ray.runtime.sweep import sweep
+
+    def kill():
+        while not (notes := [path for path in (tmp_path / "out/trials/0001").glob("*/writer.lock") if "process" in path.read_text()]):
+            time.sleep(0.05)
+        os.kill(int(notes[0].read_text().split()[1]), signal.SIGKILL)
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    whole, killed = sweep(loaded(tmp_path, data_folder, space={"training.steps": {"grid": [8, 2000]}}), tmp_path / "out")["trials"]
+    killer.join()
+    assert (whole["status"], whole["place"]) == ("finished", 1)
+    assert (killed["status"], killed["place"]) == ("failed", None) and "worker" in killed["reason"]
 
 
 def command(folder, out, *more):
