@@ -60,7 +60,8 @@ def sweep(loaded: Loaded, out: Path, *, resume: bool = False, say: Say = lambda 
         found = ranked(rows, loaded.sweep.metric, loaded.sweep.rank_by)
         confirmed = _confirmed(plan, best(found), out, say) if loaded.sweep.confirm else []
     written = sweep_report.write(loaded.sweep, found, confirmed, out, time.monotonic() - started)
-    written += _write_best(plan, confirmed or best(found), out)
+    # A confirming run may fail; what it was to confirm is still the answer.
+    written += _write_best(plan, [row for row in confirmed if row.measured] or best(found), out)
     fields = {
         "trials": [sweep_report.fields_of(one) for one in found],
         "confirmed": [row.measured.get("bits_per_byte") for row in confirmed],

@@ -163,6 +163,7 @@ class _Run:
             "num_steps": num_steps - self.step,
         }
         metrics: dict[str, Any] = {}
+        measured: dict[str, Any] = {}  # apart from what every log line says: it is of the step that was validated
         clock = _Clock()
         unchecked: tuple[int, Cursor, StepResult] | None = None
         has_left = False
@@ -202,7 +203,7 @@ class _Run:
                     validation = validate(recipe, self.root, self.objective, validated, self.rank, self.world_size, self.device)
                 if self.metrics_log is not None:
                     self.metrics_log.write(self.step, validation=validation)
-                metrics |= {"validation": validation, "validated_step": self.step}
+                measured = {"validation": validation, "validated_step": self.step}
             if clip_search.is_due(recipe, self.step) and held_out and not is_last:
                 with clock.paused(), self.ema.swapped_in() if self.ema else nullcontext():
                     found = clip_search.search(recipe, self.root, self.objective, held_out, self.rank, self.world_size, self.device)
@@ -222,7 +223,7 @@ class _Run:
                 if is_due or is_asked or (is_leaving and not has_left):
                     self._check_finite(*unchecked)
                     self._conclude(report)
-                    self._begin_save(metrics)
+                    self._begin_save(metrics | measured)
                 if is_last or is_asked or is_leaving or not recipe.checkpoint.asynchronous:
                     self._conclude(report, has_to_succeed=is_last or bool(is_asked))
                 has_left = has_left or bool(is_leaving)
@@ -233,7 +234,7 @@ class _Run:
         if self.metrics_log is not None:
             self.metrics_log.close()
         assert self.step == num_steps, f"the stream ended after step {self.step} of {num_steps}"
-        return {"step": self.step, "checkpoint": self.checkpoint, **metrics}
+        return {"step": self.step, "checkpoint": self.checkpoint, **metrics, **measured}
 
     def _held_out_rows(self) -> list[Row]:
         """Held-out rows of every source, as many of each."""

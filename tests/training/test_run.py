@@ -40,7 +40,9 @@ def test_an_autoregressive_run_learns(base):
     run_dir, metrics = base
     curve = losses(run_dir)
     assert curve[60] < curve[1] - 1.0
-    assert metrics["validation"]["nats_per_token"] < curve[1] - 0.5
+    assert metrics["validation"]["nats_per_token"] < curve[1] - 0.5 and metrics["validated_step"] == 60
+    events = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [event["step"] for event in events if "validation" in event] == list(range(4, 61, 4))  # each said once, of its own step
     assert metrics["checkpoint"] == listing.latest(str(run_dir))
 
 
