@@ -135,14 +135,15 @@ def print_clips(found: list[dict[str, Any]], block_tokens: int, shown: int = 8) 
 
 def print_sweep(result: dict[str, Any], metric: str, out: Path) -> None:
     """The trials of a sweep, the best first."""
+    from dlm_ray.config.space import label
+
     table = Table(title=str(out))
-    for heading in ("", "settings", "status", "steps", "bits per byte", metric, ""):
+    for heading in dict.fromkeys(("place", "settings", "status", "steps", "bits_per_byte", metric, "")):
         table.add_column(heading)
     for one in result["trials"]:
-        settings = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in one["settings"].items())
-        numbers = ["" if one[name] is None else f"{one[name]:.4g}" for name in ("bits_per_byte", metric)]
+        numbers = ["" if one[name] is None else f"{one[name]:.4g}" for name in dict.fromkeys(("bits_per_byte", metric))]
         remark = "tied with the best" if one["tied"] else one["reason"]
-        table.add_row(str(one["place"] or ""), escape(settings), one["status"], str(one["step"]), *numbers, escape(remark))
+        table.add_row(str(one["place"] or ""), escape(label(one["settings"])), one["status"], str(one["step"]), *numbers, escape(remark))
     Console().print(table)
     say(f"the report: {out / 'report.html'}   its numbers: {out / 'results.parquet'}   the best: dlm-ray train {out / 'best.yaml'}")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from dlm_ray.evaluation.sweep_ranking import Ranked, Row
 
+from dlm_ray.config import space as spaces
 from dlm_ray.config.sweep import Sweep
 from dlm_ray.report import figures
 from dlm_ray.report.page import Block, Figure, Numbers, Paragraph, Table, page
@@ -82,7 +83,7 @@ def _blocks(sweep: Sweep, found: Sequence[Ranked], confirmed: Sequence[Row], sec
             "tokens and is not ranked. One seed a trial unless `seed` is in the table: intervals are not over training seeds.",
             "The answer",
         ),
-        Table("Trials", _HEADER, [_cells(one) for one in found]),
+        Table("Trials", *_without_empty(_HEADER, [_cells(one) for one in found])),
     ]
     if confirmed:
         header = ("settings", "steps", "bits per byte", "95 % over documents", "variance of a block's bound")
@@ -103,7 +104,7 @@ def _blocks(sweep: Sweep, found: Sequence[Ranked], confirmed: Sequence[Row], sec
     lines = [one.row for one in found if one.row.measured]
     if len(lines) > 1:
         axes = [*sweep.space, sweep.metric]
-        values = [[*(row.settings.get(key) for key in sweep.space), row.measured.get(sweep.metric)] for row in lines]
+        values = [[*(_place(row.settings, key) for key in sweep.space), row.measured.get(sweep.metric)] for row in lines]
         blocks.append(
             Figure(figures.parallel(axes, values), f"Each line a trial, from its settings to its {sweep.metric}; the darker, the better")
         )
@@ -120,8 +121,8 @@ def _blocks(sweep: Sweep, found: Sequence[Ranked], confirmed: Sequence[Row], sec
 
 
 _HEADER = (
-    "place", "settings", "status", "steps", "bits per byte", "95 % over documents", "variance of a block's bound", "gradient variance", "tokens/s",
-    "less the best", "95 %, paired", "",
+    "place", "settings", "status", "steps", "bits per byte", "95 % over documents", "variance of a block's bound", "gradient variance",
+    "less the best", "95 %, paired", "", "tokens/s",
 )  # fmt: skip
 
 
@@ -137,11 +138,23 @@ def _cells(one: Ranked) -> list[str]:
         _range(row.measured.get("ci95_documents")),
         _value(row, "nelbo_variance"),
         _value(row, "gradient_variance"),
-        _value(row, "tokens_per_second", ".0f"),
         "" if one.difference is None or one.place == 1 else f"{one.difference:+.4g}",
         "" if one.place == 1 or one.low is None else _range([one.low, one.high], "+.3g"),
         "; ".join(text for text in ("tied" if one.is_tied else "", row.reason, clones) if text),
+        _value(row, "tokens_per_second", ".0f"),
     ]
+
+
+def _place(settings: Mapping[str, Any], key: str) -> Any:
+    """On an upright axis: numbers stay numbers, and a key that this trial does not have stays empty."""
+    value = settings.get(key)
+    return value if key not in settings or isinstance(value, int | float) else spaces.shown(value)
+
+
+def _without_empty(header: Sequence[str], cells: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
+    """A table without the columns in which nothing was measured."""
+    kept = [number for number in range(len(header)) if any(row[number] for row in cells)]
+    return [header[number] for number in kept], [[row[number] for number in kept] for row in cells]
 
 
 def _heat_maps(sweep: Sweep, found: Sequence[Ranked]) -> list[Block]:

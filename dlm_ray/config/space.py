@@ -89,7 +89,7 @@ def apply(tree: dict[str, Any], settings: Settings) -> tuple[dict[str, Any], lis
 
 def label(settings: Settings) -> str:
     """The settings for people, by the last part of each key."""
-    return ", ".join(f"{key.rpartition('.')[2]} {_shown(value)}" for key, value in settings.items())
+    return ", ".join(f"{key.rpartition('.')[2]} {shown(value)}" for key, value in settings.items())
 
 
 def digest(settings: Settings) -> str:
@@ -108,11 +108,12 @@ def _applying(dimension: Dimension, chosen: Settings) -> Dimension | None:
     return dimension.cases.get(case_name(chosen[dimension.by])) if dimension.by in chosen else None
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value for people; a clip as its interval."""
     if isinstance(value, dict):
         if set(value) >= {"beta", "omega"}:
             return f"[{value['beta']:g}, {value['omega']:g}]"
-        return "/".join(_shown(part) for part in value.values())
+        return "/".join(shown(part) for part in value.values())
     if isinstance(value, list | tuple):
-        return " ".join(_shown(part) for part in value) or "none"
+        return " ".join(shown(part) for part in value) or "none"
     return f"{value:.4g}" if isinstance(value, float) else "none" if value is None else case_name(value)

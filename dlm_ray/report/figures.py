@@ -44,9 +44,10 @@ def heat_map(cells: Mapping[tuple[float, float], float], xlabel: str, ylabel: st
     grid = [[cells.get((x, y), float("nan")) for x in xs] for y in ys]
     axes.imshow(grid, origin="lower", aspect="auto", cmap="viridis", vmin=low, vmax=high)
     for (x, y), value in cells.items():
-        is_light = value > (low + high) / 2
+        # Both colours are written out, so that a page's own colour of text does not replace them.
+        colour = "#111111" if value > (low + high) / 2 else "#ffffff"
         place = (xs.index(x), ys.index(y))
-        axes.annotate(f"{value:.3g}", place, ha="center", va="center", fontsize=7, color="black" if is_light else "white")
+        axes.annotate(f"{value:.3g}", place, ha="center", va="center", fontsize=7, color=colour)
         if value == low:
             axes.add_patch(_frame(place))
     axes.set_xticks(range(len(xs)), [f"{x:g}" for x in xs])

@@ -107,7 +107,7 @@ table {{ border-collapse: collapse; width: 100%; margin: 1.2rem 0; display: bloc
 caption {{ text-align: left; padding-bottom: .4rem; }}
 th, td {{ text-align: left; font-size: .92rem; padding: .35rem .9rem .35rem 0; border-bottom: 1px solid var(--line); white-space: nowrap; }}
 .number {{ font-variant-numeric: tabular-nums; }}
-figure {{ margin: 1.4rem 0; }} svg {{ width: 100%; height: auto; }} svg text {{ fill: var(--ink) !important; }}
+figure {{ margin: 1.4rem 0; }} svg {{ width: 100%; height: auto; }} svg text:not([style*="fill"]) {{ fill: var(--ink); }}
 pre {{ border-left: 3px solid var(--line); padding: .2rem 0 .2rem 1rem; overflow-x: auto; font-size: .85rem; line-height: 1.45; }}
 mark {{ background: var(--mark); color: inherit; }}
 </style>
