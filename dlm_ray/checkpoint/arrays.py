@@ -38,8 +38,10 @@ DTYPES = {
 TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 
 CHUNK_BYTES = 4 * 2**20
-# What a load may have on its way at once beside the tensors that it fills.
-READ_BYTES = 4 * CHUNK_BYTES
+# What a load may have on its way at once beside the tensors that it fills: a chunk of a local disk; of a remote store, whose every answer takes
+# a round trip, a few.
+LOCAL_READ_BYTES = CHUNK_BYTES
+REMOTE_READ_BYTES = 8 * CHUNK_BYTES
 # A storage that has not answered one small request by then is not there.
 ANSWER_SECONDS = 30
 _LEAST_ROOM_BYTES = 2**20
@@ -54,9 +56,11 @@ def wait(work: Coroutine[Any, Any, Result]) -> Result:
         return thread.submit(asyncio.run, work).result()
 
 
-def context() -> ts.Context:
-    """Concurrency of one save or load."""
-    return ts.Context({"file_io_concurrency": {"limit": 32}, "data_copy_concurrency": {"limit": 2}, "cache_pool": {"total_bytes_limit": 0}})
+def context(*, one_at_a_time: bool = False) -> ts.Context:
+    """Concurrency of one save or load. The allocator keeps a chunk for every thread that has held one, so one at a time needs least memory."""
+    files, copies = (1, 1) if one_at_a_time else (32, 2)
+    concurrency = {"file_io_concurrency": {"limit": files}, "data_copy_concurrency": {"limit": copies}}
+    return ts.Context({**concurrency, "cache_pool": {"total_bytes_limit": 0}})
 
 
 def key_value_store(path: str) -> dict[str, Any]:
@@ -177,7 +181,7 @@ async def write_region(spec: dict[str, Any], tensor: Tensor, offset: Sequence[in
 class Budget:
     """Bytes that may be on their way at once: what a load needs beside the tensors that it fills. For one event loop."""
 
-    def __init__(self, total_bytes: int = READ_BYTES):
+    def __init__(self, total_bytes: int = LOCAL_READ_BYTES):
         self._total = self._left = total_bytes
         self._changed = asyncio.Condition()
         self._buffers: list[Tensor] = []

@@ -207,7 +207,9 @@ def _fill(directory: str, manifest: Manifest, tensors: Mapping[str, Tensor]) -> 
     blocks = {name: block_of(tensor) for name, tensor in tensors.items()}
     for name, block in blocks.items():
         _check_fit(directory, name, block, manifest.arrays[name])
-    base, shared, budget = arrays.key_value_store(directory), arrays.context(), arrays.Budget()
+    base, is_remote = arrays.key_value_store(directory), "://" in directory
+    shared = arrays.context(one_at_a_time=not is_remote)
+    budget = arrays.Budget(arrays.REMOTE_READ_BYTES if is_remote else arrays.LOCAL_READ_BYTES)
 
     async def fill(name: str, block: Block) -> None:
         entry = manifest.arrays[name]
