@@ -84,6 +84,7 @@ class Service:
             "seed": asked.seed,
             "stops": asked.stops(),
             "options": asked.options(),
+            "is_streamed": bool(asked.stream),
             "is_shown": bool(asked.stream_options and asked.stream_options.denoising),
             "timeout_seconds": asked.timeout_seconds,
         }
