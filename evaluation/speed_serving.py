@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from dlm_ray.evaluation import load_test
 from dlm_ray.evaluation.load_test import CLIENTS
@@ -32,7 +33,7 @@ from dlm_ray.serving.options import choose
 from dlm_ray.serving.text_model import TextModel
 
 SLOTS = 32
-GAIN_PROMPT_TOKENS = 64
+GAIN_PROMPT_TOKENS, SHARED_TOKENS = 64, 768
 TEMPERATURES = (1.0, 0.0)
 
 
@@ -54,6 +55,7 @@ def measure(architecture: Any, vocab_size: int, repetitions: int, seconds: float
             "block_tokens": BLOCK_TOKENS,
             "threads": torch.get_num_threads(),
             "gain_over_one_slot": _gain(model, repetitions),
+            "first_token_of_a_shared_prompt": _first_token(model, vocab_size, repetitions),
             "load": _load(model, checkpoint, vocab_size, seconds),
             "agreement_alone_and_among_31_others": _agreement(model, vocab_size),
         }
@@ -87,7 +89,7 @@ def _gain(model: TextModel, repetitions: int) -> dict[str, Any]:
     bare: dict[int, list[float]] = {1: [], SLOTS: []}
     for number in range(repetitions + 1):
         for batch in ours:
-            engine = Engine(model, Settings(slots=batch))
+            engine = Engine(model, Settings(slots=batch, prefix_cache_mib=0))
             prompt = [5] * (GAIN_PROMPT_TOKENS - 1)
             engine.submit([_job(model, prompt, BLOCK_TOKENS, seed) for seed in range(batch)])
             engine_seconds = timed(lambda own=engine: _finish(own), model.device)
@@ -96,7 +98,8 @@ def _gain(model: TextModel, repetitions: int) -> dict[str, Any]:
                 ours[batch].append(batch / engine_seconds)
                 bare[batch].append(batch / bare_seconds)
     gains = {
-        name: [many / one for many, one in zip(own[SLOTS], own[1], strict=True)] for name, own in (("engine", ours), ("bare forwards", bare))
+        name: [many / one for many, one in zip(own[SLOTS], own[1], strict=True)]
+        for name, own in (("engine", ours), ("bare forwards", bare))
     }
     return {
         "tokens_per_second": {
@@ -133,6 +136,26 @@ def _finish(engine: Engine) -> dict[Job, str]:
         for update in engine.tick():
             texts[update.job] = texts.get(update.job, "") + update.text
     return texts
+
+
+@torch.no_grad()
+def _first_token(model: TextModel, vocab_size: int, repetitions: int) -> dict[str, Any]:
+    """Until the first tick of a request is over, alone: behind a prompt that others had, of which only the end is new, and where nothing is kept."""
+    engines = {"nothing kept": Engine(model, Settings(slots=SLOTS, prefix_cache_mib=0)), "kept": Engine(model, Settings(slots=SLOTS))}
+    seconds: dict[str, list[float]] = {name: [] for name in engines}
+    shared = np.random.default_rng(0).integers(1, vocab_size, SHARED_TOKENS).tolist()
+    for number in range(repetitions + 1):
+        for name, engine in engines.items():
+            engine.submit([_job(model, [*shared, number + 1], 1, number)])
+            elapsed = timed(engine.tick, model.device)
+            _finish(engine)
+            if number:  # the first pays for warming up, and is the one that the others share with
+                seconds[name].append(elapsed)
+    return {
+        "shared_tokens": SHARED_TOKENS,
+        "seconds": {name: round(statistics.median(own), 4) for name, own in seconds.items()},
+        "ratio": round(statistics.median(own / other for own, other in zip(seconds["kept"], seconds["nothing kept"], strict=True)), 4),
+    }
 
 
 def _load(model: TextModel, checkpoint: Path, vocab_size: int, seconds: float) -> dict[str, Any]:

@@ -21,6 +21,8 @@ class Engine(Part):
     """Every network call has the same shape, so that a text has the same bits alone and in company; costs what empty slots cost."""
     block_tokens: tuple[Positive, ...] = ()
     """Sizes of blocks that requests may ask for beside the trained one; each has a KV cache of its own."""
+    prefix_cache_mib: NonNegative = 256
+    """Memory for keys and values of what prompts begin with, for each size of blocks: requests that begin alike compute it once. 0: nothing is kept."""
     max_waiting: NonNegative = 64
     """Texts of a replica that wait for a slot; beyond, requests are answered 503 with Retry-After."""
     deadline_seconds: Seconds = 120.0

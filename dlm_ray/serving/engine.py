@@ -175,7 +175,8 @@ class Engine:
         if reason is not None:
             self.num_tokens += num_tokens
             new = new if running.job.is_streamed else running.stream.sent
-        return Update(running.job, new, canvas, reason, num_tokens, text.num_denoising_calls, text.num_cache_calls)
+        found = max(0, text.num_found_tokens - 1)  # without the start token, which nobody sent
+        return Update(running.job, new, canvas, reason, num_tokens, text.num_denoising_calls, text.num_cache_calls, found)
 
     def _final(self, text: Any) -> list[int]:
         """Ids of a text under way that stay, without its prompt."""
@@ -220,6 +221,7 @@ class Engine:
             capacity_tokens=model.row_tokens // size * size,
             num_steps=size,
             adjust=banned(never) if never else None,
+            prefix_bytes=settings.prefix_cache_mib * 2**20,
             **common,
         )
 

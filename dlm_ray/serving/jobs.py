@@ -73,6 +73,8 @@ class Update:
     """Written so far."""
     num_denoising_calls: int = 0
     num_cache_calls: int = 0
+    num_found_tokens: int = 0
+    """Of the prompt, in the prefix cache."""
 
 
 @dataclass
