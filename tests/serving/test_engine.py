@@ -111,6 +111,20 @@ def test_a_deadline_ends_what_runs_and_what_waits(runs):
     assert [(update.job, update.finish_reason) for update in updates if update.finish_reason] == [(patient, "length")]
 
 
+def test_what_prompts_begin_with_is_found_by_others_and_never_by_another_checkpoint(runs):
+    prompt = "the model reads a row and writes what it has not seen"
+    for weights in ("raw", "ema"):
+        model = load(runs / "block8", weights)
+        kept, nothing_kept = (Engine(model, Settings(slots=4, prefix_cache_mib=mib)) for mib in (1, 0))
+        assert len(job(model, prompt).prompt) > 16
+        for seed in range(3):
+            asked = job(model, prompt, seed=seed)
+            (text, updates), (expected, others) = ([engine.submit([asked]), finish(engine)][1] for engine in (kept, nothing_kept))
+            assert text == expected
+            assert (updates[-1].num_found_tokens > 0) == (seed > 0) and others[-1].num_found_tokens == 0
+            assert others[-1].num_cache_calls - updates[-1].num_cache_calls == (seed > 0)
+
+
 @pytest.mark.parametrize("name", ["block8", "whole"])
 def test_of_a_text_that_is_not_streamed_nothing_is_said_before_its_end(runs, name):
     model = load(runs / name)
