@@ -1,9 +1,9 @@
-"""`python -m dlm_ray.evaluation.speed train|objectives|sample|checkpoint... --shape NAME`: what steps, calls and saves cost, as ratios in one run.
+"""`python -m dlm_ray.evaluation.speed train|objectives|sample|serving|checkpoint... --shape NAME`: what steps, calls and saves cost, as ratios in one run.
 
 `train` compares masked and block diffusion with AR, and block diffusion with the way of BD3-LM's code; `objectives` compares the others with the
 masked one. All train the same network with the same head, optimizer and data; AR attends causally without a mask. Steps are interleaved, so that
 whatever else the machine does hits all. Beside AR, the ratio that FLOPs allow says what could be expected, and the matrix-product peak of
-this machine what was left. `sample` is in `speed_sampling.py`, `checkpoint` in `checkpoint_speed.py`.
+this machine what was left. `sample` is in `speed_sampling.py`, `serving` in `speed_serving.py`, `checkpoint` in `checkpoint_speed.py`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-from dlm_ray.evaluation import checkpoint_speed, speed_sampling
+from dlm_ray.evaluation import checkpoint_speed, speed_sampling, speed_serving
 from dlm_ray.evaluation.speed_reference import ReferenceBlock
 from dlm_ray.evaluation.speed_sampling import timed
 from torch.distributed.device_mesh import init_device_mesh
@@ -38,7 +38,7 @@ from dlm_ray.training.metrics import flops_per_token
 from dlm_ray.training.step import micro_batches, train_step
 
 REPETITIONS = 7
-_MEASURED = {"sample": "sampling", "checkpoint": "saving and loading"}
+_MEASURED = {"sample": "sampling", "serving": "serving", "checkpoint": "saving and loading"}
 COMPARED = {
     "train": ("autoregressive", "masked", "block", "block, two passes", "block, reference"),
     "objectives": ("masked", "sedd", "genmd4", "d3pm", "tauldr", "ssd_lm"),
@@ -171,6 +171,15 @@ def measure_sampling(shape_name: str, repetitions: int) -> dict[str, Any]:
     return _about("sample", shape_name, device) | speed_sampling.measure(architecture, shape.vocab_size, repetitions, device)
 
 
+def measure_serving(shape_name: str, repetitions: int, seconds: float) -> dict[str, Any]:
+    """What the engine and the service cost on this machine, on one thread; the clients take theirs of the other cores."""
+    torch.set_num_threads(1)
+    shape = SHAPES[shape_name]
+    about = _about("serving", shape_name, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    architecture = _recipe(shape, "masked").model.architecture
+    return about | speed_serving.measure(architecture, shape.vocab_size, repetitions, seconds)
+
+
 def _about(what: str, shape_name: str, device: torch.device) -> dict[str, Any]:
     return {
         "what": f"{_MEASURED.get(what, 'training step')}, shape {shape_name}",
@@ -242,17 +251,20 @@ def measure_checkpoint(shape_name: str, repetitions: int, folder: Path | None) -
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m dlm_ray.evaluation.speed", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("what", nargs="+", choices=[*COMPARED, "sample", "checkpoint"])
+    parser.add_argument("what", nargs="+", choices=[*COMPARED, "sample", "serving", "checkpoint"])
     parser.add_argument("--shape", choices=list(SHAPES), required=True)
     parser.add_argument("--repetitions", type=int, default=REPETITIONS)
+    parser.add_argument("--seconds", type=float, default=120.0, help="of serving: so long clients go on asking")
     parser.add_argument("--folder", type=Path, help="of checkpoint: on the disk that is measured")
     parser.add_argument("--out", type=Path, help="a folder that gets speed_<what>_<shape>.json")
     arguments = parser.parse_args()
-    torch.set_num_threads(os.cpu_count() or 1)
     shape, repetitions = arguments.shape, arguments.repetitions
     for what in arguments.what:
+        torch.set_num_threads(os.cpu_count() or 1)
         if what == "sample":
             found = measure_sampling(shape, repetitions)
+        elif what == "serving":
+            found = measure_serving(shape, repetitions, arguments.seconds)
         elif what == "checkpoint":
             found = measure_checkpoint(shape, repetitions, arguments.folder)
         else:

@@ -21,6 +21,8 @@ class Engine(Part):
     """Every network call has the same shape, so that a text has the same bits alone and in company; costs what empty slots cost."""
     block_tokens: tuple[Positive, ...] = ()
     """Sizes of blocks that requests may ask for beside the trained one; each has a KV cache of its own."""
+    prefix_cache_mib: NonNegative = 256
+    """Memory for keys and values of what prompts begin with, for each size of blocks: requests that begin alike compute it once. 0: nothing is kept."""
     max_waiting: NonNegative = 64
     """Texts of a replica that wait for a slot; beyond, requests are answered 503 with Retry-After."""
     deadline_seconds: Seconds = 120.0
@@ -79,6 +81,7 @@ class Replicas(Part):
     autoscaling: Autoscaling | None = None
     cpus: Annotated[float, Field(gt=0.0)] = 1.0
     gpus: Annotated[float, Field(ge=0.0)] = 0.0
+    """At most 1: a replica's network is not sharded."""
     drain_seconds: Seconds = 60.0
     """When a replica stops, what it has accepted may take so long."""
 
@@ -103,9 +106,14 @@ class Server(Part):
 
     def contradictions(self) -> list[str]:
         """What cannot be had together."""
-        scaling = self.replicas.autoscaling
+        found, scaling = [], self.replicas.autoscaling
         if scaling is not None and scaling.max_replicas < scaling.min_replicas:
-            return [
+            found.append(
                 f"replicas.autoscaling.max_replicas={scaling.max_replicas} is less than min_replicas={scaling.min_replicas}; change either"
-            ]
-        return []
+            )
+        if self.replicas.gpus > 1:
+            found.append(
+                f"replicas.gpus={self.replicas.gpus:g}: a replica runs on one GPU, because networks are not sharded over several yet; set it to 1 "
+                "and replicas.count to as many as there are"
+            )
+        return found

@@ -27,6 +27,12 @@ class Cache(Protocol):
     def part(self, first: int, count: int) -> Cache:
         """The slots from `first` on as a cache for one pass over them alone; what it wrote is committed to the whole cache."""
 
+    def save(self, slot: int, start: int, num_tokens: int) -> Tensor:
+        """A copy of the keys and values of so many committed positions, [..., n, D/H]."""
+
+    def restore(self, slot: int, saved: Sequence[Tensor], last_row: Tensor) -> None:
+        """Begins an empty slot with what `save` gave, one behind the other; `last_row` [D] is the hidden row of the last position."""
+
     def fork(self, source: int, target: int) -> None:
         """Makes slot `target` a copy of slot `source`."""
 

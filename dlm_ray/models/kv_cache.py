@@ -6,6 +6,7 @@ Keys are kept as attention sees them, rotated to their absolute position, so not
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -93,6 +94,18 @@ class KeyValueCache:
         """The next `num_tokens` positions of a slot, which the last pass wrote, stay; `last_row` [D] is the hidden row of the last of them."""
         self.lengths[slot] += num_tokens
         self.last_rows[slot] = last_row
+
+    def save(self, slot: int, start: int, num_tokens: int) -> Tensor:
+        """[layers, 2, H, n, D/H]: a copy of so many committed positions."""
+        return torch.stack([pair[:, slot, :, start : start + num_tokens] for pair in self._pairs])
+
+    def restore(self, slot: int, saved: Sequence[Tensor], last_row: Tensor) -> None:
+        """Begins an empty slot with what `save` gave, one behind the other; `last_row` [D] is the hidden row of the last position."""
+        assert not self.lengths[slot], "the slot is empty"
+        whole = torch.cat(list(saved), 3)
+        for pair, own in zip(self._pairs, whole, strict=True):
+            pair[:, slot, :, : own.shape[2]] = own
+        self.commit(slot, whole.shape[3], last_row)
 
     def fork(self, source: int, target: int) -> None:
         """Makes slot `target` a copy of slot `source`."""

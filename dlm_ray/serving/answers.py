@@ -17,6 +17,7 @@ class _Choice:
     finish_reason: str | None = None
     num_tokens: int = 0
     calls: tuple[int, int] = (0, 0)
+    cached_tokens: int = 0
 
 
 @dataclass
@@ -49,11 +50,17 @@ class Answer:
             if event["finish_reason"] == "deadline":
                 raise deadline_passed(self.deadline_seconds)
             choice.finish_reason, choice.calls = event["finish_reason"], tuple(event["calls"])
+            choice.cached_tokens = event["cached_tokens"]
 
     @property
     def network_calls(self) -> dict[str, int]:
         """Calls of the network in which a text of this request was; others' texts were in them, too."""
         return {name: sum(choice.calls[i] for choice in self.choices.values()) for i, name in enumerate(("denoising", "cache"))}
+
+    @property
+    def cached_tokens(self) -> int:
+        """Of the prompts, found in the prefix cache."""
+        return sum(choice.cached_tokens for choice in self.choices.values())
 
     def usage(self) -> dict[str, Any]:
         """Tokens and network calls."""
@@ -62,6 +69,7 @@ class Answer:
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": written,
             "total_tokens": self.prompt_tokens + written,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
             "network_calls": self.network_calls,
         }
 

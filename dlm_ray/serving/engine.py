@@ -149,6 +149,8 @@ class Engine:
     def _told(self, sampler: Any) -> Iterator[Update]:
         for text, ids, is_masked, confidence in list(sampler.under_way()):
             running = self._running[id(text.request)]
+            if not (running.job.is_streamed or running.job.stops):
+                continue  # nobody looks at it before its end
             final = self._final(text)
             seen = (len(final), int(is_masked.sum()) if running.job.is_shown else 0)
             if seen == running.num_seen:
@@ -158,7 +160,7 @@ class Engine:
             if running.stream.is_stopped:
                 self._remove(running)
                 yield self._update(running, text, new, len(final), "stop")
-            elif new or running.job.is_shown:
+            elif running.job.is_streamed and (new or running.job.is_shown):
                 canvas = self._canvas(running.job, text, ids, is_masked, confidence) if running.job.is_shown else None
                 yield self._update(running, text, new, len(final), None, canvas)
         for text in sampler.finished:
@@ -172,7 +174,9 @@ class Engine:
     def _update(self, running: _Running, text: Any, new: str, num_tokens: int, reason: Any, canvas: Any = None) -> Update:
         if reason is not None:
             self.num_tokens += num_tokens
-        return Update(running.job, new, canvas, reason, num_tokens, text.num_denoising_calls, text.num_cache_calls)
+            new = new if running.job.is_streamed else running.stream.sent
+        found = max(0, text.num_found_tokens - 1)  # without the start token, which nobody sent
+        return Update(running.job, new, canvas, reason, num_tokens, text.num_denoising_calls, text.num_cache_calls, found)
 
     def _final(self, text: Any) -> list[int]:
         """Ids of a text under way that stay, without its prompt."""
@@ -217,6 +221,7 @@ class Engine:
             capacity_tokens=model.row_tokens // size * size,
             num_steps=size,
             adjust=banned(never) if never else None,
+            prefix_bytes=settings.prefix_cache_mib * 2**20,
             **common,
         )
 

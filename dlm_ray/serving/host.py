@@ -163,4 +163,5 @@ def _event(update: Update, index: int) -> Event:
     if update.finish_reason is not None:
         event["finish_reason"] = update.finish_reason
         event["calls"] = [update.num_denoising_calls, update.num_cache_calls]
+        event["cached_tokens"] = update.num_found_tokens if update.job.number == 0 else 0  # a prompt counts once, whatever n is
     return event

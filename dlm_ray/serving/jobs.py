@@ -28,6 +28,8 @@ class Task(TypedDict):
     stops: list[str]
     options: dict[str, Any]
     """`SamplingOptions` that were named."""
+    is_streamed: bool
+    """Whether somebody reads a text before it is finished."""
     is_shown: bool
     timeout_seconds: float | None
 
@@ -53,6 +55,8 @@ class Job:
     """Whether the canvas is wanted while it is denoised."""
     deadline: float | None = None
     """By `time.monotonic`."""
+    is_streamed: bool = True
+    """Whether its characters are wanted as they become final; otherwise all at the end."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ class Update:
 
     job: Job
     text: str = ""
-    """Characters that are final now and were not before."""
+    """Characters that are final now and were not before; of a job that is not streamed all of them, at its end."""
     canvas: dict[str, Any] | None = None
     """`start`, the number of final tokens in front, and `tokens`: of every position the text (None while masked) and the probability."""
     finish_reason: FinishReason | None = None
@@ -69,6 +73,8 @@ class Update:
     """Written so far."""
     num_denoising_calls: int = 0
     num_cache_calls: int = 0
+    num_found_tokens: int = 0
+    """Of the prompt, in the prefix cache."""
 
 
 @dataclass

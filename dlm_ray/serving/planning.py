@@ -91,7 +91,7 @@ class Planner:
                 chosen = self._chosen(task["options"], length)
                 for number in range(task["n"]):
                     ids = [self.model.tokenizer_identity.start_id, *prompt]
-                    own = (suffix, seed, number, tuple(task["stops"]), task["is_shown"], deadline)
+                    own = (suffix, seed, number, tuple(task["stops"]), task["is_shown"], deadline, task["is_streamed"])
                     jobs.append(Job(task["request_id"], ids, length, chosen, *own))
         if len(jobs) > self.server.limits.choices:
             raise ApiError(

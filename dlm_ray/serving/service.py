@@ -84,6 +84,7 @@ class Service:
             "seed": asked.seed,
             "stops": asked.stops(),
             "options": asked.options(),
+            "is_streamed": bool(asked.stream),
             "is_shown": bool(asked.stream_options and asked.stream_options.denoising),
             "timeout_seconds": asked.timeout_seconds,
         }
@@ -200,6 +201,7 @@ class Service:
     def _count(self, answer: Answer) -> None:
         written = sum(choice.num_tokens for choice in answer.choices.values())
         self.counts.totals["prompt_tokens_total"] += answer.prompt_tokens
+        self.counts.totals["cached_prompt_tokens_total"] += answer.cached_tokens
         self.counts.totals["completion_tokens_total"] += written
         for kind, calls in answer.network_calls.items():
             self.counts.totals[f"{kind}_calls_total"] += calls

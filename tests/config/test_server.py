@@ -26,6 +26,8 @@ def test_every_mistake_is_said_at_once(tmp_path):
         assert message in str(raised.value)
     with pytest.raises(UserError, match="max_replicas=1 is less than min_replicas=2"):
         load_server("x", ["replicas.autoscaling={min_replicas: 2, max_replicas: 1}"])
+    with pytest.raises(UserError, match="replicas.gpus=2: a replica runs on one GPU"):
+        load_server("x", ["replicas.gpus=2"])
     with pytest.raises(UserError, match="there is no file"):
         load_server(str(tmp_path / "no.yaml"))
 

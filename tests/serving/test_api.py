@@ -80,6 +80,17 @@ def test_the_same_seed_gives_the_same_bits_alone_and_among_31_others(runs):
         assert len({answer.json()["choices"][0]["text"] for answer in answers}) > 25
 
 
+def test_usage_and_metrics_say_how_much_of_a_prompt_was_found(runs):
+    with hosted(runs / "block8") as (_, app):
+        prompt = [*range(20, 37)]  # with the start token 18: two blocks of 8, and two tokens of the next
+        bodies = [{"prompt": prompt, "n": 2}, {"prompt": prompt}, {"prompt": [prompt[:8], [5], prompt]}, {"prompt": [*prompt[:9], 1, 2, 3]}]
+        usages = [complete(app, **body, max_tokens=4, seed=1).json()["usage"] for body in bodies]
+        assert [usage["prompt_tokens_details"]["cached_tokens"] for usage in usages] == [0, 15, 7 + 0 + 15, 7]
+        assert [usage["prompt_tokens"] for usage in usages] == [17, 17, 26, 12]
+        [page] = ask(app, ("GET", "/metrics", None))
+        assert "dlm_ray_prompt_tokens_total 72\n" in page.text and "dlm_ray_cached_prompt_tokens_total 44\n" in page.text
+
+
 def test_a_chat_is_what_its_template_makes_of_it(block8):
     host, app = block8
     tokenizer = host.model.tokenizer

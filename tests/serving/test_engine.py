@@ -1,5 +1,7 @@
 """The engine: texts are those of `TextModel`, whoever else is there; slots come back; the canvas is told; fixed shapes give the same bits."""
 
+from dataclasses import replace
+
 import pytest
 from conftest import tiny_recipe
 
@@ -107,6 +109,38 @@ def test_a_deadline_ends_what_runs_and_what_waits(runs):
     assert {(update.job, update.finish_reason) for update in engine.tick(12.0)} >= {(running, "deadline"), (waiting, "deadline")}
     _, updates = finish(engine, 13.0)
     assert [(update.job, update.finish_reason) for update in updates if update.finish_reason] == [(patient, "length")]
+
+
+def test_what_prompts_begin_with_is_found_by_others_and_never_by_another_checkpoint(runs):
+    prompt = "the model reads a row and writes what it has not seen"
+    for weights in ("raw", "ema"):
+        model = load(runs / "block8", weights)
+        kept, nothing_kept = (Engine(model, Settings(slots=4, prefix_cache_mib=mib)) for mib in (1, 0))
+        assert len(job(model, prompt).prompt) > 16
+        for seed in range(3):
+            asked = job(model, prompt, seed=seed)
+            (text, updates), (expected, others) = ([engine.submit([asked]), finish(engine)][1] for engine in (kept, nothing_kept))
+            assert text == expected
+            assert (updates[-1].num_found_tokens > 0) == (seed > 0) and others[-1].num_found_tokens == 0
+            assert others[-1].num_cache_calls - updates[-1].num_cache_calls == (seed > 0)
+
+
+@pytest.mark.parametrize("name", ["block8", "whole"])
+def test_of_a_text_that_is_not_streamed_nothing_is_said_before_its_end(runs, name):
+    model = load(runs / name)
+    engine = Engine(model, Settings(slots=4))
+    streamed = job(model, length=20, seed=5)
+    engine.submit([streamed])
+    whole = finish(engine)[0][streamed]
+    middle = whole[len(whole) // 2 : len(whole) // 2 + 3]
+    quiet, stopped = (replace(job(model, length=20, seed=5, stops=stops), is_streamed=False) for stops in ((), (middle,)))
+    engine.submit([quiet, stopped])
+    _, updates = finish(engine)
+    assert {update.job: (update.text, update.finish_reason) for update in updates} == {
+        quiet: (whole, "length"),
+        stopped: (whole[: whole.index(middle)], "stop"),
+    }
+    assert len(updates) == 2
 
 
 @pytest.mark.parametrize("name", ["block8", "whole"])

@@ -17,6 +17,7 @@ from torch import Tensor
 from dlm_ray.diffusion.denoiser import Denoiser
 from dlm_ray.diffusion.samplers.adjust import Adjust
 from dlm_ray.diffusion.samplers.drawing import nothing_allowed
+from dlm_ray.diffusion.samplers.encoder import Encoder
 from dlm_ray.diffusion.samplers.requests import Progress, Request, Way, Written
 from dlm_ray.diffusion.samplers.rules import Canvas, Choosing
 from dlm_ray.diffusion.samplers.slots import Slot, State, by_way, draw_by_way, num_steps, times, window
@@ -49,6 +50,7 @@ class BlockSampler:
         temperature, top_p: as in `drawing.draw_tokens`.
         adjust: its rows are the numbers of requests, its positions count from the start token.
         fixed_shapes: every call has all slots, all rows of logits and as many keys, so that a text has the same bits alone and in company.
+        prefix_bytes: of memory for what prompts begin with, which later requests begin with, too; 0 keeps nothing.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class BlockSampler:
         top_p: float = 1.0,
         adjust: Adjust | None = None,
         fixed_shapes: bool = False,
+        prefix_bytes: int = 0,
     ):
         assert capacity_tokens % block_tokens == 0 and capacity_tokens >= 2 * block_tokens, f"{capacity_tokens} positions in blocks"
         self.denoiser, self.adjust, self.fixed_shapes = denoiser, adjust, fixed_shapes
@@ -72,8 +75,17 @@ class BlockSampler:
         self.block_tokens, self.capacity_tokens = block_tokens, capacity_tokens
         self.cache = denoiser.new_cache(num_slots, capacity_tokens, fixed_shapes=fixed_shapes)
         self.finished: list[Written] = []
-        self.num_denoising_calls = self.num_cache_calls = self.num_blocks = 0
+        self.num_denoising_calls = self.num_blocks = self._num_committing_calls = 0
         self._visibility = Visibility("bidirectional", block_tokens=block_tokens)
+        self._encoder = Encoder(
+            denoiser,
+            self.cache,
+            self._visibility,
+            block_tokens=block_tokens,
+            capacity_tokens=capacity_tokens,
+            prefix_bytes=prefix_bytes,
+            fixed_shapes=fixed_shapes,
+        )
         # The row that predicts each position of a block, among [last committed row ; the block's own rows].
         self._row_of = denoiser.rows_for(torch.arange(block_tokens, 2 * block_tokens)) - block_tokens + 1  # [K]
         assert bool((self._row_of >= 0).all()), "a position is predicted from its block, or from the row before it"
@@ -91,8 +103,13 @@ class BlockSampler:
         """A."""
         return len(self._slots)
 
+    @property
+    def num_cache_calls(self) -> int:
+        """Network calls that only filled the cache."""
+        return self._encoder.num_calls + self._num_committing_calls
+
     def add(self, requests: Sequence[Request]) -> None:
-        """Takes requests into free slots and encodes the whole blocks of their prompts, in one call."""
+        """Takes requests into free slots and encodes the whole blocks of their prompts."""
         first = self.num_active
         for request in requests:
             assert 0 < len(request.prompt) < self.capacity_tokens, "a prompt has a start token and leaves room"
@@ -105,7 +122,7 @@ class BlockSampler:
         if more > 0:
             self._numbers = torch.nn.functional.pad(self._numbers, (0, 0, 0, 0, 0, more))
         whole = [len(self._slots[slot].text.ids) // self.block_tokens * self.block_tokens for slot in slots]
-        self._encode(first, [self._slots[slot].text.ids[:length] for slot, length in zip(slots, whole, strict=True)])
+        self._encode(first, [self._slots[slot].text.ids[:length] for slot, length in zip(slots, whole, strict=True)], are_prompts=True)
         for slot, length in zip(slots, whole, strict=True):
             self._slots[slot].text.num_encoded = length
             self._begin(slot)
@@ -141,7 +158,7 @@ class BlockSampler:
             rows = torch.cat([self.cache.last_rows[:num, None], hidden], 1)  # [A, 1 + K, D]
             self._reveal(asking, rows if len(asking) == num else rows[asking], num * self.block_tokens)
         else:
-            self.num_cache_calls += 1
+            self._num_committing_calls += 1
         for text in dict.fromkeys(self._slots[slot].text for slot in committing):
             text.num_encoded += self.block_tokens
             text.num_cache_calls += 1
@@ -170,22 +187,12 @@ class BlockSampler:
         width = window(own.way, self.block_tokens)
         self._numbers[slot, :width] = torch.from_numpy(own.random.random((width, 2, self.block_tokens)))
 
-    def _encode(self, first: int, rows: list[list[int]]) -> None:
-        """Whole blocks of clean text into the empty slots from `first` on, padded on the right, where no block looks."""
-        if self.fixed_shapes and len(rows) > 1:
-            for slot, row in enumerate(rows, start=first):
-                self._encode(slot, [row])
-            return
-        longest = max(len(row) for row in rows)
-        if not longest:
-            return
-        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=self.cache.last_rows.device)
-        hidden = self.denoiser.hidden(ids, self._visibility, self.cache.part(first, len(rows)))
-        self.num_cache_calls += 1
-        for slot, row in enumerate(rows, start=first):
-            if row:
-                self.cache.commit(slot, len(row), hidden[slot - first, len(row) - 1])
-                self._slots[slot].text.num_cache_calls += self._slots[slot].candidate == 0
+    def _encode(self, first: int, rows: list[list[int]], *, are_prompts: bool) -> None:
+        """Whole blocks of clean text into the empty slots from `first` on."""
+        for slot, cost in zip(self._slots[first:], self._encoder.encode(first, rows, are_prompts=are_prompts), strict=False):
+            if slot.candidate == 0:
+                slot.text.num_cache_calls += cost.num_calls
+                slot.text.num_found_tokens += cost.num_found_tokens
 
     def _encode_again(self, full: list[int]) -> None:
         """Half the context in the place of all of it; the keys of what stays are made without those of what goes."""
@@ -195,7 +202,8 @@ class BlockSampler:
             for slot in full[:count]:
                 self.cache.release(slot)
             texts = [self._slots[slot].text for slot in full[:count]]
-            self._encode(full[0], [[text.ids[0], *text.ids[text.num_encoded - keep + 1 : text.num_encoded]] for text in texts])
+            rows = [[text.ids[0], *text.ids[text.num_encoded - keep + 1 : text.num_encoded]] for text in texts]
+            self._encode(full[0], rows, are_prompts=False)
             full = full[count:]
 
     def _look(self) -> None:

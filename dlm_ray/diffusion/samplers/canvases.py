@@ -60,6 +60,7 @@ class CanvasText:
     """[2, 1, L] of the step."""
     num_denoising_calls: int = 0
     num_cache_calls: int = field(default=0, init=False)
+    num_found_tokens: int = field(default=0, init=False)
     stopped_by: Literal["length", "end"] | None = None
 
     @property

@@ -101,6 +101,8 @@ class Written:
     """Network calls in which at least one of its blocks was denoised."""
     num_cache_calls: int
     """Others that it took part in: its prompt, its finished blocks, and what was encoded again beyond the context."""
+    num_found_tokens: int = 0
+    """Of its prompt, the start token included, that was in the cache already."""
 
 
 @dataclass(eq=False)
@@ -114,6 +116,7 @@ class Progress:
     """Ids whose keys are or were in the cache; the current block begins behind them."""
     num_denoising_calls: int = 0
     num_cache_calls: int = 0
+    num_found_tokens: int = 0
     stopped_by: StoppedBy | None = None
     num_dropped: int = field(default=0)
     """Of the end of the text, when it is finished."""
@@ -143,7 +146,7 @@ class Progress:
         """The result."""
         assert self.stopped_by is not None, "the request is finished"
         ids = self.ids[len(self.request.prompt) : len(self.ids) - self.num_dropped]
-        return Written(self.request, ids, self.stopped_by, self.num_denoising_calls, self.num_cache_calls)
+        return Written(self.request, ids, self.stopped_by, self.num_denoising_calls, self.num_cache_calls, self.num_found_tokens)
 
 
 def unigram_entropy_nats(ids: Sequence[int]) -> float:

@@ -66,13 +66,13 @@ def times(way: Way, step: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def draw_by_way(logits: Tensor, uniform: Tensor, number: Tensor, ways: Sequence[Way]) -> Tensor:
-    """Tokens and confidence [n, 2] of logits [n, V], each row by the way of its `number` [n]; rows of number -1 are nobody's.
+    """Tokens and confidence [n, 2] of logits [n, V], each row by the way of its `number` [n]; rows of number -1 are nobody's, whatever they get.
 
     Tokens are float64, too, which holds them exactly: one tensor to bring back from the device.
     """
     drawn = torch.zeros(len(logits), 2, dtype=torch.float64, device=logits.device)
     for each, way in enumerate(ways):
-        own = (number == each).nonzero()[:, 0] if len(ways) > 1 or bool((number < 0).any()) else slice(None)
+        own = (number == each).nonzero()[:, 0] if len(ways) > 1 else slice(None)  # looking at `number` would wait for the device
         drawn[own] = torch.stack(draw_tokens(logits[own], uniform[own], way.temperature, way.top_p, way.ranking), 1)
     return drawn
 
