@@ -47,6 +47,26 @@ def session() -> Iterator[None]:
         ray.shutdown()
 
 
+@contextmanager
+def running() -> Iterator[None]:
+    """A Ray cluster that is there already: one that is connected, RAY_ADDRESS's, or the one that was started last on this machine.
+
+    Raises:
+        UserError: if there is none.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    try:
+        ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
+    except ConnectionError as error:
+        raise UserError("no Ray cluster runs on this machine; RAY_ADDRESS names one elsewhere") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
 def check_fits(parallelism: Parallelism) -> None:
     """Raises UserError if the (fewest) workers ask for more than the connected cluster has; Ray would wait for it for ever."""
     resources = ray.cluster_resources()

@@ -16,7 +16,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 
 from dlm_ray.config.server import Server
-from dlm_ray.serving.errors import ApiError, ReplicaLost, raise_error
+from dlm_ray.serving.errors import ApiError, ReplicaLost, no_model, raise_error
 from dlm_ray.serving.gate import Admission, Counts, Gate
 from dlm_ray.serving.protocol import Chat, Completion, Infill, Score
 from dlm_ray.serving.service import Backend, Service
@@ -71,18 +71,20 @@ def build(server: Server, backend: Backend, keys: list[str], capacity_texts: int
     async def score(asked: Score, request: Request) -> Response:
         service.check_model(asked.model)
         with service.admitted(request, 1):
-            event = await backend.score(asked.text, asked.draws, asked.seed)
+            event = await backend.score(asked.model, asked.text, asked.draws, asked.seed)
         raise_error(event)
         return JSONResponse({"object": "score", "model": asked.model, **event})
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [await backend.describe()]}
+        return {"object": "list", "data": await backend.describe()}
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
-        service.check_model(name)
-        return await backend.describe()
+        found = {card["id"]: card for card in await backend.describe()}
+        if name not in found:
+            raise no_model(name, list(found))
+        return found[name]
 
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
