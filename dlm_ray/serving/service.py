@@ -63,14 +63,17 @@ class Service:
     def __init__(self, server: Server, backend: Backend, admission: Admission, counts: Counts):
         self.server, self.backend, self.admission, self.counts = server, backend, admission, counts
 
-    def check_model(self, name: str) -> None:
+    async def check_model(self, name: str) -> None:
         """Raises ApiError if the service has no such model."""
-        if name not in self.server.model_names:
-            raise no_model(name, self.server.model_names)
+        if name in self.server.model_names:
+            return
+        names = [card["id"] for card in await self.backend.describe()]  # while a service changes, its replicas may have others
+        if name not in names:
+            raise no_model(name, names)
 
-    def task(self, asked: Asked, request: Request, *, lengths: Any, length_field: str, **given: Any) -> Task:
+    async def task(self, asked: Asked, request: Request, *, lengths: Any, length_field: str, **given: Any) -> Task:
         """A task, after the checks that need no tokenizer."""
-        self.check_model(asked.model)
+        await self.check_model(asked.model)
         if asked.stream_options is not None and not asked.stream:
             raise ApiError(400, "stream_options is for stream=true; leave it out", "invalid_value", "stream_options")
         return {
@@ -124,7 +127,7 @@ class Service:
             )
         assert isinstance(asked.length_tokens, list), "one length needs no choice"
         lengths = list(dict.fromkeys(asked.length_tokens))
-        task = self.task(asked, request, lengths=lengths, **given)
+        task = await self.task(asked, request, lengths=lengths, **given)
         answer = self._answer(task, False)
         with self.admitted(request, len(lengths)):
             await self._collect(task, answer, request)

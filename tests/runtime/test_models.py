@@ -82,6 +82,21 @@ def test_requests_choose_among_models_and_the_list_says_what_each_can(residents,
         assert answer.status_code == 404 and "'block8', 'ar', 'whole'" in answer.json()["error"]["message"]
 
 
+def test_while_a_service_changes_its_replicas_say_which_models_there_are(residents):
+    _, own = residents("block8", "ar")
+    app = build(Server(checkpoint="runs/new"), own, [], 100)  # an ingress of the new file over a replica of the old one
+
+    async def run():
+        await own.load()
+        async with service.client(app) as http:
+            return [await http.post("/v1/completions", json=body(name)) for name in ("ar", "new", "other")]
+
+    old, new, other = asyncio.run(run())
+    assert old.status_code == 200
+    for answer in (new, other):
+        assert answer.status_code == 404 and "'block8', 'ar'" in answer.json()["error"]["message"]
+
+
 def test_a_model_makes_room_after_its_texts_have_ended_and_its_memory_is_free(residents, runs):
     app, own = residents("block8", "ar", replicas={"models": 1})
 
