@@ -38,7 +38,7 @@ def test_one_model_is_named_by_its_checkpoint_and_several_each_by_theirs():
             ["checkpoint=null", "models=[{checkpoint: x}, {checkpoint: y}]", "replicas.models=3"],
             "replicas.models=3, and there are 2 to hold",
         ),
-        (["checkpoint=null", "models=[{checkpoint: x, nane: y}]"], "models.0.nane is unknown; did you mean models.name"),
+        (["checkpoint=null", "models=[{checkpoint: x, weight: y}]"], "models.0.weight is unknown; did you mean models.weights"),
         (["checkpoint=null", "models=[{name: y}]"], "models.0.checkpoint is missing"),
         (["checkpoint=null", "models=[{checkpoint: x, name: a b}]"], "models.0.name='a b'"),
         (["replicas.models=0"], "replicas.models=0"),
