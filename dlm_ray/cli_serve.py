@@ -40,11 +40,13 @@ def serve(
 
     names = ", ".join(server.model_names)
 
-    def said(url: str, text: str) -> None:
-        show_result({"url": url, "models": server.model_names}, as_json, lambda: say(text))
+    def ready(url: str, ray_address: str) -> None:
+        fields = {"url": url, "models": server.model_names, "ray_address": ray_address}
+        text = f"{names} at {url} (playground) and {url}/v1, on Ray at {ray_address}; Ctrl-C drains and ends"
+        show_result(fields, as_json, lambda: say(text))
         sys.stdout.flush()
 
-    if replace:
-        url = service.replace_running(server)
-        return said(url, f"{names} at {url} now")
-    service.run(server, lambda url: said(url, f"{names} at {url} (playground) and {url}/v1; Ctrl-C drains and ends"))
+    if not replace:
+        return service.run(server, ready)
+    url = service.replace_running(server)
+    show_result({"url": url, "models": server.model_names}, as_json, lambda: say(f"{names} at {url} now"))

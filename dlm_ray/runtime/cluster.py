@@ -49,10 +49,10 @@ def session() -> Iterator[None]:
 
 @contextmanager
 def running() -> Iterator[None]:
-    """A Ray cluster that is there already: one that is connected, RAY_ADDRESS's, or the one that was started last on this machine.
+    """A Ray cluster that is there already: one that is connected, RAY_ADDRESS's, or the one of this machine.
 
     Raises:
-        UserError: if there is none.
+        UserError: if there is none, or one cannot be told from another.
     """
     if ray.is_initialized():
         yield
@@ -60,7 +60,7 @@ def running() -> Iterator[None]:
     try:
         ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
     except ConnectionError as error:
-        raise UserError("no Ray cluster runs on this machine; RAY_ADDRESS names one elsewhere") from error
+        raise UserError(f"no Ray cluster was found here, or too many ({error}); RAY_ADDRESS names one") from error
     try:
         yield
     finally:

@@ -90,9 +90,9 @@ def asked_all_the_time(url, model="tiny"):
 
 
 def engines():
-    from ray.util.state import list_actors
+    from ray.util import list_named_actors
 
-    return {actor.name: actor for actor in list_actors(filters=[("state", "=", "ALIVE")], limit=1000) if "#engine#" in (actor.name or "")}
+    return {actor["name"] for actor in list_named_actors(all_namespaces=True) if "#engine#" in actor["name"]}
 
 
 def test_another_checkpoint_takes_over_under_load_with_one_replica_and_no_request_fails(served, runs):
@@ -103,7 +103,7 @@ def test_another_checkpoint_takes_over_under_load_with_one_replica_and_no_reques
     with asked_all_the_time(url) as answers:
         service.until(lambda: len(answers) > 6)
         own = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
-        long = own.completions.create(model="tiny", prompt="the model", temperature=0, max_tokens=4000, stream=True)
+        long = own.completions.create(model="tiny", prompt="the model", temperature=0, max_tokens=1000, stream=True)
         next(long)
         assert runtime.replace(settings(checkpoint=str(runs / "longer"))) == url
         finished = time.monotonic()
