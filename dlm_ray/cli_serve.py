@@ -20,6 +20,7 @@ def serve(
     host: Annotated[str | None, typer.Option(help="127.0.0.1; others than this machine reach any other, and it needs keys.")] = None,
     port: Annotated[int | None, typer.Option(help="8000.")] = None,
     api_keys_file: Annotated[str | None, typer.Option(help="One key a line; DLM_RAY_API_KEYS does the same.")] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Go over to this in the service that runs, without a failed request.")] = False,
     render: Annotated[bool, typer.Option("--render", help="Print a config for `serve deploy` instead.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
@@ -37,9 +38,15 @@ def serve(
         whole = service.rendered(server)
         return show_result(whole, as_json, lambda: sys.stdout.write(yaml.safe_dump(whole, sort_keys=False)))
 
-    def ready(url: str) -> None:
-        fields = {"url": url, "model": server.model_name}
-        show_result(fields, as_json, lambda: say(f"{server.model_name} at {url} (playground) and {url}/v1; Ctrl-C drains and ends"))
+    names = ", ".join(server.model_names)
+
+    def ready(url: str, ray_address: str) -> None:
+        fields = {"url": url, "models": server.model_names, "ray_address": ray_address}
+        text = f"{names} at {url} (playground) and {url}/v1, on Ray at {ray_address}; Ctrl-C drains and ends"
+        show_result(fields, as_json, lambda: say(text))
         sys.stdout.flush()
 
-    service.run(server, ready)
+    if not replace:
+        return service.run(server, ready)
+    url = service.replace_running(server)
+    show_result({"url": url, "models": server.model_names}, as_json, lambda: say(f"{names} at {url} now"))

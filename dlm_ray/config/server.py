@@ -1,4 +1,4 @@
-"""What a served checkpoint is told: which model, how many slots, where it listens, what it allows, how it scales."""
+"""What a service is told: which models, how many slots, where it listens, what it allows, how it scales."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pydantic import Field
 from dlm_ray.config.parts import NonNegative, Part, Positive
 
 Seconds = Annotated[float, Field(gt=0.0)]
+Name = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[\w.:/-]+$")]
 
 
 class Engine(Part):
@@ -69,7 +70,7 @@ class Autoscaling(Part):
     min_replicas: Positive = 1
     max_replicas: Positive
     target_requests: Positive | None = None
-    """Of a replica; its slots without it."""
+    """Of a replica, those that wait for a slot included; engine.slots without it."""
     upscale_delay_seconds: Seconds = 10.0
     downscale_delay_seconds: Seconds = 120.0
 
@@ -82,17 +83,37 @@ class Replicas(Part):
     cpus: Annotated[float, Field(gt=0.0)] = 1.0
     gpus: Annotated[float, Field(ge=0.0)] = 0.0
     """At most 1: a replica's network is not sharded."""
-    drain_seconds: Seconds = 60.0
-    """When a replica stops, what it has accepted may take so long."""
+    models: Positive | None = None
+    """That one replica holds at once, all without it. When another is asked for, the one that was asked for longest ago goes, after its texts have ended."""
+    drain_seconds: Seconds | None = None
+    """When a replica stops, what it has accepted may take so long; as long as a request may (engine.deadline_seconds) without it."""
+
+
+class Model(Part):
+    """A checkpoint, and what requests call it."""
+
+    checkpoint: str
+    """A step, a run directory (its last step when the service starts), a Hugging Face folder or a hub name."""
+    name: Name | None = None
+    """The last part of the checkpoint's path without it."""
+    weights: Literal["ema", "raw"] | None = None
+    """The average if the run kept one, without it."""
+
+    @property
+    def model_name(self) -> str:
+        """What requests call it."""
+        return self.name or self.checkpoint.rstrip("/").rpartition("/")[2] or "model"
 
 
 class Server(Part):
-    """One service."""
+    """One service: of one checkpoint, or of several `models` behind one address."""
 
-    checkpoint: str
-    name: Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[\w.:/-]+$")] | None = None
-    """What requests call the model; the last part of the checkpoint's path without it."""
+    checkpoint: str | None = None
+    """As `models.checkpoint`, `name` and `weights` too; of a service of one model."""
+    name: Name | None = None
     weights: Literal["ema", "raw"] | None = None
+    models: tuple[Model, ...] = ()
+    """Each has engines of its own, all with the settings of `engine`."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     engine: Engine = Engine()
     limits: Limits = Limits()
@@ -100,13 +121,50 @@ class Server(Part):
     replicas: Replicas = Replicas()
 
     @property
+    def served(self) -> tuple[Model, ...]:
+        """All models."""
+        if self.checkpoint is None:
+            return self.models
+        return (Model(checkpoint=self.checkpoint, name=self.name, weights=self.weights), *self.models)
+
+    @property
+    def model_names(self) -> list[str]:
+        """What requests call them."""
+        return [model.model_name for model in self.served]
+
+    @property
+    def models_at_once(self) -> int:
+        """Models that one replica holds."""
+        return self.replicas.models or len(self.served)
+
+    @property
+    def drain_seconds(self) -> float:
+        """What a replica has accepted ends by then."""
+        return self.replicas.drain_seconds or self.engine.deadline_seconds
+
+    def of(self, model: Model) -> Server:
+        """The same of one model."""
+        return self.model_copy(update={**dict(model), "models": ()})
+
+    @property
     def model_name(self) -> str:
-        """What requests call the model."""
-        return self.name or self.checkpoint.rstrip("/").rpartition("/")[2] or "model"
+        """What requests call the one model."""
+        [name] = self.model_names
+        return name
 
     def contradictions(self) -> list[str]:
         """What cannot be had together."""
-        found, scaling = [], self.replicas.autoscaling
+        found = [] if self.served else ["checkpoint is missing; name one, or several under models"]
+        if self.models and any(value is not None for value in (self.checkpoint, self.name, self.weights)):
+            found.append("checkpoint, name and weights are of a service of one model, and there are models, too; put all under models")
+        first: dict[str, int] = {}
+        for place, name in enumerate(model.model_name for model in self.models):
+            if first.setdefault(name, place) != place:
+                found.append(f"models.{place}.name={name} is models.{first[name]}'s, too; give each a name of its own")
+        most = self.replicas.models
+        if most is not None and self.served and most > len(self.served):
+            found.append(f"replicas.models={most}, and there are {len(self.served)} to hold; lower it, or leave it out")
+        scaling = self.replicas.autoscaling
         if scaling is not None and scaling.max_replicas < scaling.min_replicas:
             found.append(
                 f"replicas.autoscaling.max_replicas={scaling.max_replicas} is less than min_replicas={scaling.min_replicas}; change either"

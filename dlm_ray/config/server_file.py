@@ -42,10 +42,15 @@ def load_server(target: str, overrides: Sequence[str] = ()) -> Server:
         server = Server.model_validate(tree)
     except ValidationError as error:
         raise UserError(listed(target, [_readable(finding) for finding in error.errors()])) from error
+    check(server, target)
+    return server
+
+
+def check(server: Server, where: str) -> None:
+    """Raises UserError with everything that cannot be had together."""
     found = server.contradictions()
     if found:
-        raise UserError(listed(target, found))
-    return server
+        raise UserError(listed(where, found))
 
 
 def read_keys(file: str | None) -> list[str]:

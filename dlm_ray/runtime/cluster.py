@@ -47,6 +47,26 @@ def session() -> Iterator[None]:
         ray.shutdown()
 
 
+@contextmanager
+def running() -> Iterator[None]:
+    """A Ray cluster that is there already: one that is connected, RAY_ADDRESS's, or the one of this machine.
+
+    Raises:
+        UserError: if there is none, or one cannot be told from another.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    try:
+        ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
+    except ConnectionError as error:
+        raise UserError(f"no Ray cluster was found here, or too many ({error}); RAY_ADDRESS names one") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
 def check_fits(parallelism: Parallelism) -> None:
     """Raises UserError if the (fewest) workers ask for more than the connected cluster has; Ray would wait for it for ever."""
     resources = ray.cluster_resources()

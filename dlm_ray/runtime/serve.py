@@ -1,17 +1,12 @@
-"""The service on Ray Serve: replicas that denoise, and in front of them an ingress that speaks HTTP and holds no model.
-
-An ingress of its own sees a replica die and says so, or asks another one; Serve's proxy could only break the connection. The limits of what
-waits are the ingress's, so nothing queues inside Serve, and deadlines are the engine's, because Serve's timeout would cut streams.
-"""
+"""The service on Ray Serve: its application, its start and end, and its change to other settings or another checkpoint without a pause."""
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import socket
 import threading
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable
 from typing import Any
 
 from dlm_ray.runtime import cluster  # before Ray: it sets what Ray reads when it is imported
@@ -19,107 +14,29 @@ from dlm_ray.runtime import cluster  # before Ray: it sets what Ray reads when i
 # isort: split
 import ray
 from ray import serve
-from ray.exceptions import RayActorError
-from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
-from ray.serve.handle import DeploymentHandle
+from ray.serve.exceptions import RayServeException
 
 from dlm_ray.config.errors import UserError
 from dlm_ray.config.server import Server
-from dlm_ray.config.server_file import read_keys
-from dlm_ray.serving.errors import Event, ReplicaLost
+from dlm_ray.config.server_file import check, read_keys
+from dlm_ray.runtime.replicas import Ingress, Replica
+from dlm_ray.serving.pinning import pinned
 
 APPLICATION = "dlm_ray"
 # Calls of a replica that are no texts: cards, scores, health.
 _OTHER_CALLS = 16
-_READY_SECONDS = 300
-
-
-class Replica:
-    """One engine with its checkpoint."""
-
-    def __init__(self, server: dict[str, Any]):
-        from dlm_ray.serving.host import Host
-
-        _log_to_the_replica()
-        self._host = Host(Server.model_validate(server))
-
-    async def describe(self) -> dict[str, Any]:
-        """The model's card."""
-        return self._host.describe()
-
-    async def generate(self, task: Any) -> AsyncGenerator[list[Event]]:
-        """Events of a task."""
-        events = self._host.generate(task)
-        try:
-            async for some in events:
-                yield some
-        finally:
-            await events.aclose()
-
-    async def score(self, text: str, draws: int, seed: int) -> Event:
-        """A text's bound."""
-        return await self._host.score(text, draws, seed)
-
-    def check_health(self) -> None:
-        """Serve replaces a replica for which this raises."""
-        self._host.check()
-
-
-class Replicas:
-    """`serving.service.Backend` over a handle."""
-
-    def __init__(self, handle: DeploymentHandle):
-        self._handle, self._streaming = handle, handle.options(stream=True)
-
-    async def describe(self) -> dict[str, Any]:
-        """The model's card, of any replica."""
-        return await self._ask("describe")
-
-    async def score(self, text: str, draws: int, seed: int) -> Event:
-        """A text's bound, by any replica."""
-        return await self._ask("score", text, draws, seed)
-
-    async def generate(self, task: Any) -> AsyncGenerator[list[Event]]:
-        """Events of a task."""
-        events: Any = self._streaming.generate.remote(task)
-        try:
-            async for some in events:
-                yield some
-        except (RayActorError, DeploymentUnavailableError) as error:
-            raise ReplicaLost from error
-        finally:
-            events.cancel()
-
-    async def _ask(self, method: str, *arguments: Any) -> Any:
-        try:
-            return await getattr(self._handle, method).remote(*arguments)
-        except (RayActorError, DeploymentUnavailableError) as error:
-            raise ReplicaLost from error
-
-
-class Ingress:
-    """HTTP in front of the replicas."""
-
-    def __init__(self, server: dict[str, Any], needs_keys: bool, engine: DeploymentHandle):
-        _log_to_the_replica()
-        self._server = Server.model_validate(server)
-        self._keys = read_keys(self._server.http.api_keys_file)
-        if needs_keys and not self._keys:
-            raise RuntimeError("this process has no API keys: DLM_RAY_API_KEYS or http.api_keys_file has to be there on its node, too")
-        self._backend = Replicas(engine)
-
-    def __serve_build_asgi_app__(self) -> Any:
-        """Called by Serve after the constructor."""
-        from dlm_ray.serving.app import build
-
-        engine, replicas = self._server.engine, self._server.replicas
-        count = replicas.autoscaling.max_replicas if replicas.autoscaling is not None else replicas.count
-        return build(self._server, self._backend, self._keys, count * (engine.slots + engine.max_waiting), is_named=True)
+_INGRESS_CPUS = 0.1
 
 
 def application(args: dict[str, Any]) -> serve.Application:
-    """The application of a server file's content; what `import_path` of a Serve config names."""
+    """The application of a server file's content; what `import_path` of a Serve config names.
+
+    Raises:
+        UserError: if it contradicts itself, or a checkpoint is not there.
+    """
     server = Server.model_validate(args)
+    check(server, APPLICATION)
+    server = pinned(server)
     plain, replicas, engine = server.model_dump(mode="json"), server.replicas, server.engine
     options: dict[str, Any] = {"num_replicas": replicas.count}
     if replicas.autoscaling is not None:
@@ -133,14 +50,15 @@ def application(args: dict[str, Any]) -> serve.Application:
                 "downscale_delay_s": scaling.downscale_delay_seconds,
             }
         }
+    # Whatever replaces a replica works before the one that is replaced takes no request any more; that one finishes what it has.
+    ending: Any = {"graceful_shutdown_timeout_s": server.drain_seconds, "graceful_shutdown_wait_loop_s": 0.2, "max_surge_percent": 100}
     denoising: Any = serve.deployment(
         Replica,
         name="engine",
-        max_ongoing_requests=engine.slots + engine.max_waiting + _OTHER_CALLS,
+        max_ongoing_requests=server.models_at_once * (engine.slots + engine.max_waiting) + _OTHER_CALLS,
         ray_actor_options={"num_cpus": replicas.cpus, "num_gpus": replicas.gpus},
         health_check_period_s=2,
-        graceful_shutdown_timeout_s=replicas.drain_seconds,
-        graceful_shutdown_wait_loop_s=0.2,
+        **ending,
         **options,
     )
     ingress: Any = serve.ingress()(Ingress)
@@ -148,9 +66,8 @@ def application(args: dict[str, Any]) -> serve.Application:
         ingress,
         name="ingress",
         max_ongoing_requests=100_000,  # its own admission refuses long before
-        ray_actor_options={"num_cpus": 0.1},
-        graceful_shutdown_timeout_s=replicas.drain_seconds,
-        graceful_shutdown_wait_loop_s=0.2,
+        ray_actor_options={"num_cpus": _INGRESS_CPUS},
+        **ending,
     )
     needs_keys = server.http.is_public or bool(read_keys(server.http.api_keys_file))
     return front.bind(plain, needs_keys, denoising.bind(plain))
@@ -176,27 +93,50 @@ def start(server: Server) -> str:
     """Deploys the service on the connected cluster and waits until it answers; returns its URL.
 
     Raises:
-        UserError: if the address is taken, or the cluster is too small.
+        UserError: if a checkpoint is not there, the address is taken, or the cluster is too small.
     """
     http, replicas = server.http, server.replicas
+    server = pinned(server)
     _check_port(http.host, http.port)
     least = replicas.autoscaling.min_replicas if replicas.autoscaling is not None else replicas.count
-    available = ray.cluster_resources()
-    for kind, each in (("CPU", replicas.cpus), ("GPU", replicas.gpus)):
-        if least * each + (0.1 if kind == "CPU" else 0) > available.get(kind, 0.0):
-            raise UserError(
-                f"{least} replicas of {each:g} {kind}s and an ingress need more than the cluster's {available.get(kind, 0.0):g}; lower "
-                f"replicas.count or replicas.{kind.lower()}s"
-            )
+    _check_room(server, least, ray.cluster_resources(), "the cluster's")
     serve.start(http_options=serve.HTTPOptions(host=http.host, port=http.port, request_timeout_s=None), proxy_location="HeadOnly")
+    _deploy(server)
+    return _url(server)
+
+
+def replace(server: Server) -> str:
+    """The service that runs on the connected cluster goes over to other settings or another checkpoint, and no request fails; returns its URL.
+
+    New replicas load beside the old ones; as soon as one answers, an old one takes no request any more and finishes what it has. Returns when all
+    old ones are gone.
+
+    Raises:
+        UserError: if none runs there, its address would be another, there is no room beside it, or the new one does not come up; then the
+            old one goes on as it was.
+    """
+    server = pinned(server)
+    if APPLICATION not in serve.status().applications:
+        raise UserError("no service of dlm_ray runs on this cluster (RAY_ADDRESS names another one); leave --replace out to start one")
+    before = Server.model_validate(serve.get_app_handle(APPLICATION).settings.remote().result(timeout_s=60))
+    if (server.http.host, server.http.port) != (before.http.host, before.http.port):
+        raise UserError(
+            f"http.host={server.http.host} and http.port={server.http.port}: the service runs at {before.http.host}:{before.http.port}, and an "
+            "address cannot be changed without a pause; keep it, or start another service"
+        )
+    _check_room(server, 1, ray.available_resources(), "what is free beside the service that runs, ")
     try:
-        serve.run(application(server.model_dump(mode="json")), name=APPLICATION, route_prefix="/")
-    except (RuntimeError, RayServeException) as error:
-        status = serve.status().applications.get(APPLICATION)
-        found = [one.message for one in status.deployments.values() if one.message] if status else []
-        raise UserError(f"the service did not come up: {' '.join(found)[-2000:] or error}") from error
-    host = f"[{http.host}]" if ":" in http.host else http.host
-    return f"http://{host}:{http.port}"
+        _deploy(server)
+    except UserError as error:
+        _deploy(before)
+        raise UserError(f"the old service goes on as it was: {error}") from error
+    return _url(server)
+
+
+def replace_running(server: Server) -> str:
+    """`replace` on the cluster that runs already."""
+    with cluster.running():
+        return replace(server)
 
 
 def stop() -> None:
@@ -205,8 +145,8 @@ def stop() -> None:
     serve.shutdown()
 
 
-def run(server: Server, on_ready: Callable[[str], None]) -> None:
-    """The service until SIGINT or SIGTERM, on a cluster of its own or RAY_ADDRESS's.
+def run(server: Server, on_ready: Callable[[str, str], None]) -> None:
+    """The service until SIGINT or SIGTERM, on a cluster of its own or RAY_ADDRESS's; `on_ready` is told its URL and the cluster's address.
 
     Raises:
         UserError: if it would be open to others than this machine.
@@ -216,18 +156,43 @@ def run(server: Server, on_ready: Callable[[str], None]) -> None:
             f"http.host={server.http.host} is reached from outside, and there is no API key; set DLM_RAY_API_KEYS or --api-keys-file, or use "
             "--host 127.0.0.1"
         )
+    server = pinned(server)
     asked = threading.Event()
     with cluster.session():
         url = start(server)
         before = {number: signal.signal(number, lambda *_: asked.set()) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            on_ready(url)
+            on_ready(url, ray.get_runtime_context().gcs_address)
             while not asked.wait(0.5):
                 pass
         finally:
             stop()
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _deploy(server: Server) -> None:
+    try:
+        serve.run(application(server.model_dump(mode="json")), name=APPLICATION, route_prefix="/")
+    except (RuntimeError, RayServeException) as error:
+        status = serve.status().applications.get(APPLICATION)
+        found = [one.message for one in status.deployments.values() if one.message] if status else []
+        raise UserError(f"the service did not come up: {' '.join(found)[-2000:] or error}") from error
+
+
+def _url(server: Server) -> str:
+    host = f"[{server.http.host}]" if ":" in server.http.host else server.http.host
+    return f"http://{host}:{server.http.port}"
+
+
+def _check_room(server: Server, count: int, resources: dict[str, float], whose: str) -> None:
+    """Raises UserError if so many replicas and an ingress need more than that; Ray would wait for it for ever."""
+    for kind, each in (("CPU", server.replicas.cpus), ("GPU", server.replicas.gpus)):
+        if count * each + (_INGRESS_CPUS if kind == "CPU" else 0) > resources.get(kind, 0.0):
+            raise UserError(
+                f"{count} replicas of {each:g} {kind}s and an ingress need more than {whose} {resources.get(kind, 0.0):g}; lower "
+                f"replicas.count or replicas.{kind.lower()}s"
+            )
 
 
 def _check_port(host: str, port: int) -> None:
@@ -240,9 +205,3 @@ def _check_port(host: str, port: int) -> None:
             raise UserError(
                 f"{host}:{port} cannot be listened at ({os.strerror(error.errno or 0)}); choose another --host or --port"
             ) from error
-
-
-def _log_to_the_replica() -> None:
-    """Every request's line goes to the process's log, with its id."""
-    own = logging.getLogger("dlm_ray.serving")
-    own.setLevel(logging.INFO)

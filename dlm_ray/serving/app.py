@@ -16,7 +16,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 
 from dlm_ray.config.server import Server
-from dlm_ray.serving.errors import ApiError, ReplicaLost, raise_error
+from dlm_ray.serving.errors import ApiError, ReplicaLost, no_model, raise_error
 from dlm_ray.serving.gate import Admission, Counts, Gate
 from dlm_ray.serving.protocol import Chat, Completion, Infill, Score
 from dlm_ray.serving.service import Backend, Service
@@ -46,7 +46,7 @@ def build(server: Server, backend: Backend, keys: list[str], capacity_texts: int
 
     @app.post("/v1/completions")
     async def completions(asked: Completion, request: Request) -> Response:
-        task = service.task(
+        task = await service.task(
             asked, request, prompts=asked.prompts(), suffix=asked.suffix, lengths=asked.max_tokens, length_field="max_tokens"
         )
         return await service.answer(asked, task, request, is_chat=False)
@@ -57,32 +57,35 @@ def build(server: Server, backend: Backend, keys: list[str], capacity_texts: int
             raise ApiError(400, "max_tokens and max_completion_tokens mean the same; leave one out", "invalid_value", "max_tokens")
         field = "max_tokens" if asked.max_tokens is not None else "max_completion_tokens"
         messages = [message.as_dict() for message in asked.messages]
-        task = service.task(asked, request, messages=messages, lengths=getattr(asked, field), length_field=field)
+        task = await service.task(asked, request, messages=messages, lengths=getattr(asked, field), length_field=field)
         return await service.answer(asked, task, request, is_chat=True)
 
     @app.post("/v1/infill")
     async def infill(asked: Infill, request: Request) -> Response:
         given: dict[str, Any] = {"prompts": [asked.prefix], "suffix": asked.suffix, "length_field": "length_tokens"}
         if isinstance(asked.length_tokens, int):
-            return await service.answer(asked, service.task(asked, request, lengths=asked.length_tokens, **given), request, is_chat=False)
+            task = await service.task(asked, request, lengths=asked.length_tokens, **given)
+            return await service.answer(asked, task, request, is_chat=False)
         return await service.infill_best(asked, given, request)
 
     @app.post("/v1/score")
     async def score(asked: Score, request: Request) -> Response:
-        service.check_model(asked.model)
+        await service.check_model(asked.model)
         with service.admitted(request, 1):
-            event = await backend.score(asked.text, asked.draws, asked.seed)
+            event = await backend.score(asked.model, asked.text, asked.draws, asked.seed)
         raise_error(event)
         return JSONResponse({"object": "score", "model": asked.model, **event})
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [await backend.describe()]}
+        return {"object": "list", "data": await backend.describe()}
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
-        service.check_model(name)
-        return await backend.describe()
+        found = {card["id"]: card for card in await backend.describe()}
+        if name not in found:
+            raise no_model(name, list(found))
+        return found[name]
 
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 Event = dict[str, Any]
@@ -46,6 +47,11 @@ def deadline_passed(seconds: float) -> ApiError:
     return ApiError(
         408, f"the text was not finished within {seconds:g} seconds; ask for fewer tokens, or for more timeout_seconds", "deadline"
     )
+
+
+def no_model(name: str, names: Sequence[str]) -> ApiError:
+    """The service does not have it."""
+    return ApiError(404, f"there is no model {name!r}; this service has {', '.join(map(repr, names))}", "model_not_found", "model")
 
 
 def overloaded() -> ApiError:

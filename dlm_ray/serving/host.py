@@ -25,11 +25,16 @@ log = logging.getLogger("dlm_ray.serving")
 
 
 class Host:
-    """One replica's work."""
+    """One model's work in a replica.
+
+    Args:
+        server: of one model.
+    """
 
     def __init__(self, server: Server):
         self.server = server
-        self.model = load(server.checkpoint, server.weights, device=server.device)
+        [own] = server.served
+        self.model = load(own.checkpoint, own.weights, device=server.device)
         self.engine = Engine(self.model, server.engine)
         self.planner = Planner(self.model, self.engine, server)
         self._changed = threading.Condition()
@@ -44,8 +49,8 @@ class Host:
         return {**self.planner.card(), "load": {"active": self.engine.num_active, "waiting": len(self.engine.waiting)}}
 
     def check(self) -> None:
-        """Raises RuntimeError if the engine does not work any more."""
-        if not self._thread.is_alive():
+        """Raises RuntimeError if the engine does not work any more, though nobody has ended it."""
+        if not (self._thread.is_alive() or self._is_stopped):
             raise RuntimeError("the engine's thread has ended")
 
     async def generate(self, task: Task) -> AsyncGenerator[list[Event]]:

@@ -14,6 +14,7 @@ class Task(TypedDict):
     """A request for text, in plain values that cross a border between processes."""
 
     request_id: str
+    model: str
     prompts: list[Any]
     """Texts, or lists of ids."""
     messages: list[dict[str, str]] | None

@@ -38,11 +38,13 @@ class Planner:
         """For /v1/models."""
         limits, kind = self.server.limits, self._sampled.kind
         has_whole = None in self._sizes
+        [own] = self.server.served
         return {
             "id": self.server.model_name,
             "object": "model",
             "created": 0,
             "owned_by": "dlm_ray",
+            "checkpoint": {"name": "/".join(own.checkpoint.rstrip("/").split("/")[-2:]), "weights": own.weights},
             "kind": kind,
             "capabilities": {
                 "completions": True,

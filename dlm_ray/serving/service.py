@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from dlm_ray.config.server import Server
 from dlm_ray.serving.answers import Answer, stream
-from dlm_ray.serving.errors import ApiError, Event, ReplicaLost, error_event, raise_error
+from dlm_ray.serving.errors import ApiError, Event, ReplicaLost, error_event, no_model, raise_error
 from dlm_ray.serving.gate import Admission, Counts
 from dlm_ray.serving.protocol import Asked, Infill
 
@@ -25,16 +25,16 @@ TRIES = 4
 
 
 class Backend(Protocol):
-    """Where texts are written: a `Host` in this process, or replicas behind a handle. Each raises ReplicaLost if its process is gone."""
+    """Where texts are written: hosts in this process, or replicas behind a handle. Each raises ReplicaLost if its process is gone."""
 
-    async def describe(self) -> dict[str, Any]:
-        """The model's card."""
+    async def describe(self) -> list[dict[str, Any]]:
+        """The models' cards."""
 
     def generate(self, task: Task) -> AsyncGenerator[list[Event]]:
         """Events of a task; whoever stops reading gives its slots back."""
 
-    async def score(self, text: str, draws: int, seed: int) -> Event:
-        """A text's bound."""
+    async def score(self, model: str, text: str, draws: int, seed: int) -> Event:
+        """A text's bound by a model."""
 
 
 class Admitted:
@@ -63,18 +63,22 @@ class Service:
     def __init__(self, server: Server, backend: Backend, admission: Admission, counts: Counts):
         self.server, self.backend, self.admission, self.counts = server, backend, admission, counts
 
-    def check_model(self, name: str) -> None:
+    async def check_model(self, name: str) -> None:
         """Raises ApiError if the service has no such model."""
-        if name != self.server.model_name:
-            raise ApiError(404, f"there is no model {name!r}; this service has {self.server.model_name!r}", "model_not_found", "model")
+        if name in self.server.model_names:
+            return
+        names = [card["id"] for card in await self.backend.describe()]  # while a service changes, its replicas may have others
+        if name not in names:
+            raise no_model(name, names)
 
-    def task(self, asked: Asked, request: Request, *, lengths: Any, length_field: str, **given: Any) -> Task:
+    async def task(self, asked: Asked, request: Request, *, lengths: Any, length_field: str, **given: Any) -> Task:
         """A task, after the checks that need no tokenizer."""
-        self.check_model(asked.model)
+        await self.check_model(asked.model)
         if asked.stream_options is not None and not asked.stream:
             raise ApiError(400, "stream_options is for stream=true; leave it out", "invalid_value", "stream_options")
         return {
             "request_id": request.state.request_id,
+            "model": asked.model,
             "prompts": given.get("prompts", []),
             "messages": given.get("messages"),
             "suffix": given.get("suffix"),
@@ -124,12 +128,12 @@ class Service:
             )
         assert isinstance(asked.length_tokens, list), "one length needs no choice"
         lengths = list(dict.fromkeys(asked.length_tokens))
-        task = self.task(asked, request, lengths=lengths, **given)
+        task = await self.task(asked, request, lengths=lengths, **given)
         answer = self._answer(task, False)
         with self.admitted(request, len(lengths)):
             await self._collect(task, answer, request)
             texts = [answer.choices[index].text for index in range(len(lengths))]
-            scores = [await self.backend.score(asked.prefix + text + asked.suffix, 16, 0) for text in texts]
+            scores = [await self.backend.score(asked.model, asked.prefix + text + asked.suffix, 16, 0) for text in texts]
         for score in scores:
             raise_error(score)
         best = min(range(len(lengths)), key=lambda index: scores[index]["bits_per_byte"])
@@ -144,7 +148,7 @@ class Service:
 
     def _answer(self, task: Task, is_chat: bool) -> Answer:
         own = self.server.engine.deadline_seconds
-        return Answer(task["request_id"], self.server.model_name, is_chat, min(own, task["timeout_seconds"] or own))
+        return Answer(task["request_id"], task["model"], is_chat, min(own, task["timeout_seconds"] or own))
 
     async def _collect(self, task: Task, answer: Answer, request: Request) -> None:
         """All events, from another replica when one is lost, and none any more when the client is gone."""

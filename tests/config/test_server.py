@@ -13,8 +13,40 @@ SHIPPED = sorted((Path(__file__).parent.parent.parent / "configs/serve").glob("*
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_files_hold(path):
-    assert load_server(str(path)).model_name
-    assert load_server(str(path), ["checkpoint=runs/mine", "name=mine"]).model_name == "mine"
+    server = load_server(str(path))
+    assert server.model_names == (["mine", "blocks"] if path.stem == "several" else [server.model_name])
+    changed = ["models.0.checkpoint=x", "models.0.name=own"] if server.models else ["checkpoint=runs/x", "name=own"]
+    assert load_server(str(path), changed).model_names[0] == "own"
+
+
+def test_one_model_is_named_by_its_checkpoint_and_several_each_by_theirs():
+    assert load_server("runs/mine/").model_names == ["mine"]
+    several = load_server("x", ["checkpoint=null", "models=[{checkpoint: runs/mine}, {checkpoint: org/other, name: own}]"])
+    assert several.model_names == ["mine", "own"] and several.models_at_once == 2
+    own = several.of(several.models[1])
+    assert (own.checkpoint, own.model_names, own.engine) == ("org/other", ["own"], several.engine)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["checkpoint=null"], "checkpoint is missing; name one, or several under models"),
+        (["models=[{checkpoint: y}]"], "put all under models"),
+        (["checkpoint=null", "name=own", "models=[{checkpoint: y}]"], "put all under models"),
+        (["checkpoint=null", "models=[{checkpoint: a/x}, {checkpoint: y}, {checkpoint: b/x}]"], "models.2.name=x is models.0's, too"),
+        (
+            ["checkpoint=null", "models=[{checkpoint: x}, {checkpoint: y}]", "replicas.models=3"],
+            "replicas.models=3, and there are 2 to hold",
+        ),
+        (["checkpoint=null", "models=[{checkpoint: x, weight: y}]"], "models.0.weight is unknown; did you mean models.weights"),
+        (["checkpoint=null", "models=[{name: y}]"], "models.0.checkpoint is missing"),
+        (["checkpoint=null", "models=[{checkpoint: x, name: a b}]"], "models.0.name='a b'"),
+        (["replicas.models=0"], "replicas.models=0"),
+    ],
+)
+def test_models_that_cannot_be_told_apart_or_held_are_refused(overrides, message):
+    with pytest.raises(UserError, match=message):
+        load_server("x", overrides)
 
 
 def test_every_mistake_is_said_at_once(tmp_path):

@@ -1,5 +1,6 @@
 """The service on Ray Serve: OpenAI's client, company, a client that leaves, a replica that is killed, and an end that finishes what was accepted."""
 
+import importlib
 import os
 import signal
 import socket
@@ -13,6 +14,7 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+import yaml
 
 sys.path.append(str(Path(__file__).parent.parent / "serving"))
 import service  # noqa: E402
@@ -21,12 +23,13 @@ from dlm_ray.config.errors import UserError  # noqa: E402
 from dlm_ray.config.server import Server  # noqa: E402
 
 pytestmark = pytest.mark.ray
+SHIPPED = Path(__file__).parent.parent.parent / "configs/serve"
 PROMPTS = ("a", "the", "row", "the model")  # at temperature 0 their texts have no end
 
 
 @pytest.fixture(scope="module")
 def served(ray_session, data_folder, tmp_path_factory):
-    """(url, server, redeploy) of one replica; `redeploy(count)` changes how many there are."""
+    """(url, redeploy, checkpoint) of one replica; `redeploy(count)` changes how many there are."""
     from ray import serve
     from ray.serve.exceptions import RayServeException
 
@@ -53,13 +56,13 @@ def served(ray_session, data_folder, tmp_path_factory):
     url = runtime.start(server(1))
     with pytest.raises(UserError, match="cannot be listened at"):
         runtime.start(server(1))
-    yield url, redeploy
+    yield url, redeploy, folder / "block8"
     with suppress(RayServeException):  # a test has ended it
         runtime.stop()
 
 
 def test_openais_client_gets_the_same_text_alone_streamed_and_among_31_others(served):
-    url, _ = served
+    url, _, _ = served
     own = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
     asked = {"model": "tiny", "prompt": "the model", "max_tokens": 30, "seed": 7}
     whole = own.completions.create(**asked)
@@ -84,7 +87,7 @@ def test_openais_client_gets_the_same_text_alone_streamed_and_among_31_others(se
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_disconnects_frees_its_slot_within_a_second(served, stream):
-    url, _ = served
+    url, _, _ = served
 
     def active():
         return httpx.get(f"{url}/v1/models").json()["data"][0]["load"]["active"]
@@ -101,7 +104,7 @@ def test_a_client_that_disconnects_frees_its_slot_within_a_second(served, stream
 def test_a_replica_killed_under_load_costs_no_whole_answer_and_ends_streams_with_an_error(served):
     from ray.util.state import list_actors
 
-    url, redeploy = served
+    url, redeploy, _ = served
     redeploy(2)
     # One longer than what was there before: the new one has to answer, too.
     engines = [actor for actor in list_actors(filters=[("state", "=", "ALIVE")], limit=1000) if "#engine#" in (actor.name or "")]
@@ -143,7 +146,7 @@ def test_a_replica_killed_under_load_costs_no_whole_answer_and_ends_streams_with
 def test_the_end_finishes_what_was_accepted(served):
     from dlm_ray.runtime import serve as runtime
 
-    url, _ = served
+    url, _, _ = served
     with ThreadPoolExecutor(1) as clients:
         body = {"model": "tiny", "prompt": "the model", "max_tokens": 400, "temperature": 0}
         answer = clients.submit(httpx.post, f"{url}/v1/completions", json=body, timeout=60)
@@ -155,16 +158,36 @@ def test_the_end_finishes_what_was_accepted(served):
         httpx.get(f"{url}/healthz")
 
 
-def test_what_is_rendered_is_a_config_that_serve_deploys():
-    from ray.serve.schema import ServeDeploySchema
+@pytest.mark.parametrize("file", sorted(SHIPPED.glob("*.yaml")), ids=lambda file: file.stem)
+def test_what_is_rendered_of_a_shipped_file_is_a_config_that_serve_deploys(file, served, tmp_path):
+    from ray.serve.schema import HTTPOptionsSchema, ServeApplicationSchema, ServeDeploySchema
 
+    from dlm_ray.config.server_file import load_server
     from dlm_ray.runtime import serve as runtime
 
-    server = Server(checkpoint="x", replicas={"autoscaling": {"max_replicas": 3}})
-    config = ServeDeploySchema.model_validate(runtime.rendered(server))
+    _, _, checkpoint = served
+    server = load_server(str(file))
+    own = ["models.0.checkpoint", "models.1.checkpoint"] if server.models else ["checkpoint"]
+    server = load_server(str(file), [*(f"{key}={checkpoint}" for key in own), "http.api_keys_file=null"])
+    plain = runtime.rendered(server)
+    # Serve's schema says nothing of keys that it does not know.
+    assert set(plain) <= set(ServeDeploySchema.model_fields) and set(plain["http_options"]) <= set(HTTPOptionsSchema.model_fields)
+    assert all(set(one) <= set(ServeApplicationSchema.model_fields) for one in plain["applications"])
+    config = ServeDeploySchema.model_validate(yaml.safe_load(yaml.safe_dump(plain)))
     [one] = config.applications
-    assert config.http_options.host == "127.0.0.1" and one.args == {"checkpoint": "x", "replicas": {"autoscaling": {"max_replicas": 3}}}
+    assert config.http_options.host == server.http.host and Server.model_validate(one.args) == server
     module, _, name = one.import_path.partition(":")
-    built = getattr(__import__(module, fromlist=[name]), name)(one.args)
-    [engine] = [deployment for deployment in built.deployments if deployment.name == "engine"] if hasattr(built, "deployments") else [None]
-    assert engine is None or engine._deployment_config.autoscaling_config.max_replicas == 3
+    front = getattr(importlib.import_module(module), name)(one.args)._bound_deployment
+    [engine] = [argument._bound_deployment for argument in front.init_args if hasattr(argument, "_bound_deployment")]
+    scaling, asked = engine._deployment_config.autoscaling_config, server.replicas.autoscaling
+    assert (scaling and scaling.max_replicas) == (asked and asked.max_replicas)
+    assert engine.ray_actor_options["num_gpus"] == server.replicas.gpus
+
+
+def test_what_contradicts_itself_or_is_not_there_is_refused_when_serve_builds_it(tmp_path):
+    from dlm_ray.runtime import serve as runtime
+
+    with pytest.raises(UserError, match="replicas.models=2, and there are 1 to hold"):
+        runtime.application({"checkpoint": "x", "replicas": {"models": 2}})
+    with pytest.raises(UserError, match=r"models.0.checkpoint=.*neither a checkpoint of ours .*nor a Hugging Face folder"):
+        runtime.application({"models": [{"checkpoint": str(tmp_path)}]})

@@ -1,6 +1,7 @@
 "use strict";
 // The page asks /v1/models what can be chosen, streams one completion with its canvas, and draws every position as it comes.
 const at = (id) => document.getElementById(id);
+let models = [];
 let model = null;
 let running = null;
 
@@ -11,22 +12,30 @@ function say(message, isError = false) {
   at("status").className = isError ? "error" : "";
 }
 
-async function findModel() {
+async function findModels() {
   const answer = await fetch("v1/models", { headers: headers() });
   const body = await answer.json();
   if (!answer.ok) {
     at("model").textContent = body.error.message;
     return;
   }
-  model = body.data[0];
+  models = body.data;
+  at("which").replaceChildren(...models.map((one) => new Option(one.id)));
+  at("which-label").hidden = models.length < 2;
+  at("key-label").hidden = true;
+  choose();
+}
+
+function choose() {
+  model = models[at("which").selectedIndex];
   at("model").textContent = `${model.id} · ${model.kind} · context of ${model.context_tokens} tokens`;
-  for (const rule of model.rules) at("rule").add(new Option(rule, rule));
+  at("rule").replaceChildren(new Option("as trained", ""), ...model.rules.map((rule) => new Option(rule, rule)));
+  at("block").replaceChildren();
   if (model.whole_canvas) at("block").add(new Option("whole canvas", ""));
   model.block_tokens.forEach((size, place) => at("block").add(new Option(`blocks of ${size}`, place || model.whole_canvas ? size : "")));
   at("infill").hidden = !model.capabilities.infill;
   at("length").max = model.limits.output_tokens;
   at("steps").max = model.limits.steps;
-  at("key-label").hidden = true;
 }
 
 function asked() {
@@ -138,9 +147,10 @@ function settle(prompt, suffix, confidence, text) {
 
 at("form").addEventListener("submit", (event) => { event.preventDefault(); denoise(); });
 at("stop").addEventListener("click", () => running && running.abort());
-at("key").addEventListener("change", findModel);
+at("key").addEventListener("change", findModels);
+at("which").addEventListener("change", choose);
 document.addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) denoise();
   if (event.key === "Escape" && running) running.abort();
 });
-findModel();
+findModels();
