@@ -76,10 +76,9 @@ def _checkpoint(folder: Path, architecture: Any, vocab_size: int) -> Path:
 
 
 def _job(model: TextModel, prompt: Sequence[int], num_tokens: int, seed: int, **options: Any) -> Job:
-    """As a request without options becomes one."""
-    return Job(
-        "measured", [model.tokenizer_identity.start_id, *prompt], num_tokens, choose({**options}, model.sampled_as(), num_tokens), seed=seed
-    )
+    """As a request that is not streamed becomes one."""
+    ids = [model.tokenizer_identity.start_id, *prompt]
+    return Job("measured", ids, num_tokens, choose({**options}, model.sampled_as(), num_tokens), seed=seed, is_streamed=False)
 
 
 @torch.no_grad()

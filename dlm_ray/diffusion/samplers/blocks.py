@@ -361,16 +361,8 @@ class BlockSampler:
             last = self.num_active - 1
             if slot != last:
                 self.cache.fork(last, slot)
-                for tensor in (
-                    self._ids,
-                    self._is_masked,
-                    self._is_open,
-                    self._wanted,
-                    self._again,
-                    self._confidence,
-                    self._step,
-                    self._numbers,
-                ):
+                own = (self._ids, self._is_masked, self._is_open, self._wanted, self._again, self._confidence, self._step, self._numbers)
+                for tensor in own:
                     tensor[slot] = tensor[last]
             self._slots[slot] = self._slots[last]
             self._slots.pop()
