@@ -7,7 +7,6 @@ at the state after annealing, with common draws.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -62,7 +61,6 @@ def study(seeds: int, steps: int, row_tokens: int) -> Study:
         seeds=tuple(range(seeds)),
         baseline="none, shift",
         orderings=ORDERINGS,
-        ratios=("train_seconds",),
     )
 
 
@@ -86,11 +84,9 @@ def _settings(way: str, shift: bool, steps: int, row_tokens: int) -> dict[str, A
 
 def one(arm: Arm, seed: int, folder: Path, data: str, base: str) -> Outcome:
     """Trains, and scores held-out text."""
-    started = time.monotonic()
     loop.fit(objectives.recipe_of(arm, seed, data, base), folder)
-    seconds = time.monotonic() - started
     scored = load(folder).score(data, max_rows=HELD_OUT_ROWS, draws_per_row=DRAWS)
-    metrics = {"bits_per_byte": scored.bits_per_byte, "train_seconds": seconds}
+    metrics = {"bits_per_byte": scored.bits_per_byte}
     return Outcome(metrics, (scored.nats / math.log(2)).tolist(), scored.num_bytes.tolist())
 
 
