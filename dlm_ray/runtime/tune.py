@@ -10,6 +10,7 @@ import os
 import shutil
 import tempfile
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,7 @@ from dlm_ray.config.space import Settings
 from dlm_ray.config.sweep import Dimension, Scheduler, Sweep, case_name
 from dlm_ray.config.sweep_load import Loaded
 from dlm_ray.runtime.train import fit
+from dlm_ray.runtime.tune_search import Listed
 
 # A driver holds no CPU, so that the workers may have all of them; what it imports takes about this much memory.
 _DRIVER: dict[str, float] = {"memory": 400.0 * 2**20}
@@ -112,19 +114,25 @@ def run(plan: Plan, searcher: Searcher, num_trials: int, known: dict[int, Trial]
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     own = Path(plan.out) / "tune"
     shutil.rmtree(own, ignore_errors=True)  # what is resumed is read from the runs themselves
-    is_pbt = sweep.scheduler.name == "pbt"
+    is_pbt = sweep.scheduler.name == "pbt" and not plan.overrides
+    listed = dict(searcher.waiting) if is_pbt and isinstance(searcher, Listed) else {}
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(_drive, plan=plan, known=known), tune.PlacementGroupFactory([_DRIVER])),
+        # Tune's PBT takes no search algorithm: its members are a grid.
+        param_space={"number": tune.grid_search(list(listed)), "settings": tune.sample_from(lambda config: listed[config["number"]])}
+        if is_pbt
+        else None,
         tune_config=tune.TuneConfig(
-            search_alg=searcher,
+            search_alg=None if is_pbt else searcher,
             scheduler=_chosen(plan),
-            num_samples=num_trials,
+            num_samples=1 if is_pbt else num_trials,
             # Of pbt all members are in the experiment, paused or not; how many run at once is for the workers' CPUs to say.
             max_concurrent_trials=num_trials if is_pbt else sweep.trials_at_once,
         ),
         run_config=tune.RunConfig(name="tune", storage_path=plan.out, verbose=0, callbacks=[_Ended(plan, known, on_trial)]),
     )
-    with contextlib.redirect_stdout(io.StringIO()):  # Tune prints a banner, and stdout has the result alone
+    # Tune prints a banner, and stdout has the result alone; what it warns of is not in the hands of who runs a sweep.
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(action="ignore"):
         tuner.fit()
 
 

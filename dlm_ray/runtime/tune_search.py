@@ -21,13 +21,13 @@ class Listed(Searcher):
 
     def __init__(self, trials: Sequence[tuple[int, Settings]]):
         super().__init__()
-        self._waiting = list(trials)
+        self.waiting = list(trials)
 
     def suggest(self, trial_id: str) -> Any:
         """The next one."""
-        if not self._waiting:
+        if not self.waiting:
             return Searcher.FINISHED
-        number, settings = self._waiting.pop(0)
+        number, settings = self.waiting.pop(0)
         return {"number": number, "settings": settings}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
@@ -72,8 +72,8 @@ class Tpe(Listed):
 
     def suggest(self, trial_id: str) -> Any:
         """An unfinished one, or a new one."""
-        if self._waiting:
-            number, settings = self._waiting.pop(0)
+        if self.waiting:
+            number, settings = self.waiting.pop(0)
             self._study.enqueue_trial(self._as_trial(settings, None).params)
         else:
             number, self._next = self._next, self._next + 1
