@@ -161,7 +161,7 @@ def _scheduler(sweep: Sweep) -> Any:
     if asked.name == "pbt":
         assert asked.every_steps is not None, "checked when the sweep was loaded"
         leaves = {key: one for key, one in sweep.space.items() if one.grid is None and one.cases is None}
-        return tune.schedulers.PopulationBasedTraining(
+        return _Population(
             time_attr="step",
             perturbation_interval=asked.every_steps,
             quantile_fraction=asked.quantile,
@@ -217,6 +217,14 @@ def _mutation(leaf: Dimension) -> Any:
         return list(leaf.choice)
     assert leaf.range is not None, "checked when the sweep was loaded"
     return tune.uniform(*leaf.range) if leaf.uniform is not None else tune.loguniform(*leaf.range)
+
+
+class _Population(tune.schedulers.PopulationBasedTraining):
+    """A member that becomes a copy of a better one keeps its number: the copy is of settings and state."""
+
+    def _get_new_config(self, trial: Any, trial_to_clone: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        config, operations = super()._get_new_config(trial, trial_to_clone)
+        return {**config, "number": trial.config["number"]}, operations
 
 
 @dataclass(frozen=True)

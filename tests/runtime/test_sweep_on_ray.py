@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -77,6 +78,33 @@ def test_a_trial_whose_worker_is_killed_is_a_row_with_its_reason(ray_session, da
     killer.join()
     assert (whole["status"], whole["place"]) == ("finished", 1)
     assert (killed["status"], killed["place"]) == ("failed", None) and "worker" in killed["reason"]
+
+
+@pytest.mark.slow
+def test_the_worse_member_of_a_population_goes_on_as_a_copy_of_the_better_one(ray_session, data_folder, tmp_path):
+    from dlm_ray.checkpoint import commit
+    from dlm_ray.runtime.sweep import sweep
+
+    asked = {
+        "space": {"optimizer.learning_rate": {"loguniform": [1e-8, 1e-2]}},
+        "search": {"name": "random", "trials": 2, "seed": 1},
+        "scheduler": {"name": "pbt", "every_steps": 4, "quantile": 0.5, "resample_probability": 0.0},
+    }
+    said = []
+    members = sweep(loaded(tmp_path, data_folder, **asked), tmp_path / "out", say=said.append)["trials"]
+    [copy] = [one for one in members if one["clones"]]
+    [donor] = [one for one in members if not one["clones"]]
+    [clone] = copy["clones"]
+    assert {one["status"] for one in members} == {"finished"} and (clone["from"], clone["step"]) == (donor["number"], 4)
+    assert any(f"trial {copy['number']} went on as a copy of trial {donor['number']} at step 4" in line for line in said)
+    steps = [json.loads(line) for line in (Path(copy["run_dir"]) / "metrics.jsonl").read_text().splitlines()]
+    logged = {line["step"]: line["loss"] for line in steps if "loss" in line}
+    theirs = [json.loads(line) for line in (Path(donor["run_dir"]) / "metrics.jsonl").read_text().splitlines()]
+    assert list(logged) == list(range(1, 9)) and [logged[n] for n in range(1, 6)] == [
+        line["loss"] for line in theirs if "loss" in line and line["step"] <= 5
+    ]  # the copy's fifth step is of the donor's fourth state, before its own learning rate has done anything
+    manifest = commit.read_manifest(f"{copy['run_dir']}/step_00000004")
+    assert manifest.extra["copied_from"] == f"{donor['run_dir']}/step_00000004"
 
 
 def command(folder, out, *more):
