@@ -38,10 +38,20 @@ class Replica:
     """One engine with its checkpoint."""
 
     def __init__(self, server: dict[str, Any]):
+        from dlm_ray.checkpoint import weights
+        from dlm_ray.runtime.shards import Shards
         from dlm_ray.serving.host import Host
 
         _log_to_the_replica()
-        self._host = Host(Server.model_validate(server))
+        own = Server.model_validate(server)
+        if own.replicas.shards == 1:
+            self._host = Host(own)
+            return
+        # Shards are of one step, and a run may commit another while they load.
+        own = own.model_copy(update={"checkpoint": weights.our_checkpoint(own.checkpoint) or own.checkpoint})
+        self._shards = Shards(own)
+        self._host = Host(own, self._shards.group)
+        self._shards.watch()
 
     async def describe(self) -> dict[str, Any]:
         """The model's card."""
@@ -133,6 +143,9 @@ def application(args: dict[str, Any]) -> serve.Application:
                 "downscale_delay_s": scaling.downscale_delay_seconds,
             }
         }
+    each = {"CPU": replicas.cpus, "GPU": replicas.gpus}
+    if replicas.shards > 1:  # they die with the replica, to whose placement group they belong
+        options |= {"placement_group_bundles": [each] * replicas.shards, "placement_group_strategy": "STRICT_PACK"}
     denoising: Any = serve.deployment(
         Replica,
         name="engine",
@@ -183,9 +196,10 @@ def start(server: Server) -> str:
     least = replicas.autoscaling.min_replicas if replicas.autoscaling is not None else replicas.count
     available = ray.cluster_resources()
     for kind, each in (("CPU", replicas.cpus), ("GPU", replicas.gpus)):
-        if least * each + (0.1 if kind == "CPU" else 0) > available.get(kind, 0.0):
+        needed = replicas.shards * each
+        if least * needed + (0.1 if kind == "CPU" else 0) > available.get(kind, 0.0):
             raise UserError(
-                f"{least} replicas of {each:g} {kind}s and an ingress need more than the cluster's {available.get(kind, 0.0):g}; lower "
+                f"{least} replicas of {needed:g} {kind}s and an ingress need more than the cluster's {available.get(kind, 0.0):g}; lower "
                 f"replicas.count or replicas.{kind.lower()}s"
             )
     serve.start(http_options=serve.HTTPOptions(host=http.host, port=http.port, request_timeout_s=None), proxy_location="HeadOnly")
