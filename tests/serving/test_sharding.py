@@ -1,10 +1,11 @@
 """A network on two processes: the texts of one, half the memory each, and an end for all when one is lost."""
 
 import asyncio
+import contextlib
 import multiprocessing
 import os
+import signal
 import time
-from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import service
@@ -22,7 +23,11 @@ from dlm_ray.serving.host import Host
 from dlm_ray.serving.loading import load, load_network
 from dlm_ray.training import loop
 
-SPAWN = multiprocessing.get_context("spawn")
+# Both processes are forks of one that has imported what takes long, and has no threads.
+APART = multiprocessing.get_context("forkserver")
+APART.set_forkserver_preload(
+    ["dlm_ray.serving.host", "dlm_ray.training.loop", "transformers.models.llama.modeling_llama", "torch.distributed.fsdp"]
+)
 CPU = torch.device("cpu")
 
 
@@ -36,12 +41,6 @@ def runs(data_folder, tmp_path_factory):
     return folder
 
 
-def elsewhere(function, *arguments):
-    """What the function gives in a process of its own: a process is in one group in its life."""
-    with ProcessPoolExecutor(1, mp_context=SPAWN) as pool:
-        return pool.submit(function, *arguments).result(timeout=240)
-
-
 def follow(port, checkpoints):
     torch.set_num_threads(1)
     group = sharding.join(1, 2, port, CPU)
@@ -49,55 +48,67 @@ def follow(port, checkpoints):
         sharding.follow(group, load_network(checkpoint, mesh=group.mesh))
 
 
-def start(*checkpoints):
-    """(group, follower) of a leader and one follower, which follows in one network after the other."""
+def lead(port, result, function, *arguments):
+    torch.set_num_threads(1)
+    result.send(function(sharding.join(0, 2, port, CPU), *arguments))
+
+
+@contextlib.contextmanager
+def two_processes(checkpoints, function, *arguments):
+    """(follower, leader, a connection that brings what `function(group, *arguments)` gives on the leader); a process is in one group in its life.
+
+    The follower follows in the network of one checkpoint after the other.
+    """
     store = sharding.meeting_place()
-    follower = SPAWN.Process(target=follow, args=(store.port, checkpoints), daemon=True)
-    follower.start()
-    return sharding.join(0, 2, store, CPU), follower
+    receiving, sending = APART.Pipe(duplex=False)
+    follower = APART.Process(target=follow, args=(store.port, checkpoints))
+    leader = APART.Process(target=lead, args=(store.port, sending, function, *arguments))
+    for process in (follower, leader):
+        process.start()
+    sending.close()
+    try:
+        yield follower, leader, receiving
+    finally:
+        for process in (follower, leader):
+            process.kill()
+            process.join()
 
 
 def write(model, **settings):
     """Texts of more prompts than there are slots."""
-    engine = Engine(model, Settings(slots=4, **settings))
-    jobs = [job(model, ["the model", "a", ""][number % 3], 9 + 3 * number, seed=number) for number in range(6)]
+    engine = Engine(model, Settings(slots=2, **settings))
+    jobs = [job(model, ["the model", "a", ""][number], 7 + 2 * number, seed=number) for number in range(3)]
     engine.submit(jobs)
     texts, _ = finish(engine)
     return [texts[one] for one in jobs]
 
 
-def write_on_two(checkpoints):
-    torch.set_num_threads(1)
-    group, follower = start(*checkpoints)
+def write_on_two(group, checkpoints):
     written = []
     for checkpoint in checkpoints:
         model = load(checkpoint, mesh=group.mesh)
         leader = sharding.Leader(group, model.denoiser)
-        written.append((write(model), write(model, batch_invariant=True)))
+        written.append(write(model, batch_invariant=checkpoint.name == "block8"))
         # Between calls nothing is gathered.
         parameters = list(model.denoiser.parameters())
         assert all(isinstance(parameter, DTensor) for parameter in parameters)
         own, whole = (sum(tensor.nbytes for tensor in tensors) for tensors in ([one.to_local() for one in parameters], parameters))
         assert own / whole < 0.51
         leader.stop()
-    follower.join(timeout=30)
-    return written, follower.exitcode
+    return written
 
 
 def test_texts_are_those_of_one_process_with_half_the_parameters_each_and_a_stop_ends_the_followers(runs):
     checkpoints = [runs / name for name in ("block8", "whole", "exported")]
-    written, exitcode = elsewhere(write_on_two, checkpoints)
-    for checkpoint, (as_they_come, in_fixed_shapes) in zip(checkpoints, written, strict=True):
-        model = load(checkpoint)
-        assert as_they_come == write(model)
-        assert in_fixed_shapes == write(model, batch_invariant=True)
-    assert exitcode == 0
+    with two_processes(checkpoints, write_on_two, checkpoints) as (follower, _, result):
+        written = result.recv()
+        follower.join(timeout=30)
+        assert follower.exitcode == 0
+    assert written == [write(load(checkpoint), batch_invariant=checkpoint.name == "block8") for checkpoint in checkpoints]
 
 
-def lose_the_follower(checkpoint):
+def lose_the_follower(group, checkpoint, pid):
     """Seconds until a request is answered after the follower has died, the answers before and after, and what `check` says then."""
-    torch.set_num_threads(1)
-    group, follower = start(checkpoint)
     host = Host(Server(checkpoint=str(checkpoint)), group)
 
     async def ask():
@@ -114,7 +125,7 @@ def lose_the_follower(checkpoint):
 
     before = asyncio.run(ask())
     host.check()
-    follower.kill()
+    os.kill(pid.recv(), signal.SIGKILL)
     started = time.monotonic()
     after = asyncio.run(ask())
     seconds = time.monotonic() - started
@@ -125,23 +136,21 @@ def lose_the_follower(checkpoint):
 
 
 def test_a_follower_that_dies_fails_the_next_call_and_the_replica_says_so(runs):
-    seconds, before, after, said = elsewhere(lose_the_follower, runs / "block8")
+    pid, sending = APART.Pipe(duplex=False)
+    with two_processes([runs / "block8"], lose_the_follower, runs / "block8", pid) as (follower, _, result):
+        sending.send(follower.pid)
+        seconds, before, after, said = result.recv()
     assert before["finish_reason"] == "length" and after["error"][2] == "internal"
     assert seconds < 5 and "lost each other" in said
 
 
-def lead_and_die(checkpoint, pid):
-    group, follower = start(checkpoint)
+def die(group, checkpoint):
     sharding.Leader(group, load_network(checkpoint, mesh=group.mesh))
-    pid.send(follower.pid)
-    os._exit(1)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_follower_ends_when_the_leader_dies(runs):
-    receiving, sending = SPAWN.Pipe(duplex=False)
-    leader = SPAWN.Process(target=lead_and_die, args=(runs / "block8", sending))
-    leader.start()
-    sending.close()
-    follower = receiving.recv()
-    leader.join()
-    service.until(lambda: not os.path.exists(f"/proc/{follower}"), seconds=10)
+    with two_processes([runs / "block8"], die, runs / "block8") as (follower, leader, _):
+        leader.join(timeout=60)
+        follower.join(timeout=10)
+        assert (leader.exitcode, follower.exitcode) == (-signal.SIGKILL, 1)
