@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -80,9 +81,12 @@ class Replicas(Part):
 
     count: Positive = 1
     autoscaling: Autoscaling | None = None
+    shards: Positive = 1
+    """Processes that hold a replica's network together, on one node, for networks that do not fit one GPU: they share its memory, not its work."""
     cpus: Annotated[float, Field(gt=0.0)] = 1.0
+    """Of each shard."""
     gpus: Annotated[float, Field(ge=0.0)] = 0.0
-    """At most 1: a replica's network is not sharded."""
+    """Of each shard, at most 1."""
     models: Positive | None = None
     """That one replica holds at once, all without it. When another is asked for, the one that was asked for longest ago goes, after its texts have ended."""
     drain_seconds: Seconds | None = None
@@ -169,9 +173,16 @@ class Server(Part):
             found.append(
                 f"replicas.autoscaling.max_replicas={scaling.max_replicas} is less than min_replicas={scaling.min_replicas}; change either"
             )
-        if self.replicas.gpus > 1:
+        gpus, shards = self.replicas.gpus, self.replicas.shards
+        if gpus > 1:
             found.append(
-                f"replicas.gpus={self.replicas.gpus:g}: a replica runs on one GPU, because networks are not sharded over several yet; set it to 1 "
-                "and replicas.count to as many as there are"
+                f"replicas.gpus={gpus:g} is more than the 1 that a process uses; set it to 1, and replicas.shards={math.ceil(gpus)} for a network "
+                "that does not fit one GPU, or replicas.count for more replicas"
             )
+        if shards > 1 and len(self.served) > 1:
+            found.append(
+                f"replicas.shards={shards}, and there are {len(self.served)} models; a sharded replica holds one: serve each on its own"
+            )
+        if shards > 1 and 0 < gpus < 1:
+            found.append(f"replicas.gpus={gpus:g} with replicas.shards={shards}: each shard has a GPU of its own; set it to 1, or to 0")
         return found

@@ -1,6 +1,6 @@
 """A network that is larger than one device: meta build, activation checkpointing, compile, FSDP2, in that order; then memory and numbers.
 
-Called by training and serving. The root is the module whose `forward` runs the whole objective, because FSDP2 gathers and reduces
+Called by training and serving. In training the root is the module whose `forward` runs the whole objective, because FSDP2 gathers and reduces
 parameters in hooks of `forward`; embedding, final norm and head are the root's own group and stay gathered between forward and
 backward.
 """
@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedConfig
 
@@ -53,6 +53,18 @@ def shard(root: nn.Module, denoiser: HuggingFaceDenoiser, mesh: DeviceMesh, prec
     for layer in denoiser.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=is_large)
     fully_shard(root, mesh=mesh, mp_policy=policy, reshard_after_forward=False, ignored_params=replicated)
+
+
+def shard_frozen(denoiser: HuggingFaceDenoiser, mesh: DeviceMesh) -> None:
+    """FSDP2 over `mesh` of a network that is not trained: each call of `hidden` or `reduce_logits` gathers what it needs, collectively.
+
+    A layer is gathered for as long as it runs, embedding, final norm and head for as long as the call; nothing between calls.
+    """
+    for layer in denoiser.layers:
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+    fully_shard(denoiser, mesh=mesh, reshard_after_forward=True)
+    for method in ("hidden", "reduce_logits"):
+        register_fsdp_forward_method(denoiser, method)
 
 
 def materialize(denoiser: HuggingFaceDenoiser, device: torch.device) -> None:

@@ -26,12 +26,17 @@ class Replica:
     """Engines of the service's models, as many at once as one replica holds."""
 
     async def __init__(self, server: dict[str, Any]):  # type: ignore[misc]  # Serve awaits it
-        from dlm_ray.serving.residents import Residents  # and with it torch, which the ingress does without
+        from dlm_ray.runtime.shards import Shards  # and with them torch, which the ingress does without
+        from dlm_ray.serving.residents import Residents
 
         _log_to_the_replica()
         own = Server.model_validate(server)
-        self._residents = Residents(own, serve.multiplexed(max_num_models_per_replica=own.models_at_once))
+        self._shards = Shards(own) if own.replicas.shards > 1 else None
+        group = self._shards.group if self._shards else None
+        self._residents = Residents(own, serve.multiplexed(max_num_models_per_replica=own.models_at_once), group)
         await self._residents.load()
+        if self._shards:
+            self._shards.watch()
 
     async def describe(self) -> list[dict[str, Any]]:
         """The models' cards."""

@@ -52,6 +52,9 @@ def application(args: dict[str, Any]) -> serve.Application:
         }
     # Whatever replaces a replica works before the one that is replaced takes no request any more; that one finishes what it has.
     ending: Any = {"graceful_shutdown_timeout_s": server.drain_seconds, "graceful_shutdown_wait_loop_s": 0.2, "max_surge_percent": 100}
+    each = {"CPU": replicas.cpus, "GPU": replicas.gpus}
+    if replicas.shards > 1:  # they die with the replica, to whose placement group they belong
+        options |= {"placement_group_bundles": [each] * replicas.shards, "placement_group_strategy": "STRICT_PACK"}
     denoising: Any = serve.deployment(
         Replica,
         name="engine",
@@ -187,7 +190,8 @@ def _url(server: Server) -> str:
 
 def _check_room(server: Server, count: int, resources: dict[str, float], whose: str) -> None:
     """Raises UserError if so many replicas and an ingress need more than that; Ray would wait for it for ever."""
-    for kind, each in (("CPU", server.replicas.cpus), ("GPU", server.replicas.gpus)):
+    for kind, of_a_shard in (("CPU", server.replicas.cpus), ("GPU", server.replicas.gpus)):
+        each = server.replicas.shards * of_a_shard
         if count * each + (_INGRESS_CPUS if kind == "CPU" else 0) > resources.get(kind, 0.0):
             raise UserError(
                 f"{count} replicas of {each:g} {kind}s and an ingress need more than {whose} {resources.get(kind, 0.0):g}; lower "

@@ -20,6 +20,7 @@ from dlm_ray.serving.errors import ApiError, Event, error_event, overloaded
 from dlm_ray.serving.jobs import Job, Task, Update
 from dlm_ray.serving.loading import load
 from dlm_ray.serving.planning import Planner
+from dlm_ray.serving.sharding import Group, Leader
 
 log = logging.getLogger("dlm_ray.serving")
 
@@ -29,12 +30,14 @@ class Host:
 
     Args:
         server: of one model.
+        group: of the processes that hold the network with this one, which leads them; None if it holds the network alone.
     """
 
-    def __init__(self, server: Server):
+    def __init__(self, server: Server, group: Group | None = None):
         self.server = server
         [own] = server.served
-        self.model = load(own.checkpoint, own.weights, device=server.device)
+        self.model = load(own.checkpoint, own.weights, device=server.device, mesh=group.mesh if group else None)
+        self._leader = Leader(group, self.model.denoiser) if group else None
         self.engine = Engine(self.model, server.engine)
         self.planner = Planner(self.model, self.engine, server)
         self._changed = threading.Condition()
@@ -50,6 +53,8 @@ class Host:
 
     def check(self) -> None:
         """Raises RuntimeError if the engine does not work any more, though nobody has ended it."""
+        if self._is_lost():
+            raise RuntimeError("the processes that hold the network have lost each other")
         if not (self._thread.is_alive() or self._is_stopped):
             raise RuntimeError("the engine's thread has ended")
 
@@ -117,12 +122,17 @@ class Host:
         return await asyncio.wrap_future(done)
 
     def close(self) -> None:
-        """Ends the thread after its tick."""
+        """Ends the thread after its tick, and lets the processes go that hold the network with this one."""
         self._do(self._stop)
         self._thread.join(timeout=10)
+        if self._leader is not None and not self._thread.is_alive():
+            self._leader.stop()
 
     def _stop(self) -> None:
         self._is_stopped = True
+
+    def _is_lost(self) -> bool:
+        return self._leader is not None and self._leader.is_lost
 
     def _do(self, act: Callable[[], Any]) -> None:
         """In the engine's thread, before its next tick."""
@@ -131,7 +141,7 @@ class Host:
             self._changed.notify()
 
     def _work(self) -> None:
-        while not self._is_stopped:
+        while not (self._is_stopped or self._is_lost()):
             with self._changed:
                 while not (self._inbox or self.engine.num_active or self.engine.waiting):
                     self._changed.wait()
@@ -149,12 +159,13 @@ class Host:
                     tell(update)
 
     def _fail(self, error: Exception) -> None:
-        """Every request of the tick is told; the engine starts anew, without them."""
+        """Every request of the tick is told; the engine starts anew, without them, if the network is still whole."""
         waiting = dict(self._waiting)
         log.error("a tick failed, and with it requests %s", sorted({job.request_id for job in waiting}), exc_info=error)
         if isinstance(error, torch.OutOfMemoryError):
             torch.cuda.empty_cache()
-        self.engine = Engine(self.model, self.server.engine)
+        if not self._is_lost():
+            self.engine = Engine(self.model, self.server.engine)
         for tell in waiting.values():
             tell(ApiError(500, "denoising failed on this replica; its log says why under the request id", "internal"))
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 
 from dlm_ray.checkpoint import commit, huggingface, weights
 from dlm_ray.checkpoint.commit import Manifest
@@ -20,23 +21,22 @@ from dlm_ray.models.denoiser import HuggingFaceDenoiser
 from dlm_ray.serving.text_model import TextModel
 
 
-def load(path: str | Path, weights_kind: str | None = None, *, device: str = "auto") -> TextModel:
+def load(path: str | Path, weights_kind: str | None = None, *, device: str = "auto", mesh: DeviceMesh | None = None) -> TextModel:
     """A TextModel from a step directory of ours, a run directory (its last step), a Hugging Face folder or a hub name.
 
     Args:
         path: the checkpoint.
         weights_kind: `ema`, `raw`, or None: the average if the run kept one.
         device: auto, cpu or cuda.
+        mesh: of the processes that hold the network together (`serving.sharding`), each of which loads its part; None for this one alone.
     """
-    on = torch.device("cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu")
     checkpoint = weights.our_checkpoint(str(path))
+    denoiser = load_network(checkpoint or path, weights_kind, device=device, mesh=mesh)
     if checkpoint is None:
-        return _load_huggingface(str(path), weights_kind, on)
+        return _huggingface_model(str(path), denoiser)
     manifest = commit.read_manifest(checkpoint)
-    denoiser = _network(manifest.model["config"], manifest.model["mask_id"], manifest.model["shift"], on)
-    weights.load_weights(checkpoint, dict(denoiser.network.named_parameters()), weights=weights_kind)
     name = manifest.model["objective"]
-    objective = _objective(manifest, denoiser).to(on)
+    objective = _objective(manifest, denoiser).to(pick_device(device))
     weights.load_objective(checkpoint, dict(objective.named_parameters()), weights_kind)
     return TextModel(
         denoiser,
@@ -48,6 +48,32 @@ def load(path: str | Path, weights_kind: str | None = None, *, device: str = "au
         row_tokens=manifest.capabilities["row_tokens"],
         document_mask=manifest.capabilities["document_mask"],
     )
+
+
+def load_network(
+    path: str | Path, weights_kind: str | None = None, *, device: str = "auto", mesh: DeviceMesh | None = None
+) -> HuggingFaceDenoiser:
+    """The network alone, or this process's part of it, as `load` takes it."""
+    on, checkpoint = pick_device(device), weights.our_checkpoint(str(path))
+    if checkpoint is not None:
+        model = commit.read_manifest(checkpoint).model
+        denoiser = _network(model["config"], model["mask_id"], model["shift"], on, mesh)
+        weights.load_weights(checkpoint, dict(denoiser.network.named_parameters()), weights=weights_kind)
+        return denoiser
+    if weights_kind is not None:
+        raise UserError(
+            f"--weights {weights_kind} chooses between the weights of a checkpoint of ours, and {path} is a Hugging Face folder; leave it out"
+        )
+    folder = huggingface.resolve_folder(str(path))
+    fields = _fields(folder)
+    denoiser = _network(fields, fields.get("mask_token_id"), fields.get("shift", True), on, mesh)
+    huggingface.load_safetensors(folder, dict(denoiser.network.named_parameters()), optional={"lm_head.weight"})
+    return denoiser
+
+
+def pick_device(device: str) -> torch.device:
+    """What auto, cpu or cuda means here."""
+    return torch.device("cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu")
 
 
 def as_unadapted(base: TextModel, pattern: Literal["causal", "bidirectional"], *, seed: int = 0) -> TextModel:
@@ -76,24 +102,22 @@ def as_unadapted(base: TextModel, pattern: Literal["causal", "bidirectional"], *
     )
 
 
-def _load_huggingface(name: str, weights_kind: str | None, device: torch.device) -> TextModel:
-    if weights_kind is not None:
-        raise UserError(
-            f"--weights {weights_kind} chooses between the weights of a checkpoint of ours, and {name} is a Hugging Face folder; leave it out"
-        )
+def _huggingface_model(name: str, denoiser: HuggingFaceDenoiser) -> TextModel:
     folder = huggingface.resolve_folder(name)
-    fields = json.loads((Path(folder) / "config.json").read_text())
-    denoiser = _network(fields, fields.get("mask_token_id"), fields.get("shift", True), device)
-    huggingface.load_safetensors(folder, dict(denoiser.network.named_parameters()), optional={"lm_head.weight"})
     tokenizer = load_tokenizer(str(folder))
     return TextModel(
         denoiser,
         tokenizer,
         identity(tokenizer),
-        objective=_huggingface_objective(fields),
+        objective=_huggingface_objective(_fields(folder)),
         row_tokens=denoiser.network.config.max_position_embeddings,
         document_mask=True,
     )
+
+
+def _fields(folder: Path) -> dict[str, Any]:
+    fields: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return fields
 
 
 def _huggingface_objective(fields: dict[str, Any]) -> Any:
@@ -123,7 +147,11 @@ def _objective(manifest: Manifest, denoiser: HuggingFaceDenoiser) -> Any:
     return Masked()
 
 
-def _network(fields: dict[str, Any], mask_id: int | None, shift: bool, device: torch.device) -> HuggingFaceDenoiser:
-    denoiser = parallel.build(families.read_config(fields), mask_id, shift)
+def _network(
+    fields: dict[str, Any], mask_id: int | None, shift: bool, device: torch.device, mesh: DeviceMesh | None = None
+) -> HuggingFaceDenoiser:
+    denoiser = parallel.build(families.read_config(fields), mask_id, shift).requires_grad_(False)
+    if mesh is not None:
+        parallel.shard_frozen(denoiser, mesh)
     parallel.materialize(denoiser, device)
-    return denoiser.requires_grad_(False)
+    return denoiser

@@ -15,6 +15,7 @@ from dlm_ray.config.server import Server
 from dlm_ray.serving.errors import ApiError, Event, deadline_passed, error_event, no_model
 from dlm_ray.serving.host import Host
 from dlm_ray.serving.jobs import Task
+from dlm_ray.serving.sharding import Group
 
 log = logging.getLogger("dlm_ray.serving")
 Loading = Callable[[str], Awaitable[Host]]
@@ -27,9 +28,10 @@ class Residents:
         server: with its models.
         cached: from a function that loads a model to one that remembers as many as there is room for. Before it loads one too many it calls and
             awaits `__del__` of the one that was asked for longest ago, as `serve.multiplexed` does.
+        group: of the processes that hold the one model's network with this one.
     """
 
-    def __init__(self, server: Server, cached: Callable[[Loading], Loading]):
+    def __init__(self, server: Server, cached: Callable[[Loading], Loading], group: Group | None = None):
         self._own = {model.model_name: server.of(model) for model in server.served}
         self._deadline_seconds = server.engine.deadline_seconds
         self._num_held: Counter[str] = Counter()
@@ -37,7 +39,7 @@ class Residents:
         self._hosts: WeakValueDictionary[str, Host] = WeakValueDictionary()  # which of them live is the cache's business
 
         async def load(name: str) -> Host:
-            host = await asyncio.to_thread(Host, self._own[name])
+            host = await asyncio.to_thread(Host, self._own[name], group)
 
             async def leave() -> None:
                 await self._leave(name, host)

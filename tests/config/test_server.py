@@ -58,8 +58,10 @@ def test_every_mistake_is_said_at_once(tmp_path):
         assert message in str(raised.value)
     with pytest.raises(UserError, match="max_replicas=1 is less than min_replicas=2"):
         load_server("x", ["replicas.autoscaling={min_replicas: 2, max_replicas: 1}"])
-    with pytest.raises(UserError, match="replicas.gpus=2: a replica runs on one GPU"):
+    with pytest.raises(UserError, match="replicas.gpus=2 is more than the 1 that a process uses; set it to 1, and replicas.shards=2"):
         load_server("x", ["replicas.gpus=2"])
+    with pytest.raises(UserError, match="replicas.gpus=0.5 with replicas.shards=2: each shard has a GPU of its own"):
+        load_server("x", ["replicas.gpus=0.5", "replicas.shards=2"])
     with pytest.raises(UserError, match="there is no file"):
         load_server(str(tmp_path / "no.yaml"))
 

@@ -1,0 +1,156 @@
+"""A network on two processes: the texts of one, half the memory each, and an end for all when one is lost."""
+
+import asyncio
+import contextlib
+import multiprocessing
+import os
+import signal
+import time
+
+import pytest
+import service
+import torch
+from conftest import tiny_recipe
+from test_engine import finish, job
+from torch.distributed.tensor import DTensor
+
+from dlm_ray.checkpoint.export import export
+from dlm_ray.config.server import Engine as Settings
+from dlm_ray.config.server import Server
+from dlm_ray.serving import sharding
+from dlm_ray.serving.engine import Engine
+from dlm_ray.serving.host import Host
+from dlm_ray.serving.loading import load, load_network
+from dlm_ray.training import loop
+
+# Both processes are forks of one that has imported what takes long, and has no threads.
+APART = multiprocessing.get_context("forkserver")
+APART.set_forkserver_preload(
+    ["dlm_ray.serving.host", "dlm_ray.training.loop", "transformers.models.llama.modeling_llama", "torch.distributed.fsdp"]
+)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def runs(data_folder, tmp_path_factory):
+    """Blocks, the whole canvas, and a Hugging Face folder whose head is not its embedding."""
+    folder = service.train(data_folder, tmp_path_factory.mktemp("runs"), "block8", "whole")
+    untied = {"objective__name": "autoregressive", "model__architecture__tie_embeddings": False}
+    loop.fit(tiny_recipe(data_folder, "ar", training__steps=15, **untied), folder / "ar")
+    export(str(folder / "ar"), str(folder / "exported"))
+    return folder
+
+
+def follow(port, checkpoints):
+    torch.set_num_threads(1)
+    group = sharding.join(1, 2, port, CPU)
+    for checkpoint in checkpoints:
+        sharding.follow(group, load_network(checkpoint, mesh=group.mesh))
+
+
+def lead(port, result, function, *arguments):
+    torch.set_num_threads(1)
+    result.send(function(sharding.join(0, 2, port, CPU), *arguments))
+
+
+@contextlib.contextmanager
+def two_processes(checkpoints, function, *arguments):
+    """(follower, leader, a connection that brings what `function(group, *arguments)` gives on the leader); a process is in one group in its life.
+
+    The follower follows in the network of one checkpoint after the other.
+    """
+    store = sharding.meeting_place()
+    receiving, sending = APART.Pipe(duplex=False)
+    follower = APART.Process(target=follow, args=(store.port, checkpoints))
+    leader = APART.Process(target=lead, args=(store.port, sending, function, *arguments))
+    for process in (follower, leader):
+        process.start()
+    sending.close()
+    try:
+        yield follower, leader, receiving
+    finally:
+        for process in (follower, leader):
+            process.kill()
+            process.join()
+
+
+def write(model, **settings):
+    """Texts of more prompts than there are slots."""
+    engine = Engine(model, Settings(slots=2, **settings))
+    jobs = [job(model, ["the model", "a", ""][number], 7 + 2 * number, seed=number) for number in range(3)]
+    engine.submit(jobs)
+    texts, _ = finish(engine)
+    return [texts[one] for one in jobs]
+
+
+def write_on_two(group, checkpoints):
+    written = []
+    for checkpoint in checkpoints:
+        model = load(checkpoint, mesh=group.mesh)
+        leader = sharding.Leader(group, model.denoiser)
+        written.append(write(model, batch_invariant=checkpoint.name == "block8"))
+        # Between calls nothing is gathered.
+        parameters = list(model.denoiser.parameters())
+        assert all(isinstance(parameter, DTensor) for parameter in parameters)
+        own, whole = (sum(tensor.nbytes for tensor in tensors) for tensors in ([one.to_local() for one in parameters], parameters))
+        assert own / whole < 0.51
+        leader.stop()
+    return written
+
+
+def test_texts_are_those_of_one_process_with_half_the_parameters_each_and_a_stop_ends_the_followers(runs):
+    checkpoints = [runs / name for name in ("block8", "whole", "exported")]
+    with two_processes(checkpoints, write_on_two, checkpoints) as (follower, _, result):
+        written = result.recv()
+        follower.join(timeout=30)
+        assert follower.exitcode == 0
+    assert written == [write(load(checkpoint), batch_invariant=checkpoint.name == "block8") for checkpoint in checkpoints]
+
+
+def lose_the_follower(group, checkpoint, pid):
+    """Seconds until a request is answered after the follower has died, the answers before and after, and what `check` says then."""
+    host = Host(Server(checkpoint=str(checkpoint)), group)
+
+    async def ask():
+        task = {
+            "request_id": "r",
+            "prompts": ["the model"],
+            "messages": None,
+            "suffix": None,
+            "lengths": [12],
+            "length_field": "max_tokens",
+        }
+        task |= {"n": 1, "seed": 1, "stops": [], "options": {}, "is_streamed": False, "is_shown": False, "timeout_seconds": None}
+        return [event async for events in host.generate(task) for event in events]
+
+    before = asyncio.run(ask())
+    host.check()
+    os.kill(pid.recv(), signal.SIGKILL)
+    started = time.monotonic()
+    after = asyncio.run(ask())
+    seconds = time.monotonic() - started
+    with pytest.raises(RuntimeError) as raised:
+        host.check()
+    host.close()
+    return seconds, before[-1], after[-1], str(raised.value)
+
+
+def test_a_follower_that_dies_fails_the_next_call_and_the_replica_says_so(runs):
+    pid, sending = APART.Pipe(duplex=False)
+    with two_processes([runs / "block8"], lose_the_follower, runs / "block8", pid) as (follower, _, result):
+        sending.send(follower.pid)
+        seconds, before, after, said = result.recv()
+    assert before["finish_reason"] == "length" and after["error"][2] == "internal"
+    assert seconds < 5 and "lost each other" in said
+
+
+def die(group, checkpoint):
+    sharding.Leader(group, load_network(checkpoint, mesh=group.mesh))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_follower_ends_when_the_leader_dies(runs):
+    with two_processes([runs / "block8"], die, runs / "block8") as (follower, leader, _):
+        leader.join(timeout=60)
+        follower.join(timeout=10)
+        assert (leader.exitcode, follower.exitcode) == (-signal.SIGKILL, 1)
