@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -29,9 +30,29 @@ def session() -> Iterator[None]:
         yield
         return
     address = os.environ.get("RAY_ADDRESS")
-    if address:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    else:
+    try:
+        if address:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        else:
+            _start()
+        yield
+    finally:
+        ray.shutdown()
+        if not address:
+            os.environ.pop("RAY_ADDRESS", None)
+
+
+def _start() -> None:
+    """A cluster on this machine, whose processes know it by its address.
+
+    Without one they look for a cluster by themselves, and with another beside it on the machine find two: Ray Train then leaks placement groups.
+    """
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port = probe.getsockname()[1]
+    os.environ["RAY_GCS_SERVER_PORT"] = str(port)
+    os.environ["RAY_ADDRESS"] = f"{ray.util.get_node_ip_address()}:{port}"
+    try:
         # The dashboard stays on: Ray Train asks its State API whether a controller has died, and leaks placement groups without an answer.
         ray.init(
             address="local",
@@ -41,10 +62,8 @@ def session() -> Iterator[None]:
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
-    try:
-        yield
     finally:
-        ray.shutdown()
+        del os.environ["RAY_GCS_SERVER_PORT"]
 
 
 @contextmanager
