@@ -87,14 +87,21 @@ def tiny_recipe(data, name="tiny", **changes):
     return validate(tree, name)
 
 
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
 @pytest.fixture(scope="session")
 def ray_session(s3):
     """The one Ray cluster of a test run. Its workers know the S3 server by the environment that they inherit."""
     import ray
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port, gcs_port = free_port(), free_port()
+    # Its processes know it by its address, whatever other cluster runs on the machine; commands that a test starts have their own.
+    known = {"RAY_GCS_SERVER_PORT": str(gcs_port), "RAY_ADDRESS": f"{ray.util.get_node_ip_address()}:{gcs_port}"}
+    os.environ |= known
     folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # socket paths have a limit of 107 characters
     ray.init(
         address="local",
@@ -107,6 +114,8 @@ def ray_session(s3):
         logging_level="ERROR",
         _temp_dir=folder,
     )
+    for name in known:
+        del os.environ[name]
     yield
     ray.shutdown()
 
