@@ -21,12 +21,15 @@ ASKED = {"model": "tiny", "prompt": "the model", "max_tokens": 30, "seed": 7}
 
 
 def test_two_processes_serve_the_text_of_one_and_end_together(ray_session, data_folder, tmp_path):
+    import ray
     from ray.util.state import list_actors, list_placement_groups
 
     from dlm_ray.runtime import serve as runtime
 
+    own_cluster = ray.get_runtime_context().gcs_address
+
     def processes(part):
-        alive = list_actors(filters=[("state", "=", "ALIVE")], limit=1000)
+        alive = list_actors(own_cluster, filters=[("state", "=", "ALIVE")], limit=1000)
         return [actor.pid for actor in alive if part in (actor.name or "") or part == actor.class_name]
 
     checkpoint = service.train(data_folder, tmp_path, "block8") / "block8"
@@ -54,4 +57,4 @@ def test_two_processes_serve_the_text_of_one_and_end_together(ray_session, data_
     finally:
         runtime.stop()
     service.until(lambda: not (processes("#engine#") or processes("Follower")), seconds=20)
-    service.until(lambda: {group.state for group in list_placement_groups()} <= {"REMOVED"}, seconds=20)
+    service.until(lambda: {group.state for group in list_placement_groups(own_cluster)} <= {"REMOVED"}, seconds=20)
