@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -120,7 +120,7 @@ def said(data: dict[str, Any]) -> bytes:
     return f"data: {json.dumps(data)}\n\n".encode()
 
 
-async def stream(answer: Answer, events: AsyncIterator[list[Event]], include_usage: bool) -> AsyncIterator[bytes]:
+async def stream(answer: Answer, events: AsyncIterator[list[Event]], include_usage: bool) -> AsyncGenerator[bytes]:
     """Server-sent chunks up to `[DONE]`; after an error that comes when some are sent already, one event with it and no `[DONE]`."""
     try:
         if answer.is_chat:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from dlm_ray.config.server import Server
 from dlm_ray.serving.answers import Answer, stream
 from dlm_ray.serving.errors import ApiError, Event, ReplicaLost, error_event, no_model, raise_error
-from dlm_ray.serving.gate import Admission, Counts
+from dlm_ray.serving.gate import Admission, Counts, Receive, Scope, Send
 from dlm_ray.serving.protocol import Asked, Infill
 
 if TYPE_CHECKING:
@@ -117,8 +117,16 @@ class Service:
             admitted.leave()
             raise
         include_usage = bool(asked.stream_options and asked.stream_options.include_usage)
-        sent = self._sent(answer, _behind(first, events), include_usage, admitted)
-        return StreamingResponse(sent, media_type="text/event-stream", headers={"cache-control": "no-store", "x-accel-buffering": "no"})
+        behind = _behind(first, events)
+        chunks = stream(answer, behind, include_usage)
+
+        async def end() -> None:
+            admitted.leave()
+            self._count(answer)
+            for one in (chunks, behind, events):
+                await one.aclose()
+
+        return _Stream(chunks, end)
 
     async def infill_best(self, asked: Infill, given: dict[str, Any], request: Request) -> Response:
         """Texts of several lengths, of which the one stays whose whole text has the fewest bits a byte."""
@@ -193,15 +201,6 @@ class Service:
                 raise
         raise _lost()
 
-    async def _sent(self, answer: Answer, events: AsyncGenerator[list[Event]], usage: bool, admitted: Admitted) -> AsyncIterator[bytes]:
-        try:
-            async with aclosing(events):
-                async for chunk in stream(answer, events, usage):
-                    yield chunk
-        finally:
-            admitted.leave()
-            self._count(answer)
-
     def _count(self, answer: Answer) -> None:
         written = sum(choice.num_tokens for choice in answer.choices.values())
         self.counts.totals["prompt_tokens_total"] += answer.prompt_tokens
@@ -211,15 +210,28 @@ class Service:
             self.counts.totals[f"{kind}_calls_total"] += calls
 
 
+class _Stream(StreamingResponse):
+    """Server-sent events, and `end` whatever becomes of them: a client may leave before the first, and a generator that never began has no end."""
+
+    def __init__(self, chunks: AsyncGenerator[bytes], end: Callable[[], Awaitable[None]]):
+        super().__init__(chunks, media_type="text/event-stream", headers={"cache-control": "no-store", "x-accel-buffering": "no"})
+        self._end = end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._end()
+
+
 async def _behind(first: list[Event], events: AsyncGenerator[list[Event]]) -> AsyncGenerator[list[Event]]:
     """A stream again; that its replica is lost is its last event."""
-    async with aclosing(events):
-        yield first
-        try:
-            async for some in events:
-                yield some
-        except ReplicaLost:
-            yield [error_event(_lost())]
+    yield first
+    try:
+        async for some in events:
+            yield some
+    except ReplicaLost:
+        yield [error_event(_lost())]
 
 
 async def _disconnected(request: Request) -> None:

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import signal
 import socket
 import sys
@@ -129,11 +130,11 @@ def test_a_replica_killed_under_load_costs_no_whole_answer_and_ends_streams_with
 
     def streamed(number):
         try:
-            for _ in own.completions.create(
-                model="tiny", prompt=PROMPTS[number], max_tokens=100_000, temperature=0, stream=True, timeout=60
-            ):
-                if stop_asking.is_set():
-                    return "stopped"
+            asked = {"model": "tiny", "prompt": PROMPTS[number], "max_tokens": 100_000, "temperature": 0}
+            with own.completions.create(**asked, stream=True, timeout=60) as events:
+                for _ in events:
+                    if stop_asking.is_set():
+                        return "stopped"
         except openai.APIError as error:
             return error.body["code"]
         return "finished"
@@ -156,10 +157,16 @@ def test_the_end_finishes_what_was_accepted(served):
     from dlm_ray.runtime import serve as runtime
 
     url, _, _ = served
+
+    def num_texts():
+        return int(re.search(r"texts_under_way (\d+)", httpx.get(f"{url}/metrics").text)[1])
+
+    service.until(lambda: num_texts() == 0)
     with ThreadPoolExecutor(1) as clients:
         body = {"model": "tiny", "prompt": "the model", "max_tokens": 400, "temperature": 0}
         answer = clients.submit(httpx.post, f"{url}/v1/completions", json=body, timeout=60)
-        service.until(lambda: "texts_under_way 1" in httpx.get(f"{url}/metrics").text)
+        service.until(lambda: num_texts() == 1 or answer.done())
+        assert not answer.done(), answer.result().text
         runtime.stop()
         assert answer.result().status_code == 200
         assert answer.result().json()["usage"]["completion_tokens"] == 400

@@ -1,6 +1,7 @@
 """The API over HTTP: OpenAI's client as it is, streams that add up, what is refused and how, keys, limits, and whatever nonsense may come."""
 
 import asyncio
+import contextlib
 import json
 import random
 import time
@@ -10,6 +11,7 @@ import openai
 import pytest
 import service
 from service import client, hosted, listening, until
+from starlette.requests import ClientDisconnect
 
 from dlm_ray.serving.loading import load
 
@@ -270,6 +272,34 @@ def test_a_client_that_goes_away_frees_its_slot_within_a_second(runs, stream):
             for _ in answer.iter_raw():
                 raise httpx.ReadTimeout("enough")
         assert until(lambda: host.engine.num_active == 0) < 1.0
+
+
+@pytest.mark.parametrize("version", ["2.3", "2.4"])  # of ASGI: a server says it by a message, or by an error
+def test_a_client_that_is_gone_before_the_first_byte_leaves_nothing_behind(block8, version):
+    host, app = block8
+    body = {"model": "tiny", "prompt": "the model", "max_tokens": 60, "stream": True}
+    told = iter([{"type": "http.request", "body": json.dumps(body).encode()}])
+
+    async def receive():
+        return next(told, {"type": "http.disconnect"})
+
+    async def send(message):
+        raise OSError("the client is gone")
+
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/v1/completions",
+        "query_string": b"",
+        "http_version": "1.1",
+        "asgi": {"spec_version": version},
+    }
+    scope["headers"] = [(b"content-type", b"application/json")]
+    with contextlib.suppress(ClientDisconnect, OSError, ExceptionGroup):
+        asyncio.run(app(scope, receive, send))
+    until(lambda: host.engine.num_active == 0)
+    [metrics] = ask(app, ("GET", "/metrics", None))
+    assert "dlm_ray_texts_under_way 0" in metrics.text
 
 
 def test_a_tick_that_fails_is_an_error_for_those_in_it_and_nothing_for_those_behind(runs, monkeypatch):
