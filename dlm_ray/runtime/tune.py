@@ -301,12 +301,14 @@ def _drive(config: dict[str, Any], plan: Plan, known: dict[int, Trial]) -> None:
     trainer.start()
     reported = point["step"] if point is not None else 0
     needs_checkpoint = plan.loaded.sweep.scheduler.name != "none" and not plan.overrides
+    # Nobody goes on from the last state of a population's member: its copy would be the same result under other settings.
+    last_told = recipe.training.steps - (plan.loaded.sweep.scheduler.name == "pbt")
     is_last = False
     while not is_last:
         trainer.join(_POLL_SECONDS)
         is_last = not trainer.is_alive()
         for one in _validations(run_dir, plan, recipe):
-            if one["step"] <= reported or (
+            if not reported < one["step"] <= last_told or (
                 needs_checkpoint and not listing.is_committed(listing.step_directory(str(run_dir), one["step"]))
             ):
                 continue
