@@ -40,9 +40,10 @@ def serve(
 
     names = ", ".join(server.model_names)
 
-    def ready(url: str, ray_address: str) -> None:
-        fields = {"url": url, "models": server.model_names, "ray_address": ray_address}
-        text = f"{names} at {url} (playground) and {url}/v1, on Ray at {ray_address}; Ctrl-C drains and ends"
+    def ready(url: str, environment: dict[str, str]) -> None:
+        fields = {"url": url, "models": server.model_names, "environment": environment}
+        own = " ".join(f"{key}={value}" for key, value in environment.items())
+        text = f"{names} at {url} (playground) and {url}/v1; other commands find its cluster with {own}; Ctrl-C drains and ends"
         show_result(fields, as_json, lambda: say(text))
         sys.stdout.flush()
 

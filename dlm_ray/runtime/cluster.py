@@ -16,6 +16,7 @@ os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import ray  # noqa: E402
+from ray.exceptions import AuthenticationError  # noqa: E402
 
 from dlm_ray.config.errors import UserError  # noqa: E402
 from dlm_ray.config.recipe import Parallelism  # noqa: E402
@@ -23,7 +24,11 @@ from dlm_ray.config.recipe import Parallelism  # noqa: E402
 
 @contextmanager
 def session() -> Iterator[None]:
-    """A Ray cluster within the context: one that is connected already, RAY_ADDRESS's, or a local one that ends with the context."""
+    """A Ray cluster within the context: one that is connected already, RAY_ADDRESS's, or a local one that ends with the context.
+
+    Raises:
+        UserError: if no cluster answers at RAY_ADDRESS.
+    """
     for chatty in ("ray.data", "ray.train"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
     if ray.is_initialized():
@@ -32,7 +37,7 @@ def session() -> Iterator[None]:
     address = os.environ.get("RAY_ADDRESS")
     try:
         if address:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            _connect(address)
         else:
             _start()
         yield
@@ -76,14 +81,41 @@ def running() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    try:
-        ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
-    except ConnectionError as error:
-        raise UserError(f"no Ray cluster was found here, or too many ({error}); RAY_ADDRESS names one") from error
+    _connect(os.environ.get("RAY_ADDRESS") or "auto")
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def environment() -> dict[str, str]:
+    """What another process has to have in its environment to find the connected cluster.
+
+    Ray asks for a token in a cluster that it starts itself, and brings none to one that is named by its address unless it is told to.
+    """
+    mode = os.environ.get("RAY_AUTH_MODE")
+    return {"RAY_ADDRESS": ray.get_runtime_context().gcs_address} | ({"RAY_AUTH_MODE": mode} if mode else {})
+
+
+def _connect(address: str) -> None:
+    """Raises UserError if no cluster answers there, or several may be meant; and at once if nothing does, where Ray would try again for minutes."""
+    host, colon, port = address.rpartition("://")[2].rpartition(":")
+    other = "give HOST:PORT of a cluster's head, or unset it for the one of this machine"
+    if address not in ("auto", "local"):
+        if not (colon and host and port.isdecimal()):
+            raise UserError(f"RAY_ADDRESS={address} is no address; {other}")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+        except (OSError, OverflowError) as error:
+            raise UserError(f"RAY_ADDRESS={address}: nothing answers there ({error}); {other}") from error
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, AuthenticationError) as error:
+        where = "on this machine, or too many" if address == "auto" else f"at RAY_ADDRESS={address}"
+        raise UserError(
+            f"no Ray cluster was found {where} ({error}); RAY_ADDRESS names one, and with RAY_AUTH_MODE=token the token of this machine is "
+            "shown to it"
+        ) from error
 
 
 def check_fits(parallelism: Parallelism) -> None:

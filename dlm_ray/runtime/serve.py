@@ -148,8 +148,8 @@ def stop() -> None:
     serve.shutdown()
 
 
-def run(server: Server, on_ready: Callable[[str, str], None]) -> None:
-    """The service until SIGINT or SIGTERM, on a cluster of its own or RAY_ADDRESS's; `on_ready` is told its URL and the cluster's address.
+def run(server: Server, on_ready: Callable[[str, dict[str, str]], None]) -> None:
+    """The service until SIGINT or SIGTERM, on a cluster of its own or RAY_ADDRESS's; `on_ready` is told its URL and `cluster.environment`.
 
     Raises:
         UserError: if it would be open to others than this machine.
@@ -165,7 +165,7 @@ def run(server: Server, on_ready: Callable[[str, str], None]) -> None:
         url = start(server)
         before = {number: signal.signal(number, lambda *_: asked.set()) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            on_ready(url, ray.get_runtime_context().gcs_address)
+            on_ready(url, cluster.environment())
             while not asked.wait(0.5):
                 pass
         finally:
