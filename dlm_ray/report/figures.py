@@ -13,12 +13,18 @@ _GREY = "#8a93a0"
 def curves(series: Mapping[str, Sequence[tuple[float, float]]], xlabel: str, ylabel: str) -> Any:
     """A line a series of (x, y), named at its right end."""
     figure, axes = _axes(7.0, 3.4)
-    for colour, (name, points) in zip(COLOURS, series.items(), strict=False):
+    for colour, points in zip(COLOURS, series.values(), strict=False):
         xs, ys = zip(*points, strict=True)
         axes.plot(xs, ys, color=colour, linewidth=1.8, marker="o" if len(xs) < 12 else None, markersize=4)
-        axes.annotate(name, (xs[-1], ys[-1]), xytext=(6, 0), textcoords="offset points", va="center", color=colour, annotation_clip=False)
     axes.set(xlabel=xlabel, ylabel=ylabel)
     figure.subplots_adjust(left=0.09, right=0.84, top=0.96, bottom=0.15)
+    ends = [(name, colour, *points[-1]) for colour, (name, points) in zip(COLOURS, series.items(), strict=False)]
+    low, high = axes.get_ylim()
+    height = 72 * 3.4 * 0.81  # of the axes, in points
+    places = [height * (y - low) / (high - low) for _, _, _, y in ends]
+    for (name, colour, x, y), place, moved in zip(ends, places, _apart(places, 12.0), strict=True):
+        beside = {"xytext": (6, moved - place), "textcoords": "offset points", "va": "center"}
+        axes.annotate(name, (x, y), color=colour, annotation_clip=False, **beside)
     return figure
 
 
@@ -67,7 +73,7 @@ def parallel(names: Sequence[str], lines: Sequence[Sequence[Any]]) -> Any:
     for x, column in enumerate(zip(*lines, strict=True)):
         own, ticks = _on_axis(column)
         heights.append(own)
-        for text, height in ticks:
+        for (text, _), height in zip(ticks, _apart([height for _, height in ticks], 0.05), strict=True):
             axes.annotate(text, (x, height), xytext=(4, 3), textcoords="offset points", fontsize=7)
     for points in sorted(zip(*heights, strict=True), key=lambda points: -(points[-1] or 0)):
         places = [(x, height) for x, height in enumerate(points) if height is not None]
@@ -97,6 +103,15 @@ def _on_axis(column: Sequence[Any]) -> tuple[list[float | None], list[tuple[str,
     heights = {key: place / span if span else 0.5 for key, place in places.items()}
     ticks = list(zip(texts, heights.values(), strict=True))
     return [None if key is None else heights[key] for key in column_keys], ticks if len(ticks) <= 6 else [ticks[0], ticks[-1]]
+
+
+def _apart(places: Sequence[float], least: float) -> list[float]:
+    """Where labels stand that belong to these places: in the same order, `least` from each other, those in the way moved up."""
+    moved = list(places)
+    order = sorted(range(len(places)), key=lambda number: places[number])
+    for below, number in zip(order, order[1:], strict=False):
+        moved[number] = max(moved[number], moved[below] + least)
+    return moved
 
 
 def _written(value: Any) -> str:
