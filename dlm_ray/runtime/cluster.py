@@ -35,11 +35,11 @@ def session() -> Iterator[None]:
         yield
         return
     address = os.environ.get("RAY_ADDRESS")
+    if address:
+        _connect(address)
+    else:
+        _start()
     try:
-        if address:
-            _connect(address)
-        else:
-            _start()
         yield
     finally:
         ray.shutdown()
@@ -67,6 +67,9 @@ def _start() -> None:
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
+    except BaseException:
+        del os.environ["RAY_ADDRESS"]
+        raise
     finally:
         del os.environ["RAY_GCS_SERVER_PORT"]
 
