@@ -93,7 +93,7 @@ def test_a_client_that_disconnects_frees_its_slot_within_a_second(served, stream
     def active():
         return httpx.get(f"{url}/v1/models").json()["data"][0]["load"]["active"]
 
-    body = {"model": "tiny", "prompt": "the model", "max_tokens": 200_000, "stream": stream}
+    body = {"model": "tiny", "prompt": "the model", "max_tokens": 200_000, "temperature": 0, "stream": stream}
     with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as line:
         content = httpx.Request("POST", url, json=body).content
         head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(content)}\r\n\r\n"
