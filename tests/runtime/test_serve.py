@@ -130,7 +130,7 @@ def test_a_replica_killed_under_load_costs_no_whole_answer_and_ends_streams_with
 
     def streamed(number):
         try:
-            asked = {"model": "tiny", "prompt": PROMPTS[number], "max_tokens": 100_000, "temperature": 0}
+            asked = {"model": "tiny", "prompt": PROMPTS[number % len(PROMPTS)], "max_tokens": 100_000, "temperature": 0}
             with own.completions.create(**asked, stream=True, timeout=60) as events:
                 for _ in events:
                     if stop_asking.is_set():
@@ -139,8 +139,8 @@ def test_a_replica_killed_under_load_costs_no_whole_answer_and_ends_streams_with
             return error.body["code"]
         return "finished"
 
-    with ThreadPoolExecutor(12) as clients:
-        streams = [clients.submit(streamed, number) for number in range(4)]
+    with ThreadPoolExecutor(16) as clients:
+        streams = [clients.submit(streamed, number) for number in range(10)]  # so many that not all of them miss the one that is killed
         asking = [clients.submit(whole, number) for number in range(6)]
         wait_for(2)
         os.kill(engines[0].pid, signal.SIGKILL)
@@ -150,7 +150,7 @@ def test_a_replica_killed_under_load_costs_no_whole_answer_and_ends_streams_with
             one.result()  # none failed
         ends = [one.result() for one in streams]
     assert [len(set(own)) for own in texts] == [1] * 6, "each was the same text, before and after"
-    assert set(ends) == {"replica_lost", "stopped"}
+    assert "replica_lost" in ends and set(ends) <= {"replica_lost", "stopped"}
 
 
 def test_the_end_finishes_what_was_accepted(served):
