@@ -20,7 +20,7 @@ def curves(series: Mapping[str, Sequence[tuple[float, float]]], xlabel: str, yla
     figure.subplots_adjust(left=0.09, right=0.84, top=0.96, bottom=0.15)
     ends = [(name, colour, *points[-1]) for colour, (name, points) in zip(COLOURS, series.items(), strict=False)]
     low, high = axes.get_ylim()
-    height = 72 * 3.4 * 0.81  # of the axes, in points
+    height = axes.bbox.height * 72 / figure.dpi  # in points, as labels are moved
     places = [height * (y - low) / (high - low) for _, _, _, y in ends]
     for (name, colour, x, y), place, moved in zip(ends, places, _apart(places, 12.0), strict=True):
         beside = {"xytext": (6, moved - place), "textcoords": "offset points", "va": "center"}
