@@ -13,7 +13,7 @@ __all__ = ["__version__", "fit", "load", "recipe"]
 
 # Imported when they are asked for: `dlm-ray --help` needs neither torch nor Ray.
 _PUBLIC = {
-    "load": ("dlm_ray.serving.loading", "load"),
+    "load": ("dlm_ray.generation.loading", "load"),
     "fit": ("dlm_ray.runtime.train", "fit"),
     "recipe": ("dlm_ray.config.load", "load_recipe"),
 }

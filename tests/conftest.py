@@ -38,7 +38,17 @@ def make_documents(count=60, seed=0):
     return texts
 
 
-def make_data(folder, *, row_tokens=32, documents=None, held_out=0.2, rows_per_shard=64, vocab=300, tokenizer=None, parts=2):
+def make_data(
+    folder,
+    *,
+    sequence_length=32,
+    documents=None,
+    held_out=0.2,
+    sequences_per_shard=64,
+    vocab=300,
+    tokenizer=None,
+    parts=2,
+):
     """A data folder by the same per-part functions that the Ray build calls, in this process."""
     from dlm_ray.data import build, sources
     from dlm_ray.data.tokenizer import identity, load_tokenizer, train_tokenizer
@@ -48,14 +58,16 @@ def make_data(folder, *, row_tokens=32, documents=None, held_out=0.2, rows_per_s
     tokenizer = tokenizer or train_tokenizer(documents, vocab)
     tokenizer.save_pretrained(str(folder / "tokenizer"))
     own = identity(load_tokenizer(str(folder / "tokenizer")))
-    settings = build.Settings(own.sha256, row_tokens, held_out, "text", rows_per_shard)
+    settings = build.Settings(own.sha256, sequence_length, held_out, "text", sequences_per_shard)
     results = []
     for number in range(parts):
         source = folder.parent / f"{folder.name}-{number}.jsonl"
         source.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents[number::parts]))
         piece = sources.Piece(str(source), "jsonl", 0, source.stat().st_size, source.stat().st_size)
-        results.append(build.build_part(sources.Part(number, (piece,)), str(folder / "tokenizer"), settings, str(folder)))
-    build.write_index(str(folder), results, row_tokens, own, {"settings": {}, "inputs": []})
+        results.append(
+            build.build_part(sources.SourceChunk(number, (piece,)), str(folder / "tokenizer"), settings, str(folder))
+        )
+    build.write_index(str(folder), results, sequence_length, own, {"settings": {}, "inputs": []})
     return str(folder)
 
 
@@ -72,13 +84,20 @@ def tiny_recipe(data, name="tiny", **changes):
     tree = {
         "name": name,
         "model": {
-            "architecture": {"family": "llama", "width": 32, "num_layers": 2, "num_heads": 2, "max_positions": 64, "tie_embeddings": True}
+            "architecture": {
+                "family": "llama",
+                "width": 32,
+                "num_layers": 2,
+                "num_heads": 2,
+                "max_positions": 64,
+                "tie_embeddings": True,
+            }
         },
         "data": {"sources": [{"path": data}], "window_shards": 2},
         "optimizer": {"learning_rate": 3e-3, "warmup_steps": 2},
         "ema": {"decay": 0.9},
-        "training": {"steps": 8, "global_batch_rows": 12, "micro_batch_rows": 6},
-        "validation": {"every_steps": 4, "rows": 6},
+        "training": {"steps": 8, "global_batch_size": 12, "micro_batch_size": 6},
+        "validation": {"every_steps": 4, "sequences": 6},
         "checkpoint": {"every_steps": 4},
         "tracking": {"log_every_steps": 1},
     }
@@ -138,7 +157,9 @@ def s3(tmp_path_factory):
     os.environ.update(variables)
     import boto3
 
-    boto3.client("s3", endpoint_url=variables["AWS_ENDPOINT_URL"], region_name="us-east-1").create_bucket(Bucket="bucket")
+    boto3.client("s3", endpoint_url=variables["AWS_ENDPOINT_URL"], region_name="us-east-1").create_bucket(
+        Bucket="bucket"
+    )
     yield "s3://bucket"
     for name, value in before.items():
         if value is None:
@@ -153,5 +174,9 @@ def python_module(module, *arguments, timeout=120, **environment):
     import subprocess
 
     return subprocess.run(
-        [sys.executable, "-m", module, *arguments], capture_output=True, text=True, timeout=timeout, env={**os.environ, **environment}
+        [sys.executable, "-m", module, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, **environment},
     )

@@ -14,8 +14,10 @@ def run(*arguments, **options):
 
 
 def test_help_comes_in_under_a_second_and_imports_nothing_heavy():
-    program = "import sys; sys.argv = ['dlm-ray', '--help']; from dlm_ray.cli import main\ntry: main()\nexcept SystemExit: pass\n"
-    program += "print([name for name in ('torch', 'ray', 'transformers', 'matplotlib', 'tensorstore') if name in sys.modules])"
+    program = "import sys; sys.argv = ['dlm-ray', '--help']; from dlm_ray.cli.main import main\ntry: main()\nexcept SystemExit: pass\n"
+    program += (
+        "print([name for name in ('torch', 'ray', 'transformers', 'matplotlib', 'tensorstore') if name in sys.modules])"
+    )
     seconds = []
     for _ in range(3):  # the machine may be busy once
         started = time.perf_counter()
@@ -66,4 +68,6 @@ def test_json_is_one_object_on_stdout():
 def test_an_unknown_family_is_named_with_the_known_ones(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bloom"}))
     done = run("eval", str(tmp_path), "--data", "x")
-    assert done.returncode == 2 and "supported families are gpt2, llama, qwen2, qwen3, mistral" in " ".join(done.stderr.split())
+    assert done.returncode == 2 and "supported families are gpt2, llama, qwen2, qwen3, mistral" in " ".join(
+        done.stderr.split()
+    )

@@ -10,11 +10,10 @@ FLOORS = [
     {"config", "report", "diffusion"},
     {"models"},
     {"data", "checkpoint"},
-    {"training", "serving"},
+    {"training", "generation"},
+    {"serving"},
     {"evaluation"},
     {"runtime"},
-    {"console"},
-    {"cli_serve", "cli_sweep"},
     {"cli"},
     {"__main__", "__init__"},
 ]
@@ -36,7 +35,9 @@ def imports(path):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
             assert node.level == 0, f"{path}: imports are absolute"
-            yield from ([f"{node.module}.{alias.name}" for alias in node.names] if node.module == "dlm_ray" else [node.module])
+            yield from (
+                [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "dlm_ray" else [node.module]
+            )
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -60,7 +61,7 @@ def test_imports_go_down(path):
 def test_a_file_says_what_it_is_for_and_stays_readable(path):
     text = path.read_text()
     assert (ast.get_docstring(ast.parse(text)) or "").strip(), "no docstring"
-    assert len(text.splitlines()) <= 410
+    assert len(text.splitlines()) <= 470
 
 
 def test_the_floors_are_all_the_rooms_there_are():

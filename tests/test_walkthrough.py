@@ -7,7 +7,7 @@ from conftest import tiny_recipe
 from dlm_ray.data.order import Cursor, Order
 from dlm_ray.data.reading import open_sources
 from dlm_ray.diffusion.objectives import Masked
-from dlm_ray.serving.loading import load
+from dlm_ray.generation.loading import load
 from dlm_ray.training import loop
 from dlm_ray.training.step import micro_batches
 
@@ -18,7 +18,7 @@ def test_one_batch_from_the_shard_to_the_sample(data_folder, tmp_path):
     # Shard -> row: the order says which, the stream reads them.
     [index] = open_sources(recipe.data.sources)
     order = Order([index], [1.0], recipe.seed, recipe.data.window_shards)
-    share = {"global_batch_rows": recipe.training.global_batch_rows, "rank": 0, "world_size": 1, "num_steps": 1}
+    share = {"global_batch_size": recipe.training.global_batch_size, "rank": 0, "world_size": 1, "num_steps": 1}
     [(rows, cursor)] = loop.local_stream(recipe.data.sources, order, Cursor.start(1), **share)
     assert cursor.rows == len(rows) == 12 and rows[0].input_ids.shape == (32,)
 
@@ -36,5 +36,5 @@ def test_one_batch_from_the_shard_to_the_sample(data_folder, tmp_path):
 
     # Checkpoint -> bound -> sample.
     model = load(result["checkpoint"])
-    assert model.bits_per_byte(data_folder, max_rows=8, draws_per_row=2)["is_bound"]
+    assert model.bits_per_byte(data_folder, max_sequences=8, draws_per_sequence=2)["is_bound"]
     assert len(model.sample("the model", num_samples=2, length_tokens=8, steps=4)) == 2

@@ -117,7 +117,9 @@ def chunk_shape(write_shape: Sequence[int], itemsize: int) -> list[int]:
     chunk = [max(1, size) for size in write_shape]
     for dimension in range(len(chunk)):
         while int(np.prod(chunk)) * itemsize > CHUNK_BYTES and chunk[dimension] > 1:
-            chunk[dimension] //= next(factor for factor in range(2, chunk[dimension] + 1) if chunk[dimension] % factor == 0)
+            chunk[dimension] //= next(
+                factor for factor in range(2, chunk[dimension] + 1) if chunk[dimension] % factor == 0
+            )
     return chunk
 
 
@@ -127,7 +129,9 @@ def keys(name: str, shape: Sequence[int], chunk: Sequence[int]) -> set[str]:
     return {f"{name}/zarr.json"} | {"/".join([name, "c", *map(str, index)]) for index in itertools.product(*grid)}
 
 
-def create_spec(store: dict[str, Any], shape: Sequence[int], chunk: Sequence[int], dtype: torch.dtype) -> dict[str, Any]:
+def create_spec(
+    store: dict[str, Any], shape: Sequence[int], chunk: Sequence[int], dtype: torch.dtype
+) -> dict[str, Any]:
     """An array that is created if it is not there."""
     return {
         "driver": "zarr3",
@@ -174,7 +178,9 @@ async def write_region(spec: dict[str, Any], tensor: Tensor, offset: Sequence[in
     if tensor.numel() == 0:
         return 0
     # Nobody changes the tensor before the commit has ended, so that tensorstore needs no copy of its own.
-    await array[region(offset, tensor.shape)].write(as_numpy(tensor), can_reference_source_data_indefinitely=True).commit
+    await (
+        array[region(offset, tensor.shape)].write(as_numpy(tensor), can_reference_source_data_indefinitely=True).commit
+    )
     return tensor.numel() * tensor.element_size()
 
 
@@ -215,7 +221,9 @@ class Budget:
                 self._changed.notify_all()
 
 
-def pieces(offset: Sequence[int], shape: Sequence[int], chunk: Sequence[int], itemsize: int) -> Iterator[tuple[slice, ...]]:
+def pieces(
+    offset: Sequence[int], shape: Sequence[int], chunk: Sequence[int], itemsize: int
+) -> Iterator[tuple[slice, ...]]:
     """Cuts a block into parts of a few megabytes on the borders of the array's chunks, so that each chunk is read once.
 
     Yields:
@@ -254,7 +262,9 @@ async def read_region(
         async with budget.of(target.numel() * stored.itemsize):
             in_place = target.device.type == "cpu" and target.dtype == stored
             buffer = target if in_place else budget.buffer(target.shape, stored)
-            source = array[tuple(slice(start + part.start, start + part.stop) for start, part in zip(offset, piece, strict=True))]
+            source = array[
+                tuple(slice(start + part.start, start + part.stop) for start, part in zip(offset, piece, strict=True))
+            ]
             if target.dim():
                 source = source[ts.d[:].translate_to[0]]
             await ts.array(as_numpy(buffer)).write(source)
@@ -301,7 +311,9 @@ def check_room(directory: str, needed_bytes: int) -> None:
 
 def _is_full(error: Exception) -> bool:
     said = str(error)
-    return said.startswith("RESOURCE_EXHAUSTED") or any(text in said for text in ("No space left", "quota exceeded", "File too large"))
+    return said.startswith("RESOURCE_EXHAUSTED") or any(
+        text in said for text in ("No space left", "quota exceeded", "File too large")
+    )
 
 
 def _cause(error: Exception) -> str:

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from dlm_ray.checkpoint import agreement, arrays, files
-from dlm_ray.checkpoint.files import Seal
+from dlm_ray.checkpoint.files import FileDigest
 from dlm_ray.checkpoint.layout import Block, block_of, check_tiling
 from dlm_ray.config.errors import DamageError, UserError
 
@@ -54,13 +54,17 @@ class Manifest(BaseModel):
     cursor: dict[str, Any]
     extra: dict[str, Any]
     arrays: dict[str, ArrayEntry]
-    files: dict[str, Seal] = {}
+    files: dict[str, FileDigest] = {}
     """On a local disk; a checkpoint of format 1 has none."""
     sha256: str
 
 
 def save(
-    directory: str, tensors: Mapping[str, Tensor], manifest_fields: Mapping[str, Any], *, group: dist.ProcessGroup | None = None
+    directory: str,
+    tensors: Mapping[str, Tensor],
+    manifest_fields: Mapping[str, Any],
+    *,
+    group: dist.ProcessGroup | None = None,
 ) -> Manifest:
     """Commits `tensors` under their names to `directory`. Collective, if torch.distributed is initialised.
 
@@ -74,11 +78,17 @@ def save(
         UserError: if the directory holds a checkpoint already, or the storage does not answer.
         DamageError: if the disk is full; on all ranks, with nothing committed.
     """
-    return save_blocks(directory, {name: block_of(tensor) for name, tensor in tensors.items()}, manifest_fields, group=group)
+    return save_blocks(
+        directory, {name: block_of(tensor) for name, tensor in tensors.items()}, manifest_fields, group=group
+    )
 
 
 def save_blocks(
-    directory: str, blocks: Mapping[str, Block], manifest_fields: Mapping[str, Any], *, group: dist.ProcessGroup | None = None
+    directory: str,
+    blocks: Mapping[str, Block],
+    manifest_fields: Mapping[str, Any],
+    *,
+    group: dist.ProcessGroup | None = None,
 ) -> Manifest:
     """`save` of blocks that nobody changes until it returns; in a thread of its own, it needs a group of its own."""
     rank, world_size = (dist.get_rank(group), dist.get_world_size(group)) if dist.is_initialized() else (0, 1)
@@ -95,7 +105,11 @@ def save_blocks(
     def finish() -> Manifest | None:
         if rank != 0:
             return None
-        check_tiling({name: block.shape for name, block in blocks.items()}, {name: block.chunk for name, block in blocks.items()}, regions)
+        check_tiling(
+            {name: block.shape for name, block in blocks.items()},
+            {name: block.chunk for name, block in blocks.items()},
+            regions,
+        )
         _merge(directory, base, world_size, blocks)
         return _write_manifest(directory, base, manifest_fields, blocks)
 
@@ -214,7 +228,9 @@ def _fill(directory: str, manifest: Manifest, tensors: Mapping[str, Tensor]) -> 
     async def fill(name: str, block: Block) -> None:
         entry = manifest.arrays[name]
         spec = arrays.open_spec(arrays.database(base, name))
-        await arrays.read_region(spec, block.local.detach(), block.offset, arrays.TORCH_DTYPES[entry.dtype], entry.chunk, budget, shared)
+        await arrays.read_region(
+            spec, block.local.detach(), block.offset, arrays.TORCH_DTYPES[entry.dtype], entry.chunk, budget, shared
+        )
 
     try:
         _run({name: fill(name, block) for name, block in blocks.items()}, directory)
@@ -235,10 +251,14 @@ def _write_blocks(directory: str, own: dict[str, Any], blocks: Mapping[str, Bloc
     shared, limit = arrays.context(), asyncio.Semaphore(_TENSORS_AT_ONCE)
 
     async def write(name: str, block: Block) -> None:
-        assert block.local.dtype in arrays.DTYPES, f"{name} is {block.local.dtype}, and a checkpoint holds {', '.join(arrays.TORCH_DTYPES)}"
+        assert block.local.dtype in arrays.DTYPES, (
+            f"{name} is {block.local.dtype}, and a checkpoint holds {', '.join(arrays.TORCH_DTYPES)}"
+        )
         spec = arrays.create_spec(arrays.database(own, name), block.shape, block.chunk, block.local.dtype)
         local = block.local.detach()
-        if local.device.type == "cpu" and local.is_contiguous():  # all of them at once make fewer and larger commits of the database
+        if (
+            local.device.type == "cpu" and local.is_contiguous()
+        ):  # all of them at once make fewer and larger commits of the database
             await arrays.write_region(spec, local, block.offset, shared)
         else:
             async with limit:
@@ -295,15 +315,19 @@ def _merge(directory: str, base: dict[str, Any], world_size: int, blocks: Mappin
     except ValueError as error:
         raise arrays.explain(error, directory) from error
     expected: set[str] = set().union(*(arrays.keys(name, block.shape, block.chunk) for name, block in blocks.items()))
-    assert listed == expected, f"{directory}: the merged database differs from what was saved in {sorted(listed ^ expected)[:5]}"
+    assert listed == expected, (
+        f"{directory}: the merged database differs from what was saved in {sorted(listed ^ expected)[:5]}"
+    )
 
 
-def _write_manifest(directory: str, base: dict[str, Any], fields: Mapping[str, Any], blocks: Mapping[str, Block]) -> Manifest:
+def _write_manifest(
+    directory: str, base: dict[str, Any], fields: Mapping[str, Any], blocks: Mapping[str, Block]
+) -> Manifest:
     entries = {
         name: {"shape": list(block.shape), "dtype": arrays.DTYPES[block.local.dtype], "chunk": list(block.chunk)}
         for name, block in blocks.items()
     }
-    sealed = {name: seal.model_dump() for name, seal in files.seal(directory).items()}
+    sealed = {name: digest_files.model_dump() for name, digest_files in files.digest_files(directory).items()}
     return _commit(directory, base, {**fields, "format": FORMAT, "arrays": entries, "files": sealed})
 
 

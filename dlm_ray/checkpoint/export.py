@@ -31,7 +31,7 @@ Made by dlm_ray from step {step} of the run `{name}` (objective `{objective}`, w
 
 {what}
 
-Tokenizer: {tokenizer}, sha256 `{sha256}`. Rows of training: {row_tokens} tokens.
+Tokenizer: {tokenizer}, sha256 `{sha256}`. Rows of training: {sequence_length} tokens.
 """
 
 _DIFFUSION = """A masked diffusion language model{shift}. Its attention is bidirectional: `config.json` says `is_causal: false`, which needs
@@ -96,7 +96,9 @@ def _copy_tokenizer(checkpoint: str, folder: Path) -> None:
 def _write_weights(checkpoint: str, manifest: Manifest, prefix: str, folder: Path) -> None:
     """model.safetensors, or several files of FILE_BYTES with their index."""
     names = [name.removeprefix(f"{prefix}.") for name in manifest.arrays if name.startswith(f"{prefix}.")]
-    names = [name for name in names if not name.startswith("objective.")]  # what is learned beside the network stays here
+    names = [
+        name for name in names if not name.startswith("objective.")
+    ]  # what is learned beside the network stays here
     files: list[list[str]] = [[]]
     filled = 0
     for name in names:
@@ -116,7 +118,9 @@ def _write_weights(checkpoint: str, manifest: Manifest, prefix: str, folder: Pat
         save_file(tensors, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(group, file)
     if len(files) > 1:
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}, indent=2))
+        (folder / "model.safetensors.index.json").write_text(
+            json.dumps({"metadata": {}, "weight_map": weight_map}, indent=2)
+        )
 
 
 def _architecture(family: str) -> str:
@@ -134,7 +138,9 @@ def _card(manifest: Manifest, prefix: str) -> str:
     model: dict[str, Any] = manifest.model
     what = "An autoregressive language model; `AutoModelForCausalLM` opens it and `generate` samples from it."
     if not model["is_causal"]:
-        what = _DIFFUSION.format(shift=_SHIFT if model["shift"] else "", minimum=MINIMUM_TRANSFORMERS, mask_id=model["mask_id"])
+        what = _DIFFUSION.format(
+            shift=_SHIFT if model["shift"] else "", minimum=MINIMUM_TRANSFORMERS, mask_id=model["mask_id"]
+        )
     return _CARD.format(
         tag="autoregressive" if model["is_causal"] else "diffusion-language-model",
         name=manifest.recipe.get("name", "run"),
@@ -144,5 +150,5 @@ def _card(manifest: Manifest, prefix: str) -> str:
         what=what,
         tokenizer=manifest.tokenizer["name"],
         sha256=manifest.tokenizer["sha256"][:16],
-        row_tokens=manifest.capabilities["row_tokens"],
+        sequence_length=manifest.capabilities["sequence_length"],
     )

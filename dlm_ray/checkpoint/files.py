@@ -31,7 +31,7 @@ class Range(NamedTuple):
     length: int
 
 
-class Seal(BaseModel):
+class FileDigest(BaseModel):
     """One file of a checkpoint."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -42,7 +42,7 @@ class Seal(BaseModel):
     """Of the gaps, one after the other."""
 
 
-def seal(directory: str) -> dict[str, Seal]:
+def digest_files(directory: str) -> dict[str, FileDigest]:
     """Removes the files that no reader needs, and seals the others; empty for a remote directory, whose files have no gaps that can be read apart."""
     if "://" in directory:
         return {}
@@ -63,11 +63,11 @@ def seal(directory: str) -> dict[str, Seal]:
             end = max(end, place.offset + place.length)
         if end < size:
             gaps.append((end, size - end))
-        sealed[name] = Seal(num_bytes=size, gaps=tuple(gaps), crc32=_checksum(path, gaps))
+        sealed[name] = FileDigest(num_bytes=size, gaps=tuple(gaps), crc32=_checksum(path, gaps))
     return sealed
 
 
-def broken(directory: str, seals: Mapping[str, Seal]) -> list[str]:
+def broken(directory: str, seals: Mapping[str, FileDigest]) -> list[str]:
     """What is wrong with the files of a checkpoint, one line each, without reading its tensors."""
     findings = []
     for name, expected in seals.items():
@@ -96,10 +96,20 @@ def located(directory: str, error: DamageError) -> DamageError:
 def _held(directory: str, file: str) -> str:
     """Whose chunks lie in a file."""
     try:
-        names = sorted({re.sub(r"/(c(/\d+)*|zarr\.json)$", "", name) for name, place in _ranges(directory) if place.file == file and name})
+        names = sorted(
+            {
+                re.sub(r"/(c(/\d+)*|zarr\.json)$", "", name)
+                for name, place in _ranges(directory)
+                if place.file == file and name
+            }
+        )
     except ValueError:
         names = []
-    return f"it holds {', '.join(names[:5])}{' and more' if len(names) > 5 else ''}" if names else "it belongs to the index of all tensors"
+    return (
+        f"it holds {', '.join(names[:5])}{' and more' if len(names) > 5 else ''}"
+        if names
+        else "it belongs to the index of all tensors"
+    )
 
 
 def _ranges(directory: str) -> Iterator[tuple[str, Range]]:

@@ -47,7 +47,12 @@ def resolve_folder(name_or_path: str) -> Path:
 
 @torch.no_grad()
 def load_safetensors(
-    folder: Path, tensors: Mapping[str, Tensor], *, optional: Collection[str] = (), extra_rows: Collection[str] = (), seed: int = 0
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    *,
+    optional: Collection[str] = (),
+    extra_rows: Collection[str] = (),
+    seed: int = 0,
 ) -> dict[str, float]:
     """Fills `tensors` in place from the folder, converted to their types.
 
@@ -99,7 +104,9 @@ def fill_with_extra_row(tensor: Tensor, rows: Tensor, name: str, seed: int) -> f
     block = block_of(tensor)
     assert block.local.shape[1:] == tensor.shape[1:], f"{name} is sharded in another dimension than its rows"
     if block.local.numel():
-        own = rows[block.offset[0] : block.offset[0] + block.local.shape[0]]  # the new row, behind the file's last, is not among them
+        own = rows[
+            block.offset[0] : block.offset[0] + block.local.shape[0]
+        ]  # the new row, behind the file's last, is not among them
         block.local[: len(own)].copy_(own)
         if block.offset[0] + block.local.shape[0] > num_rows:
             block.local[-1].copy_(new)
@@ -131,14 +138,21 @@ def _locate(folder: Path) -> dict[str, str]:
         return {name: str(single) for name in archive.keys()}  # noqa: SIM118  (it is no mapping)
 
 
-def _match_names(located: Mapping[str, str], tensors: Mapping[str, Tensor], optional: Collection[str], folder: Path) -> dict[str, str]:
+def _match_names(
+    located: Mapping[str, str], tensors: Mapping[str, Tensor], optional: Collection[str], folder: Path
+) -> dict[str, str]:
     """For every wanted name, the name in the file: the same, or without the model's prefix (as GPT-2's own files have it)."""
     have = {name for name in located if not _BUFFERS.fullmatch(name)}
     prefixes = {name.partition(".")[0] + "." for name in tensors}
     stored = {}
     for name in tensors:
         bare = next(
-            (name.removeprefix(prefix) for prefix in prefixes if name.startswith(prefix) and name.removeprefix(prefix) in have), name
+            (
+                name.removeprefix(prefix)
+                for prefix in prefixes
+                if name.startswith(prefix) and name.removeprefix(prefix) in have
+            ),
+            name,
         )
         stored[name] = name if name in have else bare
     missing = sorted(name for name, found in stored.items() if found not in have)

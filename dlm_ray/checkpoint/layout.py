@@ -51,7 +51,9 @@ def block_of(tensor: Tensor) -> Block:
     return Block(tuple(tensor.shape), local, tuple(offset), arrays.chunk_shape(block, local.element_size()), writes)
 
 
-def check_tiling(shapes: Mapping[str, Sequence[int]], chunks: Mapping[str, Sequence[int]], regions: Sequence[Mapping[str, Any]]) -> None:
+def check_tiling(
+    shapes: Mapping[str, Sequence[int]], chunks: Mapping[str, Sequence[int]], regions: Sequence[Mapping[str, Any]]
+) -> None:
     """Proves that the regions that all ranks wrote tile every tensor exactly once, on borders of its chunk grid.
 
     Two ranks that write parts of one chunk into databases of their own would lose one part without a word when the databases are merged.
@@ -64,13 +66,17 @@ def check_tiling(shapes: Mapping[str, Sequence[int]], chunks: Mapping[str, Seque
         AssertionError: naming the tensor.
     """
     for name, shape in shapes.items():
-        times_written = np.zeros([-(-size // chunk) for size, chunk in zip(shape, chunks[name], strict=True)], dtype=np.int64)
+        times_written = np.zeros(
+            [-(-size // chunk) for size, chunk in zip(shape, chunks[name], strict=True)], dtype=np.int64
+        )
         for offset, size in (rank[name] for rank in regions if name in rank):
             covered = []
             for start, length, chunk, total in zip(offset, size, chunks[name], shape, strict=True):
                 end = start + length
                 is_aligned = start % chunk == 0 and (end % chunk == 0 or end == total)
-                assert is_aligned, f"{name}: a rank wrote {start} to {end} of {total}, which is not on the chunk grid of {chunk}"
+                assert is_aligned, (
+                    f"{name}: a rank wrote {start} to {end} of {total}, which is not on the chunk grid of {chunk}"
+                )
                 covered.append(slice(start // chunk, -(-end // chunk)))
             times_written[tuple(covered)] += 1
         num_missing, num_repeated = int((times_written == 0).sum()), int((times_written > 1).sum())

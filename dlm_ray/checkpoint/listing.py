@@ -116,7 +116,9 @@ def _remote_keys(path: str, prefix: str) -> list[str]:
     """The keys in a directory that begin with `prefix`."""
     try:
         store = ts.KvStore.open(arrays.key_value_store(path)).result()
-        keys = store.list(ts.KvStore.KeyRange(prefix, prefix[:-1] + chr(ord(prefix[-1]) + 1))).result(timeout=arrays.ANSWER_SECONDS)
+        keys = store.list(ts.KvStore.KeyRange(prefix, prefix[:-1] + chr(ord(prefix[-1]) + 1))).result(
+            timeout=arrays.ANSWER_SECONDS
+        )
     except (ValueError, TimeoutError) as error:
         raise arrays.refusal(error, path) from error
     return [key.decode() for key in keys]

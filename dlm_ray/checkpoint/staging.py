@@ -37,7 +37,9 @@ class Staging:
         if known is None or known[0] != layout:  # where a block lies takes longer to work out than to copy a small one
             block = block_of(tensor)
             if block.writes:
-                block = replace(block, local=torch.empty(block.local.shape, dtype=block.local.dtype, pin_memory=block.local.is_cuda))
+                block = replace(
+                    block, local=torch.empty(block.local.shape, dtype=block.local.dtype, pin_memory=block.local.is_cuda)
+                )
             known = (layout, block)
             self._blocks[name] = known
         block = known[1]

@@ -11,7 +11,12 @@ from dlm_ray.config.errors import UserError
 
 
 def load_weights(
-    checkpoint: str, tensors: Mapping[str, Tensor], *, weights: str | None = None, extra_rows: Collection[str] = (), seed: int = 0
+    checkpoint: str,
+    tensors: Mapping[str, Tensor],
+    *,
+    weights: str | None = None,
+    extra_rows: Collection[str] = (),
+    seed: int = 0,
 ) -> dict[str, float]:
     """Fills Hugging Face-named tensors from a checkpoint of ours; names in `extra_rows` get a row more than the checkpoint has.
 
@@ -29,7 +34,9 @@ def load_weights(
     prefix = weight_prefix(manifest.arrays, weights, checkpoint)
     commit.load(checkpoint, {f"{prefix}.{name}": tensor for name, tensor in tensors.items() if name not in extra_rows})
     return {
-        name: huggingface.fill_with_extra_row(tensors[name], commit.read_tensor(checkpoint, f"{prefix}.{name}"), name, seed)
+        name: huggingface.fill_with_extra_row(
+            tensors[name], commit.read_tensor(checkpoint, f"{prefix}.{name}"), name, seed
+        )
         for name in sorted(extra_rows)
     }
 

@@ -100,7 +100,11 @@ def shipped_sweeps() -> dict[str, Any]:
 
 def _shipped(prefixes: Sequence[str]) -> dict[str, Any]:
     folder = resources.files("dlm_ray.configs")
-    found = {f"{prefix}{file.name}": file for prefix in prefixes for file in (folder / prefix if prefix else folder).iterdir()}
+    found = {
+        f"{prefix}{file.name}": file
+        for prefix in prefixes
+        for file in (folder / prefix if prefix else folder).iterdir()
+    }
     return {name.removesuffix(".yaml"): file for name, file in found.items() if name.endswith(".yaml")}
 
 
@@ -108,7 +112,9 @@ class _Loader(yaml.SafeLoader):
     """Safe YAML in which 1e-4 is a number and a key stands once."""
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+"), list("-+0123456789")
+)
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from dlm_ray.config.parts import Fraction, Part, Positive
+from dlm_ray.config.parts import ConfigNode, Fraction, Positive
 
 _MASKED = {"masked", "block", "d3pm", "tauldr", "sedd"}  # whose masks are Bernoulli by a schedule
 # Which objectives use a key; with any other, setting it is a mistake.
@@ -16,7 +16,7 @@ _USED_BY: dict[str, set[str]] = {
     "num_timesteps": {"masked", "d3pm"},
     "times": {*_MASKED, "genmd4", "ssd_lm"},
     "mask_sampler": {"masked", "block", "sedd"},
-    "draws_per_row": _MASKED,
+    "draws_per_sequence": _MASKED,
     "clip": {"masked", "block", "sedd"},
     "weight": {"masked", "block"},
     "complementary": {"masked", "block", "sedd"},
@@ -53,10 +53,12 @@ def rules_of(objective: str) -> tuple[str, ...]:
     return RULES.get(objective, _WHOLE)
 
 
-class Schedule(Part):
+class Schedule(ConfigNode):
     """alpha(t): the probability that a token is still clean at time t."""
 
-    name: Literal["linear", "polynomial", "cosine", "cosine_alpha", "geometric", "log", "square", "square_root"] = "linear"
+    name: Literal["linear", "polynomial", "cosine", "cosine_alpha", "geometric", "log", "square", "square_root"] = (
+        "linear"
+    )
     """`cosine` is MD4's, 1 - cos(pi/2 (1 - t)); `cosine_alpha` BD3-LM's, cos(pi/2 t)."""
     exponent: Annotated[float, Field(gt=0.0)] | None = None
     """Of `polynomial`: alpha(t) = 1 - t ** exponent."""
@@ -66,7 +68,7 @@ class Schedule(Part):
     """alpha(1) = epsilon_1 (MD4's code: 1e-4; SEDD: 1e-3)."""
 
 
-class Clip(Part):
+class Clip(ConfigNode):
     """Training draws t from [beta, omega] alone (BD3-LM); with the linear schedule that is the mask probability."""
 
     beta: float
@@ -82,7 +84,7 @@ class Clip(Part):
         return least <= math.floor(self.omega * block_tokens + 1e-9)
 
 
-class Simplex(Part):
+class Simplex(ConfigNode):
     """SSD-LM's noise."""
 
     block_tokens: Positive = 25
@@ -91,7 +93,7 @@ class Simplex(Part):
     num_timesteps: Positive = 5000
 
 
-class Objective(Part):
+class Objective(ConfigNode):
     """What is minimised."""
 
     name: str = "masked"
@@ -103,13 +105,13 @@ class Objective(Part):
     """How the t of a global batch hang together: `paper` is the order of BD3-LM's code, which is biased by the place in the batch."""
     mask_sampler: Literal["bernoulli", "count"] = "bernoulli"
     """`count`: k uniform in 1..N, a uniform subset of k of N tokens, weight N/k: unbiased, and never nothing masked."""
-    draws_per_row: Positive = 1
-    """So many draws of every row in a batch; training.micro_batch_rows counts them, too."""
+    draws_per_sequence: Positive = 1
+    """So many draws of every row in a batch; training.micro_batch_size counts them, too."""
     clip: Clip | None = None
     weight: Literal["elbo", "flat", "time"] = "elbo"
     """DiffuLLaMA's 1/t, 1 and t. Reported bounds always have the ELBO's."""
     complementary: bool = False
-    """Pairs of draws that mask what the other leaves clean; draws_per_row has to be even."""
+    """Pairs of draws that mask what the other leaves clean; draws_per_sequence has to be even."""
     context_weights: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     """p of Dream's context-adaptive weights (0.3)."""
     confidence_weight: Annotated[float, Field(ge=0.0)] = 0.0
@@ -155,7 +157,9 @@ class Objective(Part):
                 f"objective.clip: beta={clip.beta}, omega={clip.omega}; allowed is 0 <= beta < omega <= 1, an interval of t within (0, 1)"
             )
         if self.name == "block" and self.block_tokens is None:
-            found.append("objective.block_tokens is missing: objective.name=block needs the size of its blocks, such as 16; set it")
+            found.append(
+                "objective.block_tokens is missing: objective.name=block needs the size of its blocks, such as 16; set it"
+            )
         if clip is not None and clip.enforce == "counts" and self.name != "block":
             found.append("objective.clip.enforce=counts is for objective.name=block; remove either")
         if self.name == "autoregressive" and not self.shift:
@@ -171,13 +175,15 @@ class Objective(Part):
             found.append(
                 "objective.num_timesteps is discrete time, which objective.clip and objective.complementary do not have; remove either"
             )
-        if self.complementary and (self.draws_per_row % 2 or self.clip is not None or self.weight == "time"):
+        if self.complementary and (self.draws_per_sequence % 2 or self.clip is not None or self.weight == "time"):
             found.append(
-                f"objective.complementary=true needs an even objective.draws_per_row (it is {self.draws_per_row}), no objective.clip and a weight "
+                f"objective.complementary=true needs an even objective.draws_per_sequence (it is {self.draws_per_sequence}), no objective.clip and a weight "
                 "other than `time`; change either"
             )
         if self.autoregressive_weight and not self.shift:
-            found.append("objective.autoregressive_weight needs objective.shift=true, as in an autoregressive model; change either")
+            found.append(
+                "objective.autoregressive_weight needs objective.shift=true, as in an autoregressive model; change either"
+            )
         if self.alignment_weight and not has_base:
             found.append(
                 "objective.alignment_weight needs model.base, the frozen autoregressive model to align with; set it or remove the first"
@@ -185,7 +191,7 @@ class Objective(Part):
         return found
 
 
-class Sampling(Part):
+class Sampling(ConfigNode):
     """How `dlm-ray sample` writes from this run's checkpoints where its command line does not say otherwise."""
 
     rule: str | None = None
@@ -209,8 +215,16 @@ class Sampling(Part):
         allowed = rules_of(objective)
         if self.rule is None or self.rule in allowed:
             return []
-        return [f"sampling.rule={self.rule} does not belong to objective.name={objective}; allowed are {', '.join(allowed)}"]
+        return [
+            f"sampling.rule={self.rule} does not belong to objective.name={objective}; allowed are {', '.join(allowed)}"
+        ]
 
 
 def _shown(value: Any) -> str:
-    return str(value.model_dump(exclude_defaults=True)) if isinstance(value, Part) else str(value).lower() if value is True else str(value)
+    return (
+        str(value.model_dump(exclude_defaults=True))
+        if isinstance(value, ConfigNode)
+        else str(value).lower()
+        if value is True
+        else str(value)
+    )

@@ -7,12 +7,12 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator
 
 from dlm_ray.config.objective import Objective, Sampling
-from dlm_ray.config.parts import Fraction, NonNegative, Part, Positive
+from dlm_ray.config.parts import ConfigNode, Fraction, NonNegative, Positive
 
 FAMILIES = ("gpt2", "llama", "qwen2", "qwen3", "mistral")
 
 
-class Architecture(Part):
+class Architecture(ConfigNode):
     """A network from scratch, in the terms of its Hugging Face family."""
 
     family: Literal["gpt2", "llama", "qwen2", "qwen3", "mistral"] = "llama"
@@ -30,7 +30,7 @@ class Architecture(Part):
     """The head begins with zeros, so that the first loss is ln V a token (MD4, SEDD, BD3-LM)."""
 
 
-class Model(Part):
+class Model(ConfigNode):
     """Where the network comes from: exactly one of `base` and `architecture`."""
 
     base: str | None = None
@@ -44,14 +44,14 @@ class Model(Part):
     compile: bool = False
 
 
-class Source(Part):
+class Source(ConfigNode):
     """A folder of shards that `dlm-ray data build` wrote, and its share of the rows."""
 
     path: str
     weight: Annotated[float, Field(gt=0.0)] = 1.0
 
 
-class Data(Part):
+class Data(ConfigNode):
     """The rows that the run is trained on."""
 
     sources: Annotated[tuple[Source, ...], Field(min_length=1)]
@@ -63,7 +63,7 @@ class Data(Part):
     """A row of a missing or damaged shard ends the run, or is replaced by a row of padding; checkpoints list what was skipped."""
 
 
-class Annealing(Part):
+class Annealing(ConfigNode):
     """How causal attention becomes bidirectional: the visible share above the diagonal grows linearly from 0 to 1."""
 
     pattern: Literal["bernoulli", "window", "none"] = "none"
@@ -71,25 +71,25 @@ class Annealing(Part):
     steps: NonNegative = 0
 
 
-class BlockStage(Part):
+class BlockStage(ConfigNode):
     """A part of the run at one block size."""
 
     block_tokens: Positive
     steps: Positive
 
 
-class ClipSearch(Part):
+class ClipSearch(ConfigNode):
     """BD3-LM's search (arXiv 2503.09573, section 5.2): every so many steps, the clip with the least variance of the blocks' bound is taken."""
 
     every_steps: Positive
     """The paper: about 5000."""
-    rows: Positive = 64
+    sequences: Positive = 64
     """Held-out rows that every candidate is measured on."""
     draws: Positive = 4
     """Draws of every row."""
 
 
-class Curriculum(Part):
+class Curriculum(ConfigNode):
     """What changes with the step, other than the learning rate."""
 
     annealing: Annealing = Annealing()
@@ -99,7 +99,7 @@ class Curriculum(Part):
     clip_search: ClipSearch | None = None
 
 
-class Optimizer(Part):
+class Optimizer(ConfigNode):
     """AdamW and its learning rate."""
 
     learning_rate: Annotated[float, Field(gt=0.0)] = 3e-4
@@ -107,28 +107,28 @@ class Optimizer(Part):
     epsilon: Annotated[float, Field(gt=0.0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
     """Of matrices; embeddings, norms and biases are not decayed."""
-    max_gradient_norm: Annotated[float, Field(gt=0.0)] = 1.0
+    max_grad_norm: Annotated[float, Field(gt=0.0)] = 1.0
     warmup_steps: NonNegative = 0
-    rate: Literal["warmup_stable_decay", "cosine", "constant"] = "cosine"
+    lr_schedule: Literal["warmup_stable_decay", "cosine", "constant"] = "cosine"
     decay_steps: NonNegative = 0
-    """Of `warmup_stable_decay`: the last so many steps fall linearly to `final_ratio`."""
-    final_ratio: Fraction = 0.0
+    """Of `warmup_stable_decay`: the last so many steps fall linearly to `min_lr_ratio`."""
+    min_lr_ratio: Fraction = 0.0
     """The rate at the end, as a share of `learning_rate`."""
 
 
-class Ema(Part):
+class Ema(ConfigNode):
     """The exponential moving average of the weights that evaluation, sampling and export use."""
 
     decay: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.9999
 
 
-class Training(Part):
+class Training(ConfigNode):
     """How long, and in what portions."""
 
     steps: Positive
-    global_batch_rows: Positive
+    global_batch_size: Positive
     """Rows of one optimizer step over all workers; the number of workers never changes it."""
-    micro_batch_rows: Positive
+    micro_batch_size: Positive
     """Rows of one forward pass of one worker, all draws of a row counted."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of activations and gathered weights; the master weights, EMA and gradients' sums are float32."""
@@ -137,15 +137,15 @@ class Training(Part):
     step's gradient."""
 
 
-class Validation(Part):
+class Validation(ConfigNode):
     """The bound on held-out rows at fixed draws, in the loop."""
 
     every_steps: Positive = 100
-    rows: NonNegative = 64
+    sequences: NonNegative = 64
     """0 turns validation off."""
 
 
-class Checkpoint(Part):
+class Checkpoint(ConfigNode):
     """When the state is committed, and how much is kept."""
 
     every_steps: Positive = 100
@@ -160,17 +160,17 @@ class Checkpoint(Part):
     """What a full disk, or a storage that does not answer, does to the run. The checkpoint before stays; the last step's has to succeed."""
 
 
-class Elastic(Part):
+class Elastic(ConfigNode):
     """As many workers as the cluster has room for; the global batch, its rows and its masks are the same with any number."""
 
     min: Positive
     """With room for fewer the run waits."""
     max: Positive
-    look_every_seconds: Positive = 60
+    resize_check_seconds: Positive = 60
     """How often a running group looks for room to grow into; it goes on from its last checkpoint."""
 
 
-class Parallelism(Part):
+class Parallelism(ConfigNode):
     """The workers."""
 
     workers: Positive | Elastic = 1
@@ -191,7 +191,7 @@ class Parallelism(Part):
         return self.workers.max if isinstance(self.workers, Elastic) else self.workers
 
 
-class Tracking(Part):
+class Tracking(ConfigNode):
     """Weights & Biases; credentials come from its own login, never from a recipe."""
 
     wandb: Literal["disabled", "offline", "online"] = "disabled"
@@ -203,7 +203,7 @@ class Tracking(Part):
     """A logged loss so many standard deviations above the mean of those before it is warned of; 0 turns it off."""
 
 
-class Recipe(Part):
+class Recipe(ConfigNode):
     """One run."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -233,7 +233,9 @@ class Recipe(Part):
         found = []
         if (self.model.base is None) == (self.model.architecture is None):
             both = "both are set" if self.model.base else "neither is set"
-            found.append(f"model: exactly one of model.base and model.architecture is needed, {both}; remove or add one")
+            found.append(
+                f"model: exactly one of model.base and model.architecture is needed, {both}; remove or add one"
+            )
         architecture = self.model.architecture
         if architecture is not None:
             if architecture.width % architecture.num_heads:
@@ -254,7 +256,9 @@ class Recipe(Part):
                 found.append(
                     "model.architecture.zero_head=true needs a head of its own, and with tie_embeddings=true it is the embedding; remove either"
                 )
-        found += self.objective.contradictions(self.model.base is not None) + self.sampling.contradictions(self.objective.name)
+        found += self.objective.contradictions(self.model.base is not None) + self.sampling.contradictions(
+            self.objective.name
+        )
         annealing = self.curriculum.annealing
         if (annealing.pattern == "none") != (annealing.steps == 0):
             found.append(
@@ -269,16 +273,18 @@ class Recipe(Part):
                 "become bidirectional; lower the first"
             )
         found += self._block_contradictions()
-        if self.checkpoint.keep_best and (not self.validation.rows or self.checkpoint.every_steps % self.validation.every_steps):
+        if self.checkpoint.keep_best and (
+            not self.validation.sequences or self.checkpoint.every_steps % self.validation.every_steps
+        ):
             found.append(
                 f"checkpoint.keep_best={self.checkpoint.keep_best} needs validation at every checkpoint, with checkpoint.every_steps="
-                f"{self.checkpoint.every_steps}, validation.every_steps={self.validation.every_steps} and validation.rows={self.validation.rows}; "
+                f"{self.checkpoint.every_steps}, validation.every_steps={self.validation.every_steps} and validation.sequences={self.validation.sequences}; "
                 "make the first a multiple of the second, with rows, or leave keep_best out"
             )
         optimizer = self.optimizer
-        if (optimizer.rate == "warmup_stable_decay") != (optimizer.decay_steps > 0):
+        if (optimizer.lr_schedule == "warmup_stable_decay") != (optimizer.decay_steps > 0):
             found.append(
-                f"optimizer.decay_steps={optimizer.decay_steps} with optimizer.rate={optimizer.rate}: decay_steps > 0 goes with "
+                f"optimizer.decay_steps={optimizer.decay_steps} with optimizer.lr_schedule={optimizer.lr_schedule}: decay_steps > 0 goes with "
                 "warmup_stable_decay and with no other"
             )
         if optimizer.warmup_steps + optimizer.decay_steps > self.training.steps:
@@ -291,9 +297,9 @@ class Recipe(Part):
             found.append(
                 f"parallelism.workers: min={workers.fewest_workers} exceeds max={workers.most_workers}; lower the first or raise the second"
             )
-        if self.training.global_batch_rows < workers.most_workers:
+        if self.training.global_batch_size < workers.most_workers:
             found.append(
-                f"training.global_batch_rows={self.training.global_batch_rows} is fewer than "
+                f"training.global_batch_size={self.training.global_batch_size} is fewer than "
                 f"parallelism.workers={workers.most_workers}: a worker would have no row; raise the first or lower the second"
             )
         return found
@@ -321,7 +327,9 @@ class Recipe(Part):
                         f"masked tokens is between {clip.beta * size:g} and {clip.omega * size:g}; widen the interval, or set enforce=none"
                     )
         if search is not None and objective.mask_sampler == "count":
-            found.append("curriculum.clip_search chooses objective.clip, which objective.mask_sampler=count does not have; remove either")
+            found.append(
+                "curriculum.clip_search chooses objective.clip, which objective.mask_sampler=count does not have; remove either"
+            )
         if search is not None and objective.block_tokens == 1:
             found.append(
                 "curriculum.clip_search has nothing to search at objective.block_tokens=1, where masking everything "

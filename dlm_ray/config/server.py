@@ -8,13 +8,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from dlm_ray.config.parts import NonNegative, Part, Positive
+from dlm_ray.config.parts import ConfigNode, NonNegative, Positive
 
 Seconds = Annotated[float, Field(gt=0.0)]
 Name = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[\w.:/-]+$")]
 
 
-class Engine(Part):
+class Engine(ConfigNode):
     """Denoising in one replica."""
 
     slots: Positive = 32
@@ -31,7 +31,7 @@ class Engine(Part):
     """A request that is not finished by then ends with an error; requests may ask for less."""
 
 
-class Limits(Part):
+class Limits(ConfigNode):
     """What one request, and one key, may ask for."""
 
     body_bytes: Positive = 1 << 20
@@ -47,7 +47,7 @@ class Limits(Part):
     """At once; beyond, 429 with Retry-After."""
 
 
-class Http(Part):
+class Http(ConfigNode):
     """Where the service listens."""
 
     host: str = "127.0.0.1"
@@ -65,7 +65,7 @@ class Http(Part):
             return self.host != "localhost"
 
 
-class Autoscaling(Part):
+class Autoscaling(ConfigNode):
     """Between so many replicas, by requests under way."""
 
     min_replicas: Positive = 1
@@ -76,7 +76,7 @@ class Autoscaling(Part):
     downscale_delay_seconds: Seconds = 120.0
 
 
-class Replicas(Part):
+class Replicas(ConfigNode):
     """Of the engine."""
 
     count: Positive = 1
@@ -93,7 +93,7 @@ class Replicas(Part):
     """When a replica stops, what it has accepted may take so long; as long as a request may (engine.deadline_seconds) without it."""
 
 
-class Model(Part):
+class Model(ConfigNode):
     """A checkpoint, and what requests call it."""
 
     checkpoint: str
@@ -109,7 +109,7 @@ class Model(Part):
         return self.name or self.checkpoint.rstrip("/").rpartition("/")[2] or "model"
 
 
-class Server(Part):
+class Server(ConfigNode):
     """One service: of one checkpoint, or of several `models` behind one address."""
 
     checkpoint: str | None = None
@@ -160,7 +160,9 @@ class Server(Part):
         """What cannot be had together."""
         found = [] if self.served else ["checkpoint is missing; name one, or several under models"]
         if self.models and any(value is not None for value in (self.checkpoint, self.name, self.weights)):
-            found.append("checkpoint, name and weights are of a service of one model, and there are models, too; put all under models")
+            found.append(
+                "checkpoint, name and weights are of a service of one model, and there are models, too; put all under models"
+            )
         first: dict[str, int] = {}
         for place, name in enumerate(model.model_name for model in self.models):
             if first.setdefault(name, place) != place:
@@ -184,5 +186,7 @@ class Server(Part):
                 f"replicas.shards={shards}, and there are {len(self.served)} models; a sharded replica holds one: serve each on its own"
             )
         if shards > 1 and 0 < gpus < 1:
-            found.append(f"replicas.gpus={gpus:g} with replicas.shards={shards}: each shard has a GPU of its own; set it to 1, or to 0")
+            found.append(
+                f"replicas.gpus={gpus:g} with replicas.shards={shards}: each shard has a GPU of its own; set it to 1, or to 0"
+            )
         return found

@@ -68,7 +68,9 @@ def read_keys(file: str | None) -> list[str]:
     keys = [key for key in keys if key and not key.startswith("#")]
     short = sum(len(key) < _LEAST_KEY_CHARACTERS for key in keys)
     if short:
-        raise UserError(f"{short} of {len(keys)} API keys are shorter than {_LEAST_KEY_CHARACTERS} characters; make longer ones")
+        raise UserError(
+            f"{short} of {len(keys)} API keys are shorter than {_LEAST_KEY_CHARACTERS} characters; make longer ones"
+        )
     return list(dict.fromkeys(keys))
 
 
@@ -76,7 +78,10 @@ def _readable(finding: Any) -> str:
     path = ".".join(str(part) for part in finding["loc"])
     if finding["type"] == "extra_forbidden":
         known = list(all_keys(Server))
-        near = difflib.get_close_matches(path, known, n=2, cutoff=0.5) or [key for key in known if key.rpartition(".")[2] == path][:2]
+        near = (
+            difflib.get_close_matches(path, known, n=2, cutoff=0.5)
+            or [key for key in known if key.rpartition(".")[2] == path][:2]
+        )
         return f"{path} is unknown; " + (f"did you mean {' or '.join(near)}?" if near else "see dlm-ray schema server")
     if finding["type"] == "missing":
         return f"{path} is missing"

@@ -29,7 +29,9 @@ def settings_of(space: Mapping[str, Dimension], pick: Callable[[str, Dimension],
     return {key: chosen[key] for key in space if key in chosen}
 
 
-def combinations(space: Mapping[str, Dimension], values_of: Callable[[Dimension], tuple[Any, ...]]) -> Iterator[Settings]:
+def combinations(
+    space: Mapping[str, Dimension], values_of: Callable[[Dimension], tuple[Any, ...]]
+) -> Iterator[Settings]:
     """Every combination of the values that `values_of` gives each dimension; where it gives none, the key is left out."""
     partial: list[Settings] = [{}]
     for key, dimension in _ordered(space):
@@ -77,7 +79,9 @@ def draw(leaf: Dimension, draws: random.Random) -> Any:
         return draws.choice(leaf.values)
     assert leaf.range is not None, "a leaf has values or a range"
     low, high = leaf.range
-    return draws.uniform(low, high) if leaf.uniform is not None else math.exp(draws.uniform(math.log(low), math.log(high)))
+    return (
+        draws.uniform(low, high) if leaf.uniform is not None else math.exp(draws.uniform(math.log(low), math.log(high)))
+    )
 
 
 def apply(tree: dict[str, Any], settings: Settings) -> tuple[dict[str, Any], list[str]]:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from dlm_ray.config.parts import NonNegative, Part, Positive
+from dlm_ray.config.parts import ConfigNode, NonNegative, Positive
 
 METRICS = {
     "bits_per_byte": "min",
@@ -18,7 +18,7 @@ METRICS = {
 Range = tuple[float, float]
 
 
-class Dimension(Part):
+class Dimension(ConfigNode):
     """The values of one key: exactly one of `grid`, `choice`, `uniform`, `loguniform` and `cases`. A value may be null (the key is left out) or a mapping."""
 
     grid: tuple[Any, ...] | None = None
@@ -52,9 +52,13 @@ class Dimension(Part):
 
     def contradictions(self, key: str) -> list[str]:
         """Mistakes in this dimension alone."""
-        ways = [name for name in ("grid", "choice", "uniform", "loguniform", "cases") if getattr(self, name) is not None]
+        ways = [
+            name for name in ("grid", "choice", "uniform", "loguniform", "cases") if getattr(self, name) is not None
+        ]
         if len(ways) != 1:
-            return [f"{key}: exactly one of grid, choice, uniform, loguniform and cases is needed, and it has {', '.join(ways) or 'none'}"]
+            return [
+                f"{key}: exactly one of grid, choice, uniform, loguniform and cases is needed, and it has {', '.join(ways) or 'none'}"
+            ]
         if (self.by is None) != (self.cases is None):
             return [f"{key}: by names the key that cases depend on; set both or neither"]
         if self.values is not None and not self.values:
@@ -64,7 +68,10 @@ class Dimension(Part):
                 return [f"{key}.cases is empty: there is nothing to try; give at least one case, or remove the key"]
             found = [one for name, case in self.cases.items() for one in case.contradictions(f"{key}.cases.{name}")]
             nested = [name for name, case in self.cases.items() if case.cases is not None]
-            return found + [f"{key}.cases.{name} has cases itself; allowed are grid, choice, uniform and loguniform" for name in nested]
+            return found + [
+                f"{key}.cases.{name} has cases itself; allowed are grid, choice, uniform and loguniform"
+                for name in nested
+            ]
         if self.range is not None:
             low, high = self.range
             if not (low < high and (self.uniform is not None or low > 0)):
@@ -73,7 +80,7 @@ class Dimension(Part):
         return []
 
 
-class Search(Part):
+class Search(ConfigNode):
     """How the trials are chosen from the space."""
 
     name: Literal["grid", "random", "optuna"] = "grid"
@@ -82,7 +89,7 @@ class Search(Part):
     seed: NonNegative = 0
 
 
-class Scheduler(Part):
+class Scheduler(ConfigNode):
     """What becomes of trials while they run, by the bound that their validation reports (over all of t, never the clipped loss)."""
 
     name: Literal["none", "asha", "median", "pbt"] = "none"
@@ -99,44 +106,44 @@ class Scheduler(Part):
     """Of `pbt`: a mutated value is drawn anew with this probability, else moved by a factor of 0.8 or 1.2, or to a neighbour."""
 
 
-class Corpus(Part):
+class Corpus(ConfigNode):
     """Data of the text that this machine has (the sources and the documentation of its Python), built in OUT/data: for laptops."""
 
     max_bytes: Positive | None = None
     vocab_size: Positive = 1024
-    row_tokens: Positive = 128
+    sequence_length: Positive = 128
     held_out: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
 
 
-class StartFrom(Part):
+class StartFrom(ConfigNode):
     """A run that is made first, in OUT/base: the checkpoint that all trials start from."""
 
     recipe: str
     overrides: tuple[str, ...] = ()
 
 
-class Measure(Part):
+class Measure(ConfigNode):
     """What every trial is measured on when it has ended: the same rows and the same draws for all."""
 
-    rows: Positive = 200
+    sequences: Positive = 200
     """Held-out rows of the first source."""
-    draws_per_row: Positive = 8
+    draws_per_sequence: Positive = 8
     variance_draws: Annotated[int, Field(ge=2)] = 8
     """Draws of each row of which the variance of a block's bound is taken, for `nelbo_variance` and its interval."""
-    variance_rows: Annotated[int, Field(ge=2)] = 64
+    variance_sequences: Annotated[int, Field(ge=2)] = 64
     gradient_draws: NonNegative = 0
     """Draws of a batch for `gradient_variance`, a backward pass each; 0 leaves it out."""
-    gradient_rows: Positive = 8
+    gradient_sequences: Positive = 8
 
 
-class Confirm(Part):
+class Confirm(ConfigNode):
     """The best trial, of each value of `rank_by`, is run once more, longer."""
 
     overrides: Annotated[tuple[str, ...], Field(min_length=1)]
     """Of its recipe, such as training.steps=1000."""
 
 
-class Sweep(Part):
+class Sweep(ConfigNode):
     """One question: which settings of a recipe are best."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -181,7 +188,9 @@ class Sweep(Part):
             found += self._case_contradictions(key, dimension)
         discrete = [key for key, dimension in self.space.items() if dimension.values is not None]
         if self.rank_by is not None and self.rank_by not in discrete:
-            found.append(f"rank_by={self.rank_by}; allowed are the keys of the space with grid or choice: {', '.join(discrete) or 'none'}")
+            found.append(
+                f"rank_by={self.rank_by}; allowed are the keys of the space with grid or choice: {', '.join(discrete) or 'none'}"
+            )
         return found + self._search_contradictions()
 
     def _case_contradictions(self, key: str, dimension: Dimension) -> list[str]:
@@ -196,21 +205,30 @@ class Sweep(Part):
             ]
         allowed = [case_name(value) for value in values]
         unknown = [name for name in dimension.cases if name not in allowed]
-        return [f"space.{key}.cases.{name} is no value of {dimension.by}; allowed are {', '.join(allowed)}" for name in unknown]
+        return [
+            f"space.{key}.cases.{name} is no value of {dimension.by}; allowed are {', '.join(allowed)}"
+            for name in unknown
+        ]
 
     def _search_contradictions(self) -> list[str]:
         found = []
         search, scheduler = self.search, self.scheduler
-        leaves = [(key, leaf) for key, one in self.space.items() for leaf in (one.cases.values() if one.cases else (one,))]
+        leaves = [
+            (key, leaf) for key, one in self.space.items() for leaf in (one.cases.values() if one.cases else (one,))
+        ]
         drawn = sorted({key for key, leaf in leaves if leaf.grid is None})
         if search.name == "grid" and drawn:
             found.append(
                 f"search.name=grid tries every value, and {', '.join(drawn)} are drawn; give them a grid, or set search.name=random"
             )
         if search.name == "random" and not drawn:
-            found.append("search.name=random has nothing to draw, because every key of the space is a grid; set search.name=grid")
+            found.append(
+                "search.name=random has nothing to draw, because every key of the space is a grid; set search.name=grid"
+            )
         if (search.name == "grid") != (search.trials is None):
-            found.append(f"search.trials={search.trials} with search.name={search.name}: random and optuna need it, and grid has none")
+            found.append(
+                f"search.trials={search.trials} with search.name={search.name}: random and optuna need it, and grid has none"
+            )
         if search.name == "optuna" and self.metric != "bits_per_byte":
             found.append(
                 f"search.name=optuna learns from the bound alone, and metric={self.metric}; set metric: bits_per_byte, or search.name=random"
@@ -225,16 +243,22 @@ class Sweep(Part):
             if search.name == "optuna":
                 found.append("scheduler.name=pbt changes settings on its own; set search.name=random or grid")
             if self.metric != "bits_per_byte":
-                found.append(f"scheduler.name=pbt selects by the bound, and metric={self.metric}; set metric: bits_per_byte")
+                found.append(
+                    f"scheduler.name=pbt selects by the bound, and metric={self.metric}; set metric: bits_per_byte"
+                )
             for key, leaf in leaves:
                 if leaf.grid is None and not key.startswith("optimizer."):
                     found.append(
                         f"space.{key} would change in the middle of a run of pbt; allowed are keys of optimizer, and others with a grid, which stay"
                     )
             if not any(leaf.grid is None for _, leaf in leaves):
-                found.append("scheduler.name=pbt has nothing to perturb: give a key of optimizer choice, uniform or loguniform")
+                found.append(
+                    "scheduler.name=pbt has nothing to perturb: give a key of optimizer choice, uniform or loguniform"
+                )
         elif scheduler.every_steps is not None:
-            found.append(f"scheduler.every_steps={scheduler.every_steps} is of pbt, and scheduler.name={scheduler.name}; remove it")
+            found.append(
+                f"scheduler.every_steps={scheduler.every_steps} is of pbt, and scheduler.name={scheduler.name}; remove it"
+            )
         return found
 
 

@@ -29,7 +29,9 @@ class Loaded:
     tree: dict[str, Any]
     """Of the recipe, before any setting."""
 
-    def recipe(self, settings: Settings, data: str | None = None, base: str | None = None, overrides: Sequence[str] = ()) -> Recipe:
+    def recipe(
+        self, settings: Settings, data: str | None = None, base: str | None = None, overrides: Sequence[str] = ()
+    ) -> Recipe:
         """The recipe of a trial.
 
         Args:
@@ -126,7 +128,9 @@ def _check_corners(loaded: Loaded, path: str) -> None:
     sweep = loaded.sweep
     found = spaces.corners(sweep.space, MOST_CORNERS)
     if len(found) > MOST_CORNERS:
-        raise UserError(f"{path}: the space has more than {MOST_CORNERS} corners, which are all checked; give it fewer keys or values")
+        raise UserError(
+            f"{path}: the space has more than {MOST_CORNERS} corners, which are all checked; give it fewer keys or values"
+        )
     problems: dict[str, str] = {}  # a mistake that many corners make is told of the first
     for settings in found:
         try:
@@ -146,11 +150,17 @@ def _unmeasurable(sweep: Sweep, recipe: Recipe) -> list[str]:
     found = []
     is_guided = sweep.scheduler.name != "none" or sweep.search.name == "optuna"
     if recipe.objective.name == "ssd_lm":
-        found.append(f"objective.name=ssd_lm has no bound, so {sweep.metric} is never reported; remove it from the sweep")
+        found.append(
+            f"objective.name=ssd_lm has no bound, so {sweep.metric} is never reported; remove it from the sweep"
+        )
     if recipe.objective.name == "autoregressive" and sweep.metric.endswith("_variance"):
-        found.append(f"metric={sweep.metric} is never reported of objective.name=autoregressive, which draws nothing; choose another")
-    if is_guided and not recipe.validation.rows:
-        found.append(f"validation.rows=0, and the bound that {sweep.scheduler.name}/{sweep.search.name} need is never reported; set it")
+        found.append(
+            f"metric={sweep.metric} is never reported of objective.name=autoregressive, which draws nothing; choose another"
+        )
+    if is_guided and not recipe.validation.sequences:
+        found.append(
+            f"validation.sequences=0, and the bound that {sweep.scheduler.name}/{sweep.search.name} need is never reported; set it"
+        )
     every = sweep.scheduler.every_steps
     if every is not None and (every % recipe.validation.every_steps or every >= recipe.training.steps):
         found.append(

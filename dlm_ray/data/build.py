@@ -21,13 +21,13 @@ class Settings:
     """What the bytes of the shards depend on, besides the documents."""
 
     tokenizer_sha256: str
-    row_tokens: int
+    sequence_length: int
     held_out: float
     text_field: str
-    rows_per_shard: int
+    sequences_per_shard: int
 
 
-def build_part(part: sources.Part, tokenizer_folder: str, settings: Settings, out: str) -> dict[str, Any]:
+def build_part(part: sources.SourceChunk, tokenizer_folder: str, settings: Settings, out: str) -> dict[str, Any]:
     """Writes the shards of one part and then its marker, by which a later build knows that they are whole.
 
     Returns:
@@ -48,7 +48,11 @@ def build_part(part: sources.Part, tokenizer_folder: str, settings: Settings, ou
 
 
 def write_index(
-    out: str, results: Sequence[dict[str, Any]], row_tokens: int, tokenizer: TokenizerIdentity, built_from: dict[str, Any]
+    out: str,
+    results: Sequence[dict[str, Any]],
+    sequence_length: int,
+    tokenizer: TokenizerIdentity,
+    built_from: dict[str, Any],
 ) -> Index:
     """Writes index.json, which makes `out` a data folder, from the results of all parts in their order."""
     splits = {}
@@ -56,13 +60,19 @@ def write_index(
         parts = [result[split] for result in results]
         sums = {key: sum(part[key] for part in parts) for key in ("rows", "tokens", "bytes", "documents")}
         splits[split] = {**sums, "shards": [shard for part in parts for shard in part["shards"]]}
-    fields = {"format": FORMAT, "row_tokens": row_tokens, "tokenizer": tokenizer.as_dict(), "splits": splits, "built_from": built_from}
+    fields = {
+        "format": FORMAT,
+        "sequence_length": sequence_length,
+        "tokenizer": tokenizer.as_dict(),
+        "splits": splits,
+        "built_from": built_from,
+    }
     index = Index.model_validate(fields)
     storage.write(storage.join(out, NAME), json.dumps(index.model_dump(), indent=1, sort_keys=True).encode())
     return index
 
 
-def finished_part(part: sources.Part, settings: Settings, out: str) -> dict[str, Any] | None:
+def finished_part(part: sources.SourceChunk, settings: Settings, out: str) -> dict[str, Any] | None:
     """What an earlier build wrote of this part, if its inputs and settings were the same and its shards are there in full size."""
     name = _marker(part, out)
     if not storage.exists(name):
@@ -72,7 +82,11 @@ def finished_part(part: sources.Part, settings: Settings, out: str) -> dict[str,
         return None
     result: dict[str, Any] = marker["result"]
     written = [shard for split in result.values() for shard in split["shards"]]
-    return result if all(storage.size(storage.join(out, shard["file"])) == shard["size_bytes"] for shard in written) else None
+    return (
+        result
+        if all(storage.size(storage.join(out, shard["file"])) == shard["size_bytes"] for shard in written)
+        else None
+    )
 
 
 def split_of(text: str, held_out: float) -> str:
@@ -103,9 +117,9 @@ class _SplitWriter:
 
     def __init__(self, split: str, part: int, settings: Settings, tokenizer: TokenizerIdentity, out: str):
         self._name, self._part, self._out = f"{split}-{part:05d}", part, out
-        self._rows_per_shard = settings.rows_per_shard
-        self._packer = packing.Packer(settings.row_tokens, tokenizer.start_id, tokenizer.end_id)
-        self._rows: list[packing.PackedRow] = []
+        self._rows_per_shard = settings.sequences_per_shard
+        self._packer = packing.Packer(settings.sequence_length, tokenizer.start_id, tokenizer.end_id)
+        self._rows: list[packing.PackedSequence] = []
         self._shards: list[dict[str, Any]] = []
         self._sums = {"documents": 0, "tokens": 0, "bytes": 0}
 
@@ -127,15 +141,17 @@ class _SplitWriter:
 
     def _write(self) -> None:
         name = f"{self._name}-{len(self._shards):05d}.tar"
-        self._shards.append({"part": self._part, **shards.write_shard(self._out, name, self._rows[: self._rows_per_shard])})
+        self._shards.append(
+            {"part": self._part, **shards.write_shard(self._out, name, self._rows[: self._rows_per_shard])}
+        )
         self._rows = self._rows[self._rows_per_shard :]
 
 
-def _marker(part: sources.Part, out: str) -> str:
+def _marker(part: sources.SourceChunk, out: str) -> str:
     return storage.join(out, f"parts/{part.number:05d}.json")
 
 
-def _fingerprint(part: sources.Part, settings: Settings) -> str:
+def _fingerprint(part: sources.SourceChunk, settings: Settings) -> str:
     """Of the settings, and of the content of every file that the part reads."""
     digest = hashlib.sha256(json.dumps([part.as_dict(), vars(settings)], sort_keys=True).encode())
     for piece in part.pieces:

@@ -45,7 +45,7 @@ class Index(_Frozen):
     """A data folder."""
 
     format: int
-    row_tokens: int
+    sequence_length: int
     """L."""
     tokenizer: TokenizerIdentity
     splits: dict[str, Split]
@@ -61,11 +61,15 @@ def load_index(path: str) -> Index:
     """
     name = storage.join(str(path), NAME)
     if not storage.exists(name):
-        raise UserError(f"{path} is no data folder: it has no {NAME}; build one with `dlm-ray data build SOURCE... --out {path}`")
+        raise UserError(
+            f"{path} is no data folder: it has no {NAME}; build one with `dlm-ray data build SOURCE... --out {path}`"
+        )
     try:
         fields = json.loads(storage.read(name))
         if fields.get("format", 0) > FORMAT:
-            raise UserError(f"{name} has format {fields['format']}, and this version reads up to {FORMAT}; install a newer dlm-ray")
+            raise UserError(
+                f"{name} has format {fields['format']}, and this version reads up to {FORMAT}; install a newer dlm-ray"
+            )
         return Index.model_validate(fields)
     except (ValidationError, json.JSONDecodeError) as error:
         raise DamageError(f"{name} cannot be read: {str(error).splitlines()[0]}; build the data again") from error

@@ -5,13 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 from dlm_ray.data.index import load_data_tokenizer, load_index
-from dlm_ray.data.reading import Row, read_split
+from dlm_ray.data.reading import DataSequence, read_split
 
 
 def describe(path: str, num_rows: int = 2) -> dict[str, Any]:
-    """Row length, tokenizer and splits of a data folder, and its first rows decoded segment by segment."""
+    """DataSequence length, tokenizer and splits of a data folder, and its first rows decoded segment by segment."""
     index = load_index(path)
-    described: dict[str, Any] = {"path": path, "row_tokens": index.row_tokens, "tokenizer": index.tokenizer.as_dict(), "splits": {}}
+    described: dict[str, Any] = {
+        "path": path,
+        "sequence_length": index.sequence_length,
+        "tokenizer": index.tokenizer.as_dict(),
+        "splits": {},
+    }
     for name, split in index.splits.items():
         described["splits"][name] = {
             "rows": split.rows,
@@ -27,10 +32,12 @@ def describe(path: str, num_rows: int = 2) -> dict[str, Any]:
     return described
 
 
-def _segments(row: Row, tokenizer: Any) -> list[dict[str, Any]]:
+def _segments(row: DataSequence, tokenizer: Any) -> list[dict[str, Any]]:
     """The documents of one row, in order."""
     segments = []
     for document in dict.fromkeys(row.document_ids.tolist()):
         ids = row.input_ids[row.document_ids == document].tolist()
-        segments.append({"document": document, "tokens": len(ids), "text": "" if document < 0 else tokenizer.decode(ids)})
+        segments.append(
+            {"document": document, "tokens": len(ids), "text": "" if document < 0 else tokenizer.decode(ids)}
+        )
     return segments

@@ -43,7 +43,7 @@ class Cursor:
 
 
 @dataclass(frozen=True)
-class RowReference:
+class SequenceReference:
     """Where a row lies: the source's number, the shard's place in the split's list, the row in the shard."""
 
     source: int
@@ -51,9 +51,9 @@ class RowReference:
     row: int
 
 
-def as_references(places: np.ndarray) -> list[RowReference]:
+def as_references(places: np.ndarray) -> list[SequenceReference]:
     """The rows of an array of places [num_rows, 3]."""
-    return [RowReference(*place) for place in places.tolist()]
+    return [SequenceReference(*place) for place in places.tolist()]
 
 
 class Order:
@@ -67,15 +67,19 @@ class Order:
         split: of the sources.
     """
 
-    def __init__(self, indexes: Sequence[Index], weights: Sequence[float], seed: int, window_shards: int, split: str = "train"):
+    def __init__(
+        self, indexes: Sequence[Index], weights: Sequence[float], seed: int, window_shards: int, split: str = "train"
+    ):
         self.indexes = tuple(indexes)
         self.weights = np.array(weights, dtype=np.float64) / sum(weights)
         self.seed, self.window_shards = seed, window_shards
-        self._shard_rows = [np.array([shard.rows for shard in index.splits[split].shards], dtype=np.int64) for index in indexes]
+        self._shard_rows = [
+            np.array([shard.rows for shard in index.splits[split].shards], dtype=np.int64) for index in indexes
+        ]
         self._epochs: dict[int, tuple[int, np.ndarray, np.ndarray]] = {}
         self._windows: dict[int, tuple[int, int, np.ndarray]] = {}
 
-    def references(self, cursor: Cursor, num_rows: int) -> tuple[list[RowReference], Cursor]:
+    def references(self, cursor: Cursor, num_rows: int) -> tuple[list[SequenceReference], Cursor]:
         """The next `num_rows` rows after `cursor`, and the cursor behind them."""
         places, end = self.places(cursor, num_rows)
         return as_references(places), end
@@ -114,7 +118,10 @@ class Order:
             begins = int(ends[first - 1]) if first else 0
             stops = int(ends[min(first + self.window_shards, len(ends)) - 1])
             count = min(after - before, stops - position)
-            inside = begins + self._window(source, epoch, window, stops - begins)[position - begins : position - begins + count]
+            inside = (
+                begins
+                + self._window(source, epoch, window, stops - begins)[position - begins : position - begins + count]
+            )
             at = np.searchsorted(ends, inside, side="right")
             found.append(np.stack([order[at], inside - (ends[at] - self._shard_rows[source][order[at]])], axis=1))
             before += count

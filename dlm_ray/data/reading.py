@@ -15,7 +15,7 @@ from dlm_ray.config.errors import DamageError, UserError
 from dlm_ray.config.recipe import Source
 from dlm_ray.data import shards, storage
 from dlm_ray.data.index import Index, Shard, load_index
-from dlm_ray.data.order import Cursor, Order, RowReference, as_references
+from dlm_ray.data.order import Cursor, Order, SequenceReference, as_references
 
 # Rows that are read ahead at once; more makes fewer and longer reads of each shard.
 _READ_AHEAD_ROWS = 1024
@@ -24,8 +24,8 @@ _COPIES_BYTES = 4 * 2**30
 _BLOCK_BYTES = 4 * 2**20
 
 
-class Row(NamedTuple):
-    """One packed row; see `packing.PackedRow`."""
+class DataSequence(NamedTuple):
+    """One packed row; see `packing.PackedSequence`."""
 
     input_ids: np.ndarray
     document_ids: np.ndarray
@@ -51,10 +51,10 @@ def open_sources(sources: Sequence[Source]) -> list[Index]:
                 f"data.sources: {source.path} was made with tokenizer {index.tokenizer.name} (sha256 {index.tokenizer.sha256[:12]}) and "
                 f"{sources[0].path} with {first.tokenizer.name} ({first.tokenizer.sha256[:12]}); build both with the same --tokenizer"
             )
-        if index.row_tokens != first.row_tokens:
+        if index.sequence_length != first.sequence_length:
             raise UserError(
-                f"data.sources: {source.path} has rows of {index.row_tokens} tokens and {sources[0].path} of {first.row_tokens}; build both with "
-                "the same --row-tokens"
+                f"data.sources: {source.path} has rows of {index.sequence_length} tokens and {sources[0].path} of {first.sequence_length}; build both with "
+                "the same --sequence-length"
             )
         if (index.tokenizer.start_id, index.tokenizer.end_id) != (first.tokenizer.start_id, first.tokenizer.end_id):
             raise UserError(
@@ -62,20 +62,24 @@ def open_sources(sources: Sequence[Source]) -> list[Index]:
                 f"{sources[0].path} has {first.tokenizer.start_id} and {first.tokenizer.end_id}; build both with the same --tokenizer"
             )
         if not index.splits["train"].rows:
-            raise UserError(f"data.sources: {source.path} has no training rows; build it with a smaller --held-out or more text")
+            raise UserError(
+                f"data.sources: {source.path} has no training rows; build it with a smaller --held-out or more text"
+            )
     return indexes
 
 
 class ShardReader:
     """Reads rows of several sources; checks each shard's sha256 the first time, and keeps copies of the remote ones that it used last."""
 
-    def __init__(self, paths: Sequence[str], indexes: Sequence[Index], split: str = "train", on_bad_sample: str = "fail"):
+    def __init__(
+        self, paths: Sequence[str], indexes: Sequence[Index], split: str = "train", on_bad_sample: str = "fail"
+    ):
         self.paths, self.indexes, self.split = list(paths), list(indexes), split
         self._skips, self._findings = on_bad_sample == "skip", dict[tuple[int, int], str]()
         self._checked: set[tuple[int, int]] = set()
         self._copies: dict[tuple[int, int], BinaryIO] = {}
 
-    def read(self, references: Sequence[RowReference]) -> list[Row]:
+    def read(self, references: Sequence[SequenceReference]) -> list[DataSequence]:
         """The rows in the order of `references`; each shard is opened once and read front to back.
 
         With `on_bad_sample="skip"` rows of a shard that is missing or damaged are padding, with nothing in them to score, and say why: the
@@ -87,18 +91,20 @@ class ShardReader:
         wanted: dict[tuple[int, int], list[int]] = defaultdict(list)
         for place, reference in enumerate(references):
             wanted[reference.source, reference.shard].append(place)
-        rows: list[Row | None] = [None] * len(references)
+        rows: list[DataSequence | None] = [None] * len(references)
         for (source, number), places in wanted.items():
             index = self.indexes[source]
             shard = index.splits[self.split].shards[number]
             if finding := self._finding(source, number, shard):
                 for place in places:
-                    rows[place] = _padding(index.row_tokens, source, shard.part, finding)
+                    rows[place] = _padding(index.sequence_length, source, shard.part, finding)
                 continue
             with self._opened(source, number, shard) as stream:
                 for place in sorted(places, key=lambda place: references[place].row):
-                    arrays = shards.read_row(stream, references[place].row, index.row_tokens)
-                    rows[place] = Row(arrays["input_ids"], arrays["document_ids"], arrays["num_bytes"], source, shard.part)
+                    arrays = shards.read_row(stream, references[place].row, index.sequence_length)
+                    rows[place] = DataSequence(
+                        arrays["input_ids"], arrays["document_ids"], arrays["num_bytes"], source, shard.part
+                    )
         return [row for row in rows if row is not None]
 
     def _finding(self, source: int, number: int, shard: Shard) -> str:
@@ -135,15 +141,17 @@ class ShardReader:
         yield copy
 
 
-def _padding(row_tokens: int, source: int, part: int, finding: str) -> Row:
-    zeros = np.zeros(row_tokens, dtype=np.int32)
-    return Row(zeros, zeros - 1, zeros, source, part, finding)
+def _padding(sequence_length: int, source: int, part: int, finding: str) -> DataSequence:
+    zeros = np.zeros(sequence_length, dtype=np.int32)
+    return DataSequence(zeros, zeros - 1, zeros, source, part, finding)
 
 
 def _check(path: str, shard: Shard, copy: BinaryIO | None = None) -> None:
     """Raises DamageError unless the file is what the index says; copies it on the way."""
     if storage.size(path) is None:
-        raise DamageError(f"shard {path} is missing (expected sha256 {shard.sha256}); restore it, or build the data again")
+        raise DamageError(
+            f"shard {path} is missing (expected sha256 {shard.sha256}); restore it, or build the data again"
+        )
     digest = hashlib.sha256()
     with storage.open_input(path) as stream:
         while block := stream.read(_BLOCK_BYTES):
@@ -157,33 +165,44 @@ def _check(path: str, shard: Shard, copy: BinaryIO | None = None) -> None:
 
 
 def shares(
-    order: Order, cursor: Cursor, *, global_batch_rows: int, rank: int, world_size: int, num_steps: int
-) -> Iterator[tuple[list[list[RowReference]], list[Cursor]]]:
+    order: Order, cursor: Cursor, *, global_batch_size: int, rank: int, world_size: int, num_steps: int
+) -> Iterator[tuple[list[list[SequenceReference]], list[Cursor]]]:
     """This rank's references of several steps at a time, and the cursor behind each step's global batch.
 
     A rank takes a contiguous share of every global batch; shares differ by a row at most.
     """
-    steps_at_once = max(1, _READ_AHEAD_ROWS * world_size // global_batch_rows)
+    steps_at_once = max(1, _READ_AHEAD_ROWS * world_size // global_batch_size)
     for first in range(0, num_steps, steps_at_once):
         references, cursors = [], []
         for _ in range(min(steps_at_once, num_steps - first)):
-            places, cursor = order.places(cursor, global_batch_rows)
-            own = np.array_split(np.arange(global_batch_rows), world_size)[rank]
+            places, cursor = order.places(cursor, global_batch_size)
+            own = np.array_split(np.arange(global_batch_size), world_size)[rank]
             references.append(as_references(places[own]))
             cursors.append(cursor)
         yield references, cursors
 
 
 def iterate_rows(
-    reader: ShardReader, order: Order, cursor: Cursor, *, global_batch_rows: int, rank: int, world_size: int, num_steps: int
-) -> Iterator[tuple[list[Row], Cursor]]:
+    reader: ShardReader,
+    order: Order,
+    cursor: Cursor,
+    *,
+    global_batch_size: int,
+    rank: int,
+    world_size: int,
+    num_steps: int,
+) -> Iterator[tuple[list[DataSequence], Cursor]]:
     """For each of the next `num_steps` steps: this rank's rows, and the cursor behind the whole global batch."""
-    share = {"global_batch_rows": global_batch_rows, "rank": rank, "world_size": world_size, "num_steps": num_steps}
+    share = {"global_batch_size": global_batch_size, "rank": rank, "world_size": world_size, "num_steps": num_steps}
     for references, cursors in shares(order, cursor, **share):
-        yield from zip(by_step(reader.read([one for step in references for one in step]), references), cursors, strict=True)
+        yield from zip(
+            by_step(reader.read([one for step in references for one in step]), references), cursors, strict=True
+        )
 
 
-def by_step(rows: Sequence[Row], references: Sequence[Sequence[RowReference]]) -> Iterator[list[Row]]:
+def by_step(
+    rows: Sequence[DataSequence], references: Sequence[Sequence[SequenceReference]]
+) -> Iterator[list[DataSequence]]:
     """Cuts rows that were read together into steps again."""
     start = 0
     for step in references:
@@ -191,13 +210,13 @@ def by_step(rows: Sequence[Row], references: Sequence[Sequence[RowReference]]) -
         start += len(step)
 
 
-def read_split(path: str, split: str, max_rows: int | None = None) -> list[Row]:
+def read_split(path: str, split: str, max_sequences: int | None = None) -> list[DataSequence]:
     """The rows of a split in the order of its files.
 
     Args:
         path: a data folder.
         split: train or held_out.
-        max_rows: evenly spaced ones if there are more, so that they stand for all documents.
+        max_sequences: evenly spaced ones if there are more, so that they stand for all documents.
 
     Raises:
         UserError: if there is no such split.
@@ -205,7 +224,11 @@ def read_split(path: str, split: str, max_rows: int | None = None) -> list[Row]:
     index = load_index(path)
     if split not in index.splits:
         raise UserError(f"{path} has no split {split!r}; it has {', '.join(index.splits)}")
-    references = [RowReference(0, number, row) for number, shard in enumerate(index.splits[split].shards) for row in range(shard.rows)]
-    if max_rows is not None and max_rows < len(references):
-        references = [references[len(references) * place // max_rows] for place in range(max_rows)]
+    references = [
+        SequenceReference(0, number, row)
+        for number, shard in enumerate(index.splits[split].shards)
+        for row in range(shard.rows)
+    ]
+    if max_sequences is not None and max_sequences < len(references):
+        references = [references[len(references) * place // max_sequences] for place in range(max_sequences)]
     return ShardReader([path], [index], split).read(references)

@@ -14,12 +14,12 @@ import numpy as np
 import webdataset
 
 from dlm_ray.data import storage
-from dlm_ray.data.packing import PackedRow
+from dlm_ray.data.packing import PackedSequence
 
 FIELDS = ("document_ids", "input_ids", "num_bytes")
 
 
-def write_shard(folder: str, name: str, rows: Sequence[PackedRow]) -> dict[str, Any]:
+def write_shard(folder: str, name: str, rows: Sequence[PackedSequence]) -> dict[str, Any]:
     """Writes `<folder>/<name>`, a sample a row with members `<key>.<field>.npy`.
 
     Returns:
@@ -31,7 +31,7 @@ def write_shard(folder: str, name: str, rows: Sequence[PackedRow]) -> dict[str, 
 
 
 @dataclass(frozen=True)
-class RowLayout:
+class SampleLayout:
     """Where the arrays of a row lie: they have fixed types and shapes, so that every row of every shard is laid out alike."""
 
     stride_bytes: int
@@ -40,24 +40,30 @@ class RowLayout:
 
 
 @cache
-def row_layout(row_tokens: int) -> RowLayout:
+def row_layout(sequence_length: int) -> SampleLayout:
     """The layout of rows of L tokens, read off a shard of two."""
-    blank = PackedRow(*(np.zeros(row_tokens, np.int32) for _ in FIELDS))
+    blank = PackedSequence(*(np.zeros(sequence_length, np.int32) for _ in FIELDS))
     with tarfile.open(fileobj=io.BytesIO(_tar("x", [blank, blank])), mode="r:") as archive:
         members = archive.getmembers()
-    offsets = {member.name.split(".")[1]: member.offset_data + member.size - 4 * row_tokens for member in members[: len(FIELDS)]}
-    return RowLayout(members[len(FIELDS)].offset, offsets)
+    offsets = {
+        member.name.split(".")[1]: member.offset_data + member.size - 4 * sequence_length
+        for member in members[: len(FIELDS)]
+    }
+    return SampleLayout(members[len(FIELDS)].offset, offsets)
 
 
-def read_row(stream: BinaryIO, row: int, row_tokens: int) -> dict[str, np.ndarray]:
+def read_row(stream: BinaryIO, row: int, sequence_length: int) -> dict[str, np.ndarray]:
     """The arrays [L] int32 of row number `row` of a shard, by field."""
-    layout = row_layout(row_tokens)
+    layout = row_layout(sequence_length)
     stream.seek(row * layout.stride_bytes)
     content = stream.read(layout.stride_bytes)
-    return {field: np.frombuffer(content, np.dtype("<i4"), row_tokens, offset) for field, offset in layout.offsets.items()}
+    return {
+        field: np.frombuffer(content, np.dtype("<i4"), sequence_length, offset)
+        for field, offset in layout.offsets.items()
+    }
 
 
-def _tar(prefix: str, rows: Sequence[PackedRow]) -> bytes:
+def _tar(prefix: str, rows: Sequence[PackedSequence]) -> bytes:
     buffer = io.BytesIO()
     writer = webdataset.TarWriter(buffer, user="dlm_ray", group="dlm_ray", mode=0o644, mtime=0)
     for number, row in enumerate(rows):

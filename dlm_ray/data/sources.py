@@ -28,7 +28,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Part:
+class SourceChunk:
     """What one task tokenizes and writes into shards of its own."""
 
     number: int
@@ -39,28 +39,28 @@ class Part:
         return {"number": self.number, "pieces": [asdict(piece) for piece in self.pieces]}
 
 
-def list_parts(inputs: Sequence[str]) -> list[Part]:
+def list_parts(inputs: Sequence[str]) -> list[SourceChunk]:
     """Cuts files, folders (walked in sorted order) and globs into parts.
 
     Raises:
         UserError: if an input does not exist.
     """
-    parts: list[Part] = []
+    parts: list[SourceChunk] = []
     waiting: list[Piece] = []
     waiting_bytes = 0
     for path in _files(inputs):
         for piece in _pieces(path):
             if waiting and waiting_bytes + piece.size_bytes > PART_BYTES:
-                parts.append(Part(len(parts), tuple(waiting)))
+                parts.append(SourceChunk(len(parts), tuple(waiting)))
                 waiting, waiting_bytes = [], 0
             waiting.append(piece)
             waiting_bytes += piece.size_bytes
     if waiting:
-        parts.append(Part(len(parts), tuple(waiting)))
+        parts.append(SourceChunk(len(parts), tuple(waiting)))
     return parts
 
 
-def documents(part: Part, text_field: str) -> Iterator[str]:
+def documents(part: SourceChunk, text_field: str) -> Iterator[str]:
     """The documents of a part: a text file is one, a line or a row of the others is one.
 
     Raises:
@@ -119,7 +119,9 @@ def _text(path: str) -> str:
     try:
         return Path(path).read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start}); convert it, or leave it out of the sources") from error
+        raise UserError(
+            f"{path} is not UTF-8 text (byte {error.start}); convert it, or leave it out of the sources"
+        ) from error
 
 
 def _json_lines(piece: Piece, text_field: str) -> Iterator[str]:
@@ -144,7 +146,9 @@ def _field(line: bytes, text_field: str, where: str) -> str:
         raise DamageError(f"{where}: not a line of JSON ({error})") from error
     if not isinstance(record, dict) or not isinstance(record.get(text_field), str):
         known = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-        raise UserError(f"{where}: no text in field {text_field!r} (there is: {known}); name the field with --text-field")
+        raise UserError(
+            f"{where}: no text in field {text_field!r} (there is: {known}); name the field with --text-field"
+        )
     text: str = record[text_field]
     try:
         text.encode()

@@ -96,7 +96,9 @@ def _remote(path: str) -> tuple[Any, str]:
         if endpoint is None:
             return fs.S3FileSystem(), inner
         protocol, _, host = endpoint.partition("://")
-        return fs.S3FileSystem(endpoint_override=host, scheme=protocol, region=os.environ.get("AWS_REGION", "us-east-1")), inner
+        return fs.S3FileSystem(
+            endpoint_override=host, scheme=protocol, region=os.environ.get("AWS_REGION", "us-east-1")
+        ), inner
     if scheme == "gs":
         return fs.GcsFileSystem(), inner
     raise UserError(f"{path}: {scheme}:// is not supported; use a local path, s3:// or gs://")

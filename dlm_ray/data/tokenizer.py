@@ -51,11 +51,17 @@ def load_tokenizer(name_or_folder: str) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(name_or_folder, use_fast=True)
     except (OSError, ValueError, KeyError) as error:
         where = "the folder holds none" if Path(name_or_folder).is_dir() else "it is no folder, and the hub gave none"
-        raise UserError(f"no tokenizer at {name_or_folder!r}: {where} ({type(error).__name__}: {str(error).splitlines()[0]})") from error
+        raise UserError(
+            f"no tokenizer at {name_or_folder!r}: {where} ({type(error).__name__}: {str(error).splitlines()[0]})"
+        ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise UserError(f"tokenizer {name_or_folder!r} has no fast form (tokenizer.json), which byte counts need; choose another")
+        raise UserError(
+            f"tokenizer {name_or_folder!r} has no fast form (tokenizer.json), which byte counts need; choose another"
+        )
     if tokenizer.eos_token_id is None:
-        raise UserError(f"tokenizer {name_or_folder!r} has no end-of-text token (eos_token), which separates documents; choose another")
+        raise UserError(
+            f"tokenizer {name_or_folder!r} has no end-of-text token (eos_token), which separates documents; choose another"
+        )
     return tokenizer
 
 
@@ -66,7 +72,9 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedToke
         UserError: if vocab_size has no room for the 256 bytes and the end-of-text token.
     """
     if vocab_size < 257:
-        raise UserError(f"--train-tokenizer {vocab_size} is fewer than the 256 bytes and the end-of-text token; ask for 257 or more")
+        raise UserError(
+            f"--train-tokenizer {vocab_size} is fewer than the 256 bytes and the end-of-text token; ask for 257 or more"
+        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -109,7 +117,10 @@ def encode(tokenizer: Any, documents: list[str]) -> list[tuple[list[int], list[i
     backend.no_truncation()  # a tokenizer.json may ask for either, and the one loses text, the other adds tokens
     backend.no_padding()
     encodings = backend.encode_batch(documents, add_special_tokens=False)
-    return [(encoding.ids, _byte_counts(text, encoding.offsets)) for text, encoding in zip(documents, encodings, strict=True)]
+    return [
+        (encoding.ids, _byte_counts(text, encoding.offsets))
+        for text, encoding in zip(documents, encodings, strict=True)
+    ]
 
 
 def _byte_counts(text: str, offsets: list[tuple[int, int]]) -> list[int]:

@@ -57,7 +57,9 @@ class Clip:
         """The least and the largest number of masked tokens that is enforced for blocks of so many; the nearest to the middle if none fits."""
         least = np.where(self.beta <= _FREE, 0, np.ceil(self.beta * num_maskable - 1e-9)).astype(np.int64)
         most = np.where(self.omega >= 1, num_maskable, np.floor(self.omega * num_maskable + 1e-9)).astype(np.int64)
-        nearest = np.clip(np.rint((self.beta + self.omega) / 2 * num_maskable), np.minimum(1, num_maskable), num_maskable).astype(np.int64)
+        nearest = np.clip(
+            np.rint((self.beta + self.omega) / 2 * num_maskable), np.minimum(1, num_maskable), num_maskable
+        ).astype(np.int64)
         fits = least <= most
         return np.where(fits, least, nearest), np.where(fits, most, nearest)
 
@@ -85,7 +87,7 @@ class Absorbing:
         """Times as `times` says, masks, weights."""
         is_complement = np.array([self.complementary and row % 2 == 1 for row in key.rows])
         if self.complementary:  # a pair shares one t and one set of coins
-            key = replace(key, rows=[row // 2 for row in key.rows], global_batch_rows=key.global_batch_rows // 2)
+            key = replace(key, rows=[row // 2 for row in key.rows], global_batch_size=key.global_batch_size // 2)
         num_positions = maskable.shape[1]
         t = times(self.times, key, num_positions // (key.block_tokens or num_positions))  # [B, blocks]
         if self.clip is not None:
@@ -95,7 +97,9 @@ class Absorbing:
     def evaluation_draw(self, seed: int, keys: Sequence[tuple[int, int]], t: np.ndarray, maskable: np.ndarray) -> Draw:
         """The masks of pairs (number of the draw, row) at given times [B] or [B, blocks]; whatever training did to range and weights is left out."""
         bound = replace(self, clip=None, weight="elbo", complementary=False, context_weights=None)
-        return bound._draw(seed, EVALUATION_MASK, keys, t.reshape(len(keys), -1), maskable, np.zeros(len(keys), dtype=bool))
+        return bound._draw(
+            seed, EVALUATION_MASK, keys, t.reshape(len(keys), -1), maskable, np.zeros(len(keys), dtype=bool)
+        )
 
     def inputs(self, denoiser: Denoiser, batch: Batch) -> Tensor:
         """[B, L]: the mask token where masked, x_0 elsewhere."""
@@ -103,7 +107,13 @@ class Absorbing:
         return torch.where(batch.draw.is_masked, denoiser.mask_id, batch.x_0)
 
     def _draw(
-        self, seed: int, stream: int, keys: Sequence[tuple[int, int]], t: np.ndarray, maskable: np.ndarray, is_complement: np.ndarray
+        self,
+        seed: int,
+        stream: int,
+        keys: Sequence[tuple[int, int]],
+        t: np.ndarray,
+        maskable: np.ndarray,
+        is_complement: np.ndarray,
     ) -> Draw:
         shape, num_blocks = maskable.shape, t.shape[1]
         block = (-1, shape[1] // num_blocks)
@@ -117,8 +127,12 @@ class Absorbing:
                 t = np.minimum(np.floor(t * self.num_timesteps) + 1, self.num_timesteps) / self.num_timesteps
             probability = self.schedule.mask_probability(torch.from_numpy(t)).numpy()
             if self.clip is not None and self.clip.enforce == "counts":
-                coins = np.stack([generator(seed, COUNT, step, row).random(num_blocks) for step, row in keys]).ravel()
-                is_masked = _smallest(uniform, _truncated_binomial(coins, probability, maskable.sum(1), self.clip), maskable)
+                uniform_numbers = np.stack(
+                    [generator(seed, COUNT, step, row).random(num_blocks) for step, row in keys]
+                ).ravel()
+                is_masked = _smallest(
+                    uniform, _truncated_binomial(uniform_numbers, probability, maskable.sum(1), self.clip), maskable
+                )
             else:
                 is_masked = (uniform < probability[:, None]) ^ is_complement[:, None]
             is_masked &= maskable
@@ -166,16 +180,23 @@ def _smallest(uniform: np.ndarray, k: np.ndarray, maskable: np.ndarray) -> np.nd
     return (rank < k[:, None]) & maskable
 
 
-def _truncated_binomial(coins: np.ndarray, p: np.ndarray, num_trials: np.ndarray, clip: Clip) -> np.ndarray:
+def _truncated_binomial(uniform_numbers: np.ndarray, p: np.ndarray, num_trials: np.ndarray, clip: Clip) -> np.ndarray:
     """[B] counts of Binomial(num_trials, p) given that they lie within the clip's, by inversion of one uniform number each."""
     least, most = clip.counts(num_trials)
     k = torch.arange(int(num_trials.max(initial=0)) + 1, dtype=torch.float64)
-    trials, probability = torch.from_numpy(num_trials).double()[:, None], torch.from_numpy(p)[:, None].clamp(1e-300, 1 - 1e-16)
+    trials, probability = (
+        torch.from_numpy(num_trials).double()[:, None],
+        torch.from_numpy(p)[:, None].clamp(1e-300, 1 - 1e-16),
+    )
     log_choose = torch.lgamma(trials + 1) - torch.lgamma(k + 1) - torch.lgamma((trials - k).clamp(min=0) + 1)
     log_mass = log_choose + k * probability.log() + (trials - k) * torch.log1p(-probability)
     allowed = (k >= torch.from_numpy(least)[:, None]) & (k <= torch.from_numpy(most)[:, None])
     mass = log_mass.masked_fill(~allowed, -torch.inf).softmax(1).cumsum(1)
-    return torch.searchsorted(mass, torch.from_numpy(coins)[:, None], right=True)[:, 0].clamp(max=len(k) - 1).numpy()
+    return (
+        torch.searchsorted(mass, torch.from_numpy(uniform_numbers)[:, None], right=True)[:, 0]
+        .clamp(max=len(k) - 1)
+        .numpy()
+    )
 
 
 def _context(is_masked: np.ndarray, maskable: np.ndarray, p: float) -> np.ndarray:

@@ -62,7 +62,7 @@ def sums(
     *,
     num_draws: int,
     seed: int,
-    micro_batch_rows: int,
+    micro_batch_size: int,
     rank: int = 0,
     world_size: int = 1,
     progress: Callable[[int, int], None] | None = None,
@@ -78,14 +78,14 @@ def sums(
         device: of the network.
         num_draws: of every row.
         seed: of the draws, which all candidates share.
-        micro_batch_rows: of a batch.
+        micro_batch_size: of a batch.
         rank, world_size: of the ranks that share the work.
         progress: called with (batches done, batches).
     """
     total = torch.zeros(len(clips), 4, dtype=torch.float64, device=device)
     pairs = [(number, row) for number in range(num_draws) for row in range(len(x_0))]
     mine = np.array_split(np.arange(len(pairs)), world_size)[rank]
-    num_batches = math.ceil(math.ceil(len(pairs) / world_size) / micro_batch_rows)
+    num_batches = math.ceil(math.ceil(len(pairs) / world_size) / micro_batch_size)
     for done, part in enumerate(np.array_split(mine, num_batches)):
         chosen = [pairs[i] for i in part] or [pairs[0]]
         rows = [row for _, row in chosen]

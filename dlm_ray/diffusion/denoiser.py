@@ -46,7 +46,7 @@ class Denoiser(Protocol):
     mask_id: int | None
     """None if it is autoregressive only."""
 
-    def hidden(self, inputs: Tensor, visibility: Visibility, memory: Any = None) -> Tensor:
+    def hidden(self, inputs: Tensor, visibility: Visibility, kv: Any = None) -> Tensor:
         """[B, L] ids, or [B, L, D] embeddings -> [B, L, D] final hidden states.
 
         `memory` is a cache of `new_cache`, behind whose first B slots the rows go on, or a recording of `record`, which the rows see.
@@ -55,7 +55,7 @@ class Denoiser(Protocol):
     def new_cache(self, num_slots: int, capacity_tokens: int, *, fixed_shapes: bool = False) -> Cache:
         """An empty cache; with `fixed_shapes` a pass over it sees as many keys whatever is committed."""
 
-    def record(self, inputs: Tensor, visibility: Visibility) -> tuple[Tensor, Any]:
+    def forward_with_kv(self, inputs: Tensor, visibility: Visibility) -> tuple[Tensor, Any]:
         """`hidden`, and its keys and values for later passes to see."""
 
     def states(self, inputs: Tensor, visibility: Visibility) -> tuple[Tensor, ...]:
@@ -103,8 +103,8 @@ class Objective(Protocol):
     """Whether attention stays causal; otherwise it becomes bidirectional."""
     likelihood: Literal["exact", "bound", "none"]
     """What weight * token_nll sums to over an evaluation draw: -log p(x_0), an upper bound of it, or nothing of the kind."""
-    draws_per_row: int
-    """So many draws of every row are in a batch: copy j of row r is row r * draws_per_row + j of a draw's key."""
+    draws_per_sequence: int
+    """So many draws of every row are in a batch: copy j of row r is row r * draws_per_sequence + j of a draw's key."""
 
     def draw(self, key: DrawKey, x_0: Any, maskable: Any) -> Draw:
         """The randomness of the rows of `key`; x_0 [B, L] and maskable [B, L] bool are on the host."""

@@ -34,7 +34,7 @@ class DrawKey:
     step: int
     rows: Sequence[int]
     """Indices of the rows within the global batch."""
-    global_batch_rows: int
+    global_batch_size: int
     block_tokens: int | None = None
     """Positions of a block that has a t of its own, where the step decides (a curriculum over block sizes); None: as the objective says."""
 
@@ -104,12 +104,16 @@ def times(mode: str, key: DrawKey, num_blocks: int = 1) -> np.ndarray:
         key: which rows.
         num_blocks: blocks of a row that have a time each.
     """
-    total = key.global_batch_rows * num_blocks
-    cells = np.array(key.rows)[:, None] * num_blocks + np.arange(num_blocks)  # [B, num_blocks], numbers within the global batch
+    total = key.global_batch_size * num_blocks
+    cells = np.array(key.rows)[:, None] * num_blocks + np.arange(
+        num_blocks
+    )  # [B, num_blocks], numbers within the global batch
     if mode == "antithetic":
         shared = generator(key.seed, STRATA, key.step, 0).uniform(2**-53, 1.0)
         return np.maximum((shared + cells / total) % 1.0, 2**-53)
-    inside = np.stack([generator(key.seed, TIME, key.step, row).uniform(2**-53, 1.0, size=num_blocks) for row in key.rows])
+    inside = np.stack(
+        [generator(key.seed, TIME, key.step, row).uniform(2**-53, 1.0, size=num_blocks) for row in key.rows]
+    )
     if mode == "independent":
         return inside
     if mode == "stratified":
@@ -133,7 +137,9 @@ def uniforms(seed: int, stream: int, keys: Sequence[tuple[int, int]], num_positi
     return np.stack([generator(seed, stream, step, row).random(num_positions) for step, row in keys])
 
 
-def make_draw(t: np.ndarray, is_masked: np.ndarray, scored: np.ndarray, weight: np.ndarray, maskable: np.ndarray) -> Draw:
+def make_draw(
+    t: np.ndarray, is_masked: np.ndarray, scored: np.ndarray, weight: np.ndarray, maskable: np.ndarray
+) -> Draw:
     """A Draw from host arrays: pads the scored positions to a multiple of ROW_MULTIPLE with position 1 at weight 0."""
     padded = max(1, -(-len(scored) // ROW_MULTIPLE)) * ROW_MULTIPLE
     positions = np.ones(padded, dtype=np.int64)

@@ -72,7 +72,7 @@ def token_nats(
     *,
     num_draws: int = 8,
     seed: int = 0,
-    micro_batch_rows: int = 16,
+    micro_batch_size: int = 16,
     progress: Callable[[int, int], None] | None = None,
 ) -> TokenNats:
     """The (bound on the) nats of every token of rows [N, L], from `num_draws` draws a row with t in strata; one exact pass if causal.
@@ -85,10 +85,12 @@ def token_nats(
     times = evaluation_times(seed, range(len(x_0)), num_draws)
     pairs = [(row, number) for row in range(len(x_0)) for number in range(num_draws)]
     nats, totals = np.zeros(x_0.shape), np.zeros(num_draws)
-    for start in range(0, len(pairs), micro_batch_rows):
-        chosen = pairs[start : start + micro_batch_rows]
+    for start in range(0, len(pairs), micro_batch_size):
+        chosen = pairs[start : start + micro_batch_size]
         batch = evaluation_batch(objective, x_0, document_ids, chosen, times, seed, visibility_of, device)
-        weighted = (batch.draw.weight * objective.token_nll(denoiser, batch)).double().cpu().numpy()[: batch.draw.num_scored]
+        weighted = (
+            (batch.draw.weight * objective.token_nll(denoiser, batch)).double().cpu().numpy()[: batch.draw.num_scored]
+        )
         scored = batch.draw.scored[: batch.draw.num_scored].cpu().numpy()
         rows, numbers = np.array(chosen)[scored // num_positions].T
         np.add.at(nats, (rows, scored % num_positions), weighted / num_draws)
@@ -123,7 +125,9 @@ def documents_interval(nats: np.ndarray, num_bytes: np.ndarray, seed: int = 0) -
         seed: of the resampling.
     """
     random = np.random.default_rng(seed)
-    counts = random.multinomial(len(nats), np.full(len(nats), 1 / len(nats)), size=NUM_RESAMPLES)  # [resamples, documents]
+    counts = random.multinomial(
+        len(nats), np.full(len(nats), 1 / len(nats)), size=NUM_RESAMPLES
+    )  # [resamples, documents]
     ratios = (counts @ nats) / np.maximum(1, counts @ num_bytes) / math.log(2)
     low, high = np.quantile(ratios, [0.025, 0.975])
     return float(low), float(high)

@@ -90,7 +90,11 @@ class Visibility:
 
     def dense(self, num_queries: int, device: torch.device, num_keys: int | None = None) -> Tensor:
         """[B or 1, 1, queries, keys] bool, True where the query (third) sees the key (fourth); as many keys as queries if not said."""
-        own = torch.arange(num_queries, device=device)[None] if self.offsets is None else self.positions(num_queries, device)
+        own = (
+            torch.arange(num_queries, device=device)[None]
+            if self.offsets is None
+            else self.positions(num_queries, device)
+        )
         query = own[:, :, None]
         key = torch.arange(num_queries if num_keys is None else num_keys, device=device)[None, None, :]
         rows = 1 if self.document_ids is None else self.document_ids.shape[0]
@@ -103,7 +107,9 @@ class Visibility:
         assert self.offsets is None, "what goes on behind a cache has a dense mask"
         num_rows = None if self.document_ids is None else self.document_ids.shape[0]
         keys = num_queries if num_keys is None else num_keys
-        return create_block_mask(lambda b, h, q, k: self.sees(b, q, k), num_rows, None, num_queries, keys, device=str(device))
+        return create_block_mask(
+            lambda b, h, q, k: self.sees(b, q, k), num_rows, None, num_queries, keys, device=str(device)
+        )
 
     @property
     def is_static(self) -> bool:
@@ -112,7 +118,11 @@ class Visibility:
 
 
 def annealed(
-    pattern: Literal["bernoulli", "window", "none"], ratio: float, step: int, num_positions: int, document_ids: Tensor | None
+    pattern: Literal["bernoulli", "window", "none"],
+    ratio: float,
+    step: int,
+    num_positions: int,
+    document_ids: Tensor | None,
 ) -> Visibility:
     """The visibility at annealing ratio r: causal at 0, bidirectional at 1, in between a share r of the future.
 

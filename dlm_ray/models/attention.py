@@ -18,7 +18,7 @@ from transformers import AttentionInterface
 
 from dlm_ray.config.errors import UserError
 from dlm_ray.diffusion.visibility import Visibility
-from dlm_ray.models.kv_cache import Memory
+from dlm_ray.models.kv_cache import KeyValueSource
 
 NAME = "dlm_ray"
 
@@ -31,7 +31,7 @@ class Prepared:
     is_causal: bool = False
     mask: Any = None
     """[B or 1, 1, queries, keys] bool for sdpa, a BlockMask for flex, None where the kernel needs none."""
-    memory: Memory | None = None
+    kv: KeyValueSource | None = None
     """Keys and values of other passes that this one sees."""
 
 
@@ -87,22 +87,34 @@ def attend(
 ) -> tuple[Tensor, None]:
     """[B, H, L, D/H] queries, [B, H or fewer, L, D/H] keys and values -> [B, L, H, D/H]."""
     assert visibility is not None, f"{type(module).__name__} does not hand the visibility through to its attention"
-    if visibility.memory is not None:
+    if visibility.kv is not None:
         layer: Any = module.layer_idx
-        key, value = visibility.memory.extend(layer, key, value)
+        key, value = visibility.kv.extend(layer, key, value)
     grouped = query.shape[1] != key.shape[1]
     if visibility.kernel == "flash":
         from flash_attn import flash_attn_func
 
         mixed = flash_attn_func(
-            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), softmax_scale=scaling, causal=visibility.is_causal
+            query.transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
+            softmax_scale=scaling,
+            causal=visibility.is_causal,
         )
         return mixed, None
     if visibility.kernel == "flex":
-        mixed = _flex(query.device.type)(query, key, value, block_mask=visibility.mask, scale=scaling, enable_gqa=grouped)
+        mixed = _flex(query.device.type)(
+            query, key, value, block_mask=visibility.mask, scale=scaling, enable_gqa=grouped
+        )
     else:
         mixed = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=visibility.mask, is_causal=visibility.is_causal, scale=scaling, enable_gqa=grouped
+            query,
+            key,
+            value,
+            attn_mask=visibility.mask,
+            is_causal=visibility.is_causal,
+            scale=scaling,
+            enable_gqa=grouped,
         )
     return mixed.transpose(1, 2).contiguous(), None
 

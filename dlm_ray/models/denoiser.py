@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from dlm_ray.diffusion.visibility import Visibility
 from dlm_ray.models import attention
-from dlm_ray.models.kv_cache import KeyValueCache, Recording
+from dlm_ray.models.kv_cache import KeyValueCache, KeyValues
 
 # Logits of at most so many elements exist at once (float32: 128 MiB); a call with fewer keeps them for its backward pass.
 CHUNK_ELEMENTS = 2**25
@@ -35,7 +35,9 @@ class HuggingFaceDenoiser(nn.Module):
         super().__init__()
         # transformers writes the attention implementation into the configuration that it is given: ours stays as it is.
         own = copy.deepcopy(config)
-        self.network: PreTrainedModel = AutoModelForCausalLM.from_config(own, attn_implementation=attention.NAME, dtype=torch.float32)
+        self.network: PreTrainedModel = AutoModelForCausalLM.from_config(
+            own, attn_implementation=attention.NAME, dtype=torch.float32
+        )
         self.mask_id = mask_id
         self.shift = shift
         self.attention_kernel = attention_kernel
@@ -63,12 +65,12 @@ class HuggingFaceDenoiser(nn.Module):
         rows = (self.network.get_input_embeddings().weight, self.network.get_output_embeddings().weight)
         return {name for name, parameter in self.network.named_parameters() if any(parameter is row for row in rows)}
 
-    def hidden(self, inputs: Tensor, visibility: Visibility, memory: Any = None) -> Tensor:
+    def hidden(self, inputs: Tensor, visibility: Visibility, kv: Any = None) -> Tensor:
         """[B, L] int64 ids, or [B, L, D] embeddings -> [B, L, D]: the states after the final norm. Positions run on over packed documents.
 
         `memory` is a cache of `new_cache`, whose slots the rows go on, or a recording of `record`, which the rows see.
         """
-        return self._run(inputs, visibility, memory).last_hidden_state
+        return self._run(inputs, visibility, kv).last_hidden_state
 
     def states(self, inputs: Tensor, visibility: Visibility) -> tuple[Tensor, ...]:
         """The same, with the embeddings and the states after every block; the last is after the final norm."""
@@ -81,29 +83,33 @@ class HuggingFaceDenoiser(nn.Module):
     def new_cache(self, num_slots: int, capacity_tokens: int, *, fixed_shapes: bool = False) -> KeyValueCache:
         """An empty cache for this network, on its device and in its precision."""
         own = self.embedding
-        return KeyValueCache(self.network.config, num_slots, capacity_tokens, own.device, own.dtype, fixed_shapes=fixed_shapes)
+        return KeyValueCache(
+            self.network.config, num_slots, capacity_tokens, own.device, own.dtype, fixed_shapes=fixed_shapes
+        )
 
-    def record(self, inputs: Tensor, visibility: Visibility) -> tuple[Tensor, Recording]:
+    def forward_with_kv(self, inputs: Tensor, visibility: Visibility) -> tuple[Tensor, KeyValues]:
         """`hidden`, and the keys and values that it was made from, for later passes to see."""
-        recording = Recording()
-        hidden = self.hidden(inputs, visibility, recording)
-        recording.finish()
-        return hidden, recording
+        kv = KeyValues()
+        hidden = self.hidden(inputs, visibility, kv)
+        kv.finish()
+        return hidden, kv
 
-    def _run(self, inputs: Tensor, visibility: Visibility, memory: Any = None, **options: Any) -> Any:
+    def _run(self, inputs: Tensor, visibility: Visibility, kv: Any = None, **options: Any) -> Any:
         num_rows, num_positions = inputs.shape[:2]
         num_keys = num_positions
-        if isinstance(memory, KeyValueCache):
-            visibility = replace(visibility, offsets=tuple(memory.lengths[:num_rows]))
-            num_keys = memory.begin(visibility.offsets or (), num_positions)
-        elif memory is not None:
-            num_keys += memory.num_keys
+        if isinstance(kv, KeyValueCache):
+            visibility = replace(visibility, offsets=tuple(kv.lengths[:num_rows]))
+            num_keys = kv.begin(visibility.offsets or (), num_positions)
+        elif kv is not None:
+            num_keys += kv.num_keys
         prepared = attention.prepare(visibility, self.attention_kernel, num_positions, num_keys, inputs.device)
-        if memory is not None:
-            prepared = replace(prepared, memory=memory)
+        if kv is not None:
+            prepared = replace(prepared, kv=kv)
         positions = visibility.positions(num_positions, inputs.device).expand(num_rows, -1)
         kind = "inputs_embeds" if inputs.is_floating_point() else "input_ids"
-        return self.network.base_model(**{kind: inputs}, position_ids=positions, use_cache=False, visibility=prepared, **options)
+        return self.network.base_model(
+            **{kind: inputs}, position_ids=positions, use_cache=False, visibility=prepared, **options
+        )
 
     def rows_for(self, positions: Tensor) -> Tensor:
         """Flat positions (never the first of a row) -> the flat hidden rows that predict them."""

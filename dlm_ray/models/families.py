@@ -55,7 +55,9 @@ def read_config(fields: dict[str, Any]) -> PreTrainedConfig:
     fields = dict(fields)
     family = fields.pop("model_type", None)
     if family not in FAMILIES:
-        raise UserError(f"model_type={family!r} is not supported; supported families are {', '.join(FAMILIES)}; choose another model.base")
+        raise UserError(
+            f"model_type={family!r} is not supported; supported families are {', '.join(FAMILIES)}; choose another model.base"
+        )
     return adaptable(AutoConfig.for_model(family, **fields))
 
 

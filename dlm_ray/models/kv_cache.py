@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 
-class Memory(Protocol):
+class KeyValueSource(Protocol):
     """What attention asks for in every layer."""
 
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,7 +50,10 @@ class KeyValueCache:
         # With one place more than is ever filled, no pass has nothing to hide, which would be another kernel.
         self._fixed_keys = capacity_tokens + 1 if fixed_shapes else None
         places = self._fixed_keys or capacity_tokens
-        self._pairs = [torch.zeros(2, num_slots, heads, places, size, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
+        self._pairs = [
+            torch.zeros(2, num_slots, heads, places, size, device=device, dtype=dtype)
+            for _ in range(config.num_hidden_layers)
+        ]
         self.capacity_tokens = capacity_tokens
         self.lengths = [0] * num_slots
         self.last_rows = torch.zeros(num_slots, config.hidden_size, device=device, dtype=dtype)
@@ -120,7 +123,7 @@ class KeyValueCache:
         self.lengths[slot] = 0
 
 
-class Recording:
+class KeyValues:
     """One pass's keys and values, with their gradients, which later passes see behind their own: [own ; recorded]."""
 
     def __init__(self) -> None:

@@ -42,12 +42,18 @@ def build(
     return denoiser
 
 
-def shard(root: nn.Module, denoiser: HuggingFaceDenoiser, mesh: DeviceMesh, precision: str, replicated: set[nn.Parameter]) -> None:
+def shard(
+    root: nn.Module, denoiser: HuggingFaceDenoiser, mesh: DeviceMesh, precision: str, replicated: set[nn.Parameter]
+) -> None:
     """FSDP2 over `mesh`, a group a layer and the rest with the root; gathered weights and activations in `precision`, sums in float32.
 
     Parameters in `replicated` are left to the caller: whole on every rank, float32, their gradients not reduced.
     """
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if precision == "bf16" else MixedPrecisionPolicy()
+    policy = (
+        MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        if precision == "bf16"
+        else MixedPrecisionPolicy()
+    )
     # What fits many times over stays gathered until the backward pass has used it: one collective less a layer and micro-batch.
     is_large = sum(parameter.numel() for parameter in root.parameters()) * 4 > STAYS_GATHERED_BYTES
     for layer in denoiser.layers:
@@ -117,7 +123,9 @@ def full(parameter: Tensor) -> Tensor:
 def copy_full(parameter: Tensor, full: Tensor) -> None:
     """Copies the whole tensor `full`, which every rank has, into a parameter of which this rank may hold a shard."""
     if isinstance(parameter, DTensor):
-        placed = distribute_tensor(full.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None)
+        placed = distribute_tensor(
+            full.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
+        )
         parameter.to_local().copy_(placed.to_local())
     else:
         parameter.copy_(full)

@@ -34,7 +34,9 @@ def intervals(rows: Sequence[tuple[str, float, float, float]], xlabel: str) -> A
     for place, (_, value, low, high) in enumerate(reversed(rows)):
         axes.plot([low, high], [place, place], color=COLOURS[0], linewidth=2.2)
         axes.plot([value], [place], "o", color=COLOURS[0], markersize=6)
-        axes.annotate(f"{value:.3f}", (value, place), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=9)
+        axes.annotate(
+            f"{value:.3f}", (value, place), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=9
+        )
     axes.set_yticks(range(len(rows)), [row[0] for row in reversed(rows)])
     axes.set(xlabel=xlabel, ylim=(-0.6, len(rows) - 0.3))
     axes.grid(axis="x", color=_GREY, alpha=0.25)
@@ -102,7 +104,10 @@ def _on_axis(column: Sequence[Any]) -> tuple[list[float | None], list[tuple[str,
     span = max(places.values(), default=0.0)
     heights = {key: place / span if span else 0.5 for key, place in places.items()}
     ticks = list(zip(texts, heights.values(), strict=True))
-    return [None if key is None else heights[key] for key in column_keys], ticks if len(ticks) <= 6 else [ticks[0], ticks[-1]]
+    return [None if key is None else heights[key] for key in column_keys], ticks if len(ticks) <= 6 else [
+        ticks[0],
+        ticks[-1],
+    ]
 
 
 def _apart(places: Sequence[float], least: float) -> list[float]:

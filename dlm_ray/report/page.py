@@ -30,7 +30,11 @@ class Numbers:
 
     def html(self) -> str:
         """The block."""
-        return "<dl>" + "".join(f"<div><dt>{escape(what)}</dt><dd>{escape(value)}</dd></div>" for value, what in self.items) + "</dl>"
+        return (
+            "<dl>"
+            + "".join(f"<div><dt>{escape(what)}</dt><dd>{escape(value)}</dd></div>" for value, what in self.items)
+            + "</dl>"
+        )
 
 
 @dataclass(frozen=True)

@@ -31,10 +31,10 @@ def build(
     *,
     tokenizer: str | None = None,
     train_tokenizer_vocab: int | None = None,
-    row_tokens: int,
+    sequence_length: int,
     held_out: float = 0.01,
     text_field: str = "text",
-    rows_per_shard: int = 4096,
+    sequences_per_shard: int = 4096,
     progress: Callable[[int, int], None] | None = None,
 ) -> indexes.Index:
     """Text -> tokens -> packed rows -> shards in `out`, with an index that is written last.
@@ -47,10 +47,10 @@ def build(
         out: a local folder, s3:// or gs://.
         tokenizer: a folder or hub name; or else
         train_tokenizer_vocab: trains a byte-level BPE of so many tokens on the inputs.
-        row_tokens: L.
+        sequence_length: L.
         held_out: share of the documents, by hash, that goes to the split `held_out`.
         text_field: of JSONL records and parquet columns.
-        rows_per_shard: at most.
+        sequences_per_shard: at most.
         progress: called with (parts done, parts).
 
     Raises:
@@ -58,17 +58,23 @@ def build(
     """
     if (tokenizer is None) == (train_tokenizer_vocab is None):
         raise UserError("give one of --tokenizer NAME and --train-tokenizer VOCAB")
-    if row_tokens < 3:
-        raise UserError(f"--row-tokens {row_tokens} is too short for a start token and text; 3 is the least, 256 and more is usual")
+    if sequence_length < 3:
+        raise UserError(
+            f"--sequence-length {sequence_length} is too short for a start token and text; 3 is the least, 256 and more is usual"
+        )
     if not 0 <= held_out < 1:
         raise UserError(f"--held-out {held_out} is a share of the documents: at least 0 and below 1")
     parts = sources.list_parts(inputs)
     out = out if storage.is_remote(out) else str(Path(out).absolute())
     with tempfile.TemporaryDirectory() as folder:
-        chosen = load_tokenizer(tokenizer) if tokenizer is not None else _trained(parts, text_field, train_tokenizer_vocab or 0)
+        chosen = (
+            load_tokenizer(tokenizer)
+            if tokenizer is not None
+            else _trained(parts, text_field, train_tokenizer_vocab or 0)
+        )
         chosen.save_pretrained(folder)
         own = replace(identity(load_tokenizer(folder)), name=Path(tokenizer or "trained").name)
-        settings = Settings(own.sha256, row_tokens, held_out, text_field, rows_per_shard)
+        settings = Settings(own.sha256, sequence_length, held_out, text_field, sequences_per_shard)
         built_from = {"settings": asdict(settings), "inputs": [Path(one).name for one in inputs], "parts": len(parts)}
         _refuse_other_settings(out, built_from)
         for path in sorted(Path(folder).iterdir()):
@@ -80,10 +86,12 @@ def build(
                 progress(len(results), len(parts))
     if not any(split["rows"] for result in results.values() for split in result.values()):
         raise UserError(f"no text in {', '.join(inputs)}: nothing to build; check the paths and --text-field")
-    return write_index(out, [results[part.number] for part in parts], row_tokens, own, built_from)
+    return write_index(out, [results[part.number] for part in parts], sequence_length, own, built_from)
 
 
-def _run(parts: Sequence[sources.Part], tokenizer_folder: str, settings: Settings, out: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def _run(
+    parts: Sequence[sources.SourceChunk], tokenizer_folder: str, settings: Settings, out: str
+) -> Iterator[tuple[int, dict[str, Any]]]:
     """(number, result) of every part as it is finished, from tasks of Ray Data."""
     if not parts:
         return
@@ -107,7 +115,7 @@ def _run(parts: Sequence[sources.Part], tokenizer_folder: str, settings: Setting
             yield row["part"], json.loads(row["result"])
 
 
-def _trained(parts: Sequence[sources.Part], text_field: str, vocab_size: int) -> Any:
+def _trained(parts: Sequence[sources.SourceChunk], text_field: str, vocab_size: int) -> Any:
     """A tokenizer trained on documents spread evenly over the parts."""
 
     def sample() -> Iterator[str]:
@@ -133,6 +141,12 @@ def _refuse_other_settings(out: str, built_from: dict[str, Any]) -> None:
         for key, value in built_from["settings"].items()
         if before["settings"].get(key) != value
     ]
-    changed += [f"inputs were {before['inputs']}, asked {built_from['inputs']}"] if before["inputs"] != built_from["inputs"] else []
+    changed += (
+        [f"inputs were {before['inputs']}, asked {built_from['inputs']}"]
+        if before["inputs"] != built_from["inputs"]
+        else []
+    )
     if changed:
-        raise UserError(f"{out} holds data that was built otherwise ({'; '.join(changed)}); choose another --out, or remove that folder")
+        raise UserError(
+            f"{out} holds data that was built otherwise ({'; '.join(changed)}); choose another --out, or remove that folder"
+        )

@@ -25,13 +25,13 @@ from dlm_ray.data.corpus import write_corpus
 from dlm_ray.data.index import load_index
 from dlm_ray.evaluation.generation import ngram_statistics
 from dlm_ray.evaluation.text_baselines import unigram_score, xz_bits_per_byte
+from dlm_ray.generation.loading import as_unadapted, load
+from dlm_ray.generation.scoring import Scored
+from dlm_ray.generation.text_model import TextModel
 from dlm_ray.models import families
 from dlm_ray.runtime.build import build
 from dlm_ray.runtime.quickstart_report import INFILL_PREFIX, INFILL_SUFFIX, write_report
 from dlm_ray.runtime.train import RunResult, fit
-from dlm_ray.serving.loading import as_unadapted, load
-from dlm_ray.serving.scoring import Scored
-from dlm_ray.serving.text_model import TextModel
 
 Show = Callable[[str, int, int], None]
 """Called with (what is going on, done, total)."""
@@ -43,10 +43,10 @@ class Size:
 
     corpus_bytes: int | None = None
     vocab_size: int = 4096
-    row_tokens: int = 256
+    sequence_length: int = 256
     held_out: float = 0.03
     evaluation_rows: int = 200
-    draws_per_row: int = 6
+    draws_per_sequence: int = 6
     num_samples: int = 100
     sample_tokens: int = 128
     sample_steps: int = 24
@@ -56,10 +56,10 @@ class Size:
 SMOKE = Size(
     corpus_bytes=1_500_000,
     vocab_size=512,
-    row_tokens=64,
+    sequence_length=64,
     held_out=0.1,
     evaluation_rows=400,
-    draws_per_row=2,
+    draws_per_sequence=2,
     num_samples=8,
     sample_tokens=32,
     sample_steps=8,
@@ -67,11 +67,11 @@ SMOKE = Size(
 )
 _SMOKE_OVERRIDES = [
     "training.steps=8",
-    "training.global_batch_rows=8",
-    "training.micro_batch_rows=4",
+    "training.global_batch_size=8",
+    "training.micro_batch_size=4",
     "optimizer.warmup_steps=2",
     "validation.every_steps=4",
-    "validation.rows=4",
+    "validation.sequences=4",
     "checkpoint.every_steps=4",
     "tracking.log_every_steps=2",
 ]
@@ -112,7 +112,7 @@ def quickstart(
                 str(out / "data"),
                 tokenizer=base,
                 train_tokenizer_vocab=size.vocab_size if own_base else None,
-                row_tokens=size.row_tokens,
+                sequence_length=size.sequence_length,
                 held_out=size.held_out,
                 progress=stages.progress,
             )
@@ -125,7 +125,9 @@ def quickstart(
         scratch = recipes["scratch"]
         if not own_base:
             architecture = families.architecture_of(base_model.denoiser.network.config)
-            scratch = scratch.model_copy(update={"model": scratch.model.model_copy(update={"architecture": architecture})})
+            scratch = scratch.model_copy(
+                update={"model": scratch.model.model_copy(update={"architecture": architecture})}
+            )
         runs["scratch"] = _train(stages, "scratch", scratch, out)
 
     # Training is over and Ray is gone: from here on this process has all cores.
@@ -157,7 +159,9 @@ def quickstart(
     with stages.timed("samples"):
         report["samples"] = _samples(stages, models, out, size)
     with stages.timed("infill"):
-        written = models["adapted"].infill(INFILL_PREFIX, INFILL_SUFFIX, length_tokens=size.infill_tokens, temperature=0.5)[0]
+        written = models["adapted"].infill(
+            INFILL_PREFIX, INFILL_SUFFIX, length_tokens=size.infill_tokens, temperature=0.5
+        )[0]
         report["infill"] = {"prefix": INFILL_PREFIX, "written": written, "suffix": INFILL_SUFFIX}
     with stages.timed("export"):
         report["checkpoint"] = runs["adapted"].checkpoint
@@ -195,7 +199,11 @@ class _Stages:
 
 def _recipes(out: Path, size: Size, smoke: bool, overrides: Sequence[str]) -> dict[str, Recipe]:
     """The three shipped recipes, pointed at `out`, with the overrides that concern each."""
-    shared = [one for one in overrides if one.partition(".")[0] in ("training", "optimizer", "parallelism") or one.startswith("seed=")]
+    shared = [
+        one
+        for one in overrides
+        if one.partition(".")[0] in ("training", "optimizer", "parallelism") or one.startswith("seed=")
+    ]
     shape = _SMOKE_OVERRIDES if smoke else []
     data = [f"data.sources=[{{path: {json.dumps(str(out / 'data'))}}}]"]
     annealing = ["curriculum.annealing.steps=3"] if smoke else []
@@ -226,26 +234,36 @@ def _evaluate(stages: _Stages, models: dict[str, TextModel], out: Path, size: Si
 
     def score(name: str, model: TextModel) -> Scored:
         with stages.timed(f"evaluate {name}"):
-            return model.score(str(out / "data"), max_rows=size.evaluation_rows, draws_per_row=size.draws_per_row, progress=stages.progress)
+            return model.score(
+                str(out / "data"),
+                max_sequences=size.evaluation_rows,
+                draws_per_sequence=size.draws_per_sequence,
+                progress=stages.progress,
+            )
 
     scored = {name: score(name, model) for name, model in models.items()}
-    unadapted = [score(f"unadapted, {pattern}", as_unadapted(models["ar"], pattern)) for pattern in ("causal", "bidirectional")]
+    unadapted = [
+        score(f"unadapted, {pattern}", as_unadapted(models["ar"], pattern)) for pattern in ("causal", "bidirectional")
+    ]
     return {**scored, "unadapted": min(unadapted, key=lambda one: one.bits_per_byte)}
 
 
 def _training(runs: dict[str, RunResult]) -> dict[str, Any]:
-    by_run = {name: {key: run.metrics[key] for key in ("tokens_per_second", "loss")} | {"steps": run.step} for name, run in runs.items()}
+    by_run = {
+        name: {key: run.metrics[key] for key in ("tokens_per_second", "loss")} | {"steps": run.step}
+        for name, run in runs.items()
+    }
     return {"tokens_per_second": by_run["adapted"]["tokens_per_second"], "by_run": by_run}
 
 
 def _samples(stages: _Stages, models: dict[str, TextModel], out: Path, size: Size) -> dict[str, Any]:
     """Texts from nothing by the diffusion models, and how much of them stands in held-out text."""
-    row_tokens = load_index(str(out / "data")).row_tokens
+    sequence_length = load_index(str(out / "data")).sequence_length
     result = {}
     for name in ("adapted", "scratch"):
         texts = models[name].sample(
             num_samples=size.num_samples,
-            length_tokens=min(size.sample_tokens, row_tokens - 1),
+            length_tokens=min(size.sample_tokens, sequence_length - 1),
             steps=size.sample_steps,
             rule="ancestral",
             on_step=lambda step, steps, canvas: stages.progress(step, steps),

@@ -49,7 +49,10 @@ def write_report(report: dict[str, Any], run_dirs: dict[str, Path], out: Path) -
         ),
         Figure(
             intervals(
-                [(label, report[name]["bits_per_byte"], *report[name]["ci95_documents"]) for name, label in _LABELS.items()],
+                [
+                    (label, report[name]["bits_per_byte"], *report[name]["ci95_documents"])
+                    for name, label in _LABELS.items()
+                ],
                 "bits per byte (lower is better)",
             ),
             "Bits per byte on held-out documents with 95 % bootstrap intervals over documents",
@@ -79,13 +82,20 @@ def write_report(report: dict[str, Any], run_dirs: dict[str, Path], out: Path) -
         Table(
             f"{report['samples']['adapted']['num_samples']} texts from nothing",
             ["model", "share of 4-grams in held-out text", "distinct-2"],
-            [[name, f"{one['held_out_4grams']:.3f}", f"{one['distinct_2']:.3f}"] for name, one in report["samples"].items()],
+            [
+                [name, f"{one['held_out_4grams']:.3f}", f"{one['distinct_2']:.3f}"]
+                for name, one in report["samples"].items()
+            ],
         ),
         *(
             Code(f"Text from nothing, adapted, number {number}", [(text, False)])
             for number, text in enumerate(report["samples"]["adapted"]["texts"], 1)
         ),
-        Table("Seconds by stage", ["stage", "seconds"], [[stage, f"{seconds:.1f}"] for stage, seconds in report["seconds"].items()]),
+        Table(
+            "Seconds by stage",
+            ["stage", "seconds"],
+            [[stage, f"{seconds:.1f}"] for stage, seconds in report["seconds"].items()],
+        ),
     ]
     (out / "report.html").write_text(page("From autoregressive to diffusion", blocks))
 

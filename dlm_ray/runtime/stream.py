@@ -20,8 +20,8 @@ import ray.data
 
 from dlm_ray.config.errors import DamageError
 from dlm_ray.config.recipe import Source
-from dlm_ray.data.order import Cursor, Order, RowReference
-from dlm_ray.data.reading import Row, ShardReader, by_step, shares
+from dlm_ray.data.order import Cursor, Order, SequenceReference
+from dlm_ray.data.reading import DataSequence, ShardReader, by_step, shares
 
 # A run is streamed in spans of so many items, so that its whole order has to be neither computed before the first step nor in memory.
 _SPAN_ITEMS = 64
@@ -29,7 +29,7 @@ _SPAN_ITEMS = 64
 
 def ray_data_stream(
     sources: Sequence[Source], order: Order, cursor: Cursor, *, on_bad_sample: str = "fail", **share: int
-) -> Iterator[tuple[list[Row], Cursor]]:
+) -> Iterator[tuple[list[DataSequence], Cursor]]:
     """For each of the next steps: this rank's rows, and the cursor behind the whole global batch.
 
     Args:
@@ -37,7 +37,7 @@ def ray_data_stream(
         order: of the run.
         cursor: where to begin.
         on_bad_sample: fail, or skip for rows of padding in the place of those of a missing or damaged shard.
-        share: global_batch_rows, rank, world_size, num_steps.
+        share: global_batch_size, rank, world_size, num_steps.
 
     Raises:
         DamageError: if a shard is missing or damaged, unless such are skipped.
@@ -53,14 +53,17 @@ def ray_data_stream(
 
 def _groups(
     paths: Sequence[str], order: Order, cursor: Cursor, on_bad_sample: str, share: dict[str, int]
-) -> Iterator[list[tuple[list[Row], Cursor]]]:
+) -> Iterator[list[tuple[list[DataSequence], Cursor]]]:
     """Several steps at a time."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
     groups = shares(order, cursor, **share)
     while span := list(islice(groups, _SPAN_ITEMS)):
-        items = [{"references": [(one.source, one.shard, one.row) for step in references for one in step]} for references, _ in span]
+        items = [
+            {"references": [(one.source, one.shard, one.row) for step in references for one in step]}
+            for references, _ in span
+        ]
         dataset = ray.data.from_items(items, override_num_blocks=len(items)).map(
             _Reader,  # type: ignore[arg-type]  # Ray's annotation leaves out the classes that it takes
             fn_constructor_args=(paths, order, on_bad_sample),
@@ -73,7 +76,7 @@ def _groups(
             yield list(zip(by_step(_rows(group), references), cursors, strict=True))
 
 
-def _rows(group: dict[str, Any]) -> list[Row]:
+def _rows(group: dict[str, Any]) -> list[DataSequence]:
     arrays = (
         group["input_ids"],
         group["document_ids"],
@@ -82,7 +85,7 @@ def _rows(group: dict[str, Any]) -> list[Row]:
         group["part"].tolist(),
         group["finding"],
     )
-    return [Row(*fields) for fields in zip(*arrays, strict=True)]
+    return [DataSequence(*fields) for fields in zip(*arrays, strict=True)]
 
 
 class _Reader:
@@ -93,7 +96,7 @@ class _Reader:
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
         try:
-            rows = self._reader.read([RowReference(*reference) for reference in item["references"]])
+            rows = self._reader.read([SequenceReference(*reference) for reference in item["references"]])
         except DamageError as error:
             return {"error": str(error)}
         return {

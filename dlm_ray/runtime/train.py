@@ -30,7 +30,7 @@ from ray.train.v2.api.report_config import CheckpointUploadMode
 from dlm_ray.data import storage
 from dlm_ray.data.reading import open_sources
 from dlm_ray.runtime.stream import ray_data_stream
-from dlm_ray.training import guards, loop, start, teacher
+from dlm_ray.training import guards, loop, setup, teacher
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ def _trainer(recipe: Recipe, run_dir: Path) -> TorchTrainer:
     return TorchTrainer(
         _worker,
         train_loop_config={
-            "recipe": anchored(recipe).model_dump(mode="json"),
+            "recipe": with_absolute_paths(recipe).model_dump(mode="json"),
             "run_dir": str(run_dir),
             "device": "cuda" if use_gpu else "cpu",
         },
@@ -126,7 +126,7 @@ def _scaling(parallelism: Parallelism, use_gpu: bool) -> ray.train.ScalingConfig
         num_workers=(elastic.min, elastic.max),  # type: ignore[arg-type]
         use_gpu=use_gpu,
         resources_per_worker=resources,
-        elastic_resize_monitor_interval_s=elastic.look_every_seconds,
+        elastic_resize_monitor_interval_s=elastic.resize_check_seconds,
     )
 
 
@@ -149,14 +149,20 @@ def _permanent(failures: Mapping[int, Exception]) -> Exception | None:
     return None
 
 
-def anchored(recipe: Recipe) -> Recipe:
+def with_absolute_paths(recipe: Recipe) -> Recipe:
     """The same recipe with absolute paths: workers run in folders of their own. The run's name keeps to what was typed."""
     sources = tuple(
-        source if storage.is_remote(source.path) else source.model_copy(update={"path": str(Path(source.path).absolute())})
+        source
+        if storage.is_remote(source.path)
+        else source.model_copy(update={"path": str(Path(source.path).absolute())})
         for source in recipe.data.sources
     )
     base = recipe.model.base
-    model = recipe.model.model_copy(update={"base": str(Path(base).absolute())}) if base and Path(base).exists() else recipe.model
+    model = (
+        recipe.model.model_copy(update={"base": str(Path(base).absolute())})
+        if base and Path(base).exists()
+        else recipe.model
+    )
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"sources": sources}), "model": model})
 
 
@@ -218,16 +224,16 @@ def _finished(recipe: Recipe, run_dir: Path) -> RunResult | None:
 def check_before_starting(recipe: Recipe) -> None:
     """What would fail in every worker fails here, once and in seconds: data, tokenizer, base, family, objective."""
     indexes = open_sources(recipe.data.sources)
-    network = start.resolve(recipe, start.is_causal(recipe), indexes[0].tokenizer)
+    network = setup.resolve(recipe, setup.is_causal(recipe), indexes[0].tokenizer)
     with torch.device("meta"):  # what it keeps beside the network may be large, and here only its mistakes matter
-        start.build_objective(recipe, network, indexes[0].row_tokens)
+        setup.build_objective(recipe, network, indexes[0].sequence_length)
     if recipe.objective.alignment_weight:
         teacher.describe(recipe)
     positions = network.config.get("max_position_embeddings") or network.config.get("n_positions")
-    if positions is not None and positions < indexes[0].row_tokens:
+    if positions is not None and positions < indexes[0].sequence_length:
         raise UserError(
-            f"data.sources hold rows of {indexes[0].row_tokens} tokens, and the network has {positions} positions; build the data with "
-            f"--row-tokens {positions} or less, or choose another model"
+            f"data.sources hold rows of {indexes[0].sequence_length} tokens, and the network has {positions} positions; build the data with "
+            f"--sequence-length {positions} or less, or choose another model"
         )
 
 
@@ -235,11 +241,17 @@ def _cause(error: TrainingFailedError) -> Exception:
     """The failure of a worker that explains the others: a user's or a damaged file if there is one, else the first."""
     if isinstance(error, ControllerError):
         failure = error.controller_failure
-        return failure if isinstance(failure, (UserError, FloatingPointError)) else RuntimeError(f"Ray Train failed: {failure!r}")
+        return (
+            failure
+            if isinstance(failure, (UserError, FloatingPointError))
+            else RuntimeError(f"Ray Train failed: {failure!r}")
+        )
     if not isinstance(error, WorkerGroupError):
         return RuntimeError(str(error))
     failures = [getattr(failure, "_base_exc", failure) for failure in error.worker_failures.values()]
-    told = _permanent(error.worker_failures) or next((failure for failure in failures if isinstance(failure, StorageError)), None)
+    told = _permanent(error.worker_failures) or next(
+        (failure for failure in failures if isinstance(failure, StorageError)), None
+    )
     return told or RuntimeError(f"the workers failed: {failures[0]!r}" if failures else str(error))
 
 

@@ -21,12 +21,12 @@ from dlm_ray.diffusion.objectives import SsdLm
 from dlm_ray.diffusion.samplers.adjust import banned
 from dlm_ray.diffusion.samplers.blocks import BlockSampler
 from dlm_ray.diffusion.samplers.canvases import CanvasRequest, CanvasSampler
-from dlm_ray.diffusion.samplers.requests import Request, Stops, Way
-from dlm_ray.diffusion.samplers.rules import Choosing, Confidence
+from dlm_ray.diffusion.samplers.requests import Request, SamplingParams, Stops
+from dlm_ray.diffusion.samplers.rules import Confidence, SelectionRule
 from dlm_ray.diffusion.schedules import Polynomial
 from dlm_ray.diffusion.visibility import Visibility
-from dlm_ray.serving.jobs import Job, TextStream, Update
-from dlm_ray.serving.text_model import TextModel
+from dlm_ray.generation.text_model import TextModel
+from dlm_ray.serving.jobs import Job, SequenceUpdate, TextStream
 
 
 @dataclass(eq=False)
@@ -59,10 +59,10 @@ class Engine:
         self.model, self.settings = model, settings
         own = model.sampled_as()
         for size in settings.block_tokens:
-            if own.kind == "autoregressive" or model.row_tokens % size or size == model.row_tokens:
+            if own.kind == "autoregressive" or model.sequence_length % size or size == model.sequence_length:
                 raise UserError(
                     f"engine.block_tokens={size}: this checkpoint is sampled by "
-                    f"{'blocks of 1 token alone' if own.kind == 'autoregressive' else f'divisors of its context of {model.row_tokens}'}; change it"
+                    f"{'blocks of 1 token alone' if own.kind == 'autoregressive' else f'divisors of its context of {model.sequence_length}'}; change it"
                 )
         self.block_sizes: tuple[int | None, ...] = tuple(dict.fromkeys((own.block_tokens, *settings.block_tokens)))
         """What requests may ask for, the trained size first; None is the whole canvas."""
@@ -92,7 +92,7 @@ class Engine:
             self._remove(running)
 
     @torch.no_grad()
-    def tick(self, now: float | None = None) -> list[Update]:
+    def tick(self, now: float | None = None) -> list[SequenceUpdate]:
         """Lets jobs in, runs one denoising call for the slots of every size of blocks, and says what came of it.
 
         Args:
@@ -100,7 +100,7 @@ class Engine:
         """
         now = time.monotonic() if now is None else now
         updates = [self._expired(one) for one in list(self._running.values()) if _is_late(one.job, now)]
-        updates += [Update(job, finish_reason="deadline") for job in self.waiting if _is_late(job, now)]
+        updates += [SequenceUpdate(job, finish_reason="deadline") for job in self.waiting if _is_late(job, now)]
         self.waiting = deque(job for job in self.waiting if not _is_late(job, now))
         self._admit()
         for sampler in self._samplers.values():
@@ -126,7 +126,7 @@ class Engine:
         chosen, rule = job.chosen, self.model.rule(job.chosen)
         end_id = self.model.tokenizer_identity.end_id
         if chosen.block_tokens is None:
-            never = self.model.never_drawn(bool(job.suffix), ())
+            never = self.model.forbidden_token_ids(bool(job.suffix), ())
             return CanvasRequest(
                 job.prompt,
                 job.length_tokens,
@@ -140,19 +140,19 @@ class Engine:
                 job.seed,
                 banned(never) if never else None,
                 None if job.suffix else end_id,
-                job.is_shown,
+                job.stream_canvas,
             )
-        assert isinstance(rule, Choosing), "other rules are refused by `choose`"
-        way = Way(rule, chosen.steps, chosen.grid, chosen.temperature, chosen.top_p, job.is_shown)
-        return Request(job.prompt, job.length_tokens, job.number, job.seed, Stops(end_id), way=way)
+        assert isinstance(rule, SelectionRule), "other rules are refused by `choose`"
+        params = SamplingParams(rule, chosen.steps, chosen.grid, chosen.temperature, chosen.top_p, job.stream_canvas)
+        return Request(job.prompt, job.length_tokens, job.number, job.seed, Stops(end_id), params=params)
 
-    def _told(self, sampler: Any) -> Iterator[Update]:
-        for text, ids, is_masked, confidence in list(sampler.under_way()):
+    def _told(self, sampler: Any) -> Iterator[SequenceUpdate]:
+        for text, ids, is_masked, confidence in list(sampler.running()):
             running = self._running[id(text.request)]
             if not (running.job.is_streamed or running.job.stops):
                 continue  # nobody looks at it before its end
             final = self._final(text)
-            seen = (len(final), int(is_masked.sum()) if running.job.is_shown else 0)
+            seen = (len(final), int(is_masked.sum()) if running.job.stream_canvas else 0)
             if seen == running.num_seen:
                 continue
             running.num_seen = seen
@@ -160,8 +160,10 @@ class Engine:
             if running.stream.is_stopped:
                 self._remove(running)
                 yield self._update(running, text, new, len(final), "stop")
-            elif running.job.is_streamed and (new or running.job.is_shown):
-                canvas = self._canvas(running.job, text, ids, is_masked, confidence) if running.job.is_shown else None
+            elif running.job.is_streamed and (new or running.job.stream_canvas):
+                canvas = (
+                    self._canvas(running.job, text, ids, is_masked, confidence) if running.job.stream_canvas else None
+                )
                 yield self._update(running, text, new, len(final), None, canvas)
         for text in sampler.finished:
             running = self._running.pop(id(text.request))
@@ -171,12 +173,16 @@ class Engine:
             yield self._update(running, text, new, len(final), "stop" if is_stop else "length")
         sampler.finished.clear()
 
-    def _update(self, running: _Running, text: Any, new: str, num_tokens: int, reason: Any, canvas: Any = None) -> Update:
+    def _update(
+        self, running: _Running, text: Any, new: str, num_tokens: int, reason: Any, canvas: Any = None
+    ) -> SequenceUpdate:
         if reason is not None:
             self.num_tokens += num_tokens
             new = new if running.job.is_streamed else running.stream.sent
-        found = max(0, text.num_found_tokens - 1)  # without the start token, which nobody sent
-        return Update(running.job, new, canvas, reason, num_tokens, text.num_denoising_calls, text.num_cache_calls, found)
+        found = max(0, text.num_cached_tokens - 1)  # without the start token, which nobody sent
+        return SequenceUpdate(
+            running.job, new, canvas, reason, num_tokens, text.num_denoising_calls, text.num_cache_calls, found
+        )
 
     def _final(self, text: Any) -> list[int]:
         """Ids of a text under way that stay, without its prompt."""
@@ -196,11 +202,13 @@ class Engine:
             start = max(0, text.num_encoded - len(job.prompt))
             given = max(0, len(job.prompt) - text.num_encoded)
         own = zip(ids.tolist()[given:], is_masked.tolist()[given:], confidence.exp().tolist()[given:], strict=True)
-        tokens = [[None, 0.0] if masked else [self.model.tokenizer.decode([token]), round(p, 3)] for token, masked, p in own]
+        tokens = [
+            [None, 0.0] if masked else [self.model.tokenizer.decode([token]), round(p, 3)] for token, masked, p in own
+        ]
         return {"start": start, "tokens": tokens[: job.length_tokens - start]}
 
-    def _expired(self, running: _Running) -> Update:
-        text = next(text for text, *_ in running.sampler.under_way() if text.request is running.request)
+    def _expired(self, running: _Running) -> SequenceUpdate:
+        text = next(text for text, *_ in running.sampler.running() if text.request is running.request)
         self._remove(running)
         return self._update(running, text, "", len(self._final(text)), "deadline")
 
@@ -212,13 +220,15 @@ class Engine:
         model, settings = self.model, self.settings
         common: dict[str, Any] = {"num_slots": settings.slots, "fixed_shapes": settings.batch_invariant}
         if size is None:
-            return CanvasSampler(model.denoiser, model.pattern, capacity_tokens=model.row_tokens, device=model.device, **common)
-        never = model.never_drawn(False, ())
+            return CanvasSampler(
+                model.denoiser, model.pattern, capacity_tokens=model.sequence_length, device=model.device, **common
+            )
+        never = model.forbidden_token_ids(False, ())
         return BlockSampler(
             model.denoiser,
             Confidence(Polynomial()),  # each request brings its own
             block_tokens=size,
-            capacity_tokens=model.row_tokens // size * size,
+            capacity_tokens=model.sequence_length // size * size,
             num_steps=size,
             adjust=banned(never) if never else None,
             prefix_bytes=settings.prefix_cache_mib * 2**20,
@@ -229,7 +239,7 @@ class Engine:
     def _check_fixed_shapes(self, size: int | None) -> None:
         """The same text in every slot, and beside other neighbours, has to give the same bits, in hidden rows and in logits."""
         model, slots = self.model, self.settings.slots
-        width = model.row_tokens if size is None else size
+        width = model.sequence_length if size is None else size
         text = torch.arange(width, device=model.device) % model.denoiser.vocab_size
 
         def bits(ids: Tensor, lengths: list[int]) -> Tensor:

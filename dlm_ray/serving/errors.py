@@ -22,9 +22,17 @@ class ApiError(Exception):
         retry_after_seconds: when it is worth trying again.
     """
 
-    def __init__(self, status: int, message: str, code: str, param: str | None = None, retry_after_seconds: int | None = None):
+    def __init__(
+        self, status: int, message: str, code: str, param: str | None = None, retry_after_seconds: int | None = None
+    ):
         super().__init__(message)
-        self.status, self.message, self.code, self.param, self.retry_after_seconds = status, message, code, param, retry_after_seconds
+        self.status, self.message, self.code, self.param, self.retry_after_seconds = (
+            status,
+            message,
+            code,
+            param,
+            retry_after_seconds,
+        )
 
     @property
     def body(self) -> dict[str, Any]:
@@ -45,18 +53,24 @@ class ReplicaLost(Exception):
 def deadline_passed(seconds: float) -> ApiError:
     """Whoever waits has waited long enough."""
     return ApiError(
-        408, f"the text was not finished within {seconds:g} seconds; ask for fewer tokens, or for more timeout_seconds", "deadline"
+        408,
+        f"the text was not finished within {seconds:g} seconds; ask for fewer tokens, or for more timeout_seconds",
+        "deadline",
     )
 
 
 def no_model(name: str, names: Sequence[str]) -> ApiError:
     """The service does not have it."""
-    return ApiError(404, f"there is no model {name!r}; this service has {', '.join(map(repr, names))}", "model_not_found", "model")
+    return ApiError(
+        404, f"there is no model {name!r}; this service has {', '.join(map(repr, names))}", "model_not_found", "model"
+    )
 
 
 def overloaded() -> ApiError:
     """Every slot is taken and enough texts wait already."""
-    return ApiError(503, "all slots are taken and enough texts wait already; try again", "overloaded", retry_after_seconds=1)
+    return ApiError(
+        503, "all slots are taken and enough texts wait already; try again", "overloaded", retry_after_seconds=1
+    )
 
 
 def error_event(error: ApiError) -> Event:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict
 
-from dlm_ray.serving.options import Chosen
+from dlm_ray.generation.sampling import ResolvedSampling
 
 FinishReason = Literal["length", "stop", "deadline", "cancelled"]
 
@@ -31,7 +31,7 @@ class Task(TypedDict):
     """`SamplingOptions` that were named."""
     is_streamed: bool
     """Whether somebody reads a text before it is finished."""
-    is_shown: bool
+    stream_canvas: bool
     timeout_seconds: float | None
 
 
@@ -43,7 +43,7 @@ class Job:
     prompt: list[int]
     """Ids, the start token first."""
     length_tokens: int
-    chosen: Chosen
+    chosen: ResolvedSampling
     """How it is denoised."""
     suffix: list[int] | None = None
     """Ids behind what is to be written; None if nothing stands there."""
@@ -52,7 +52,7 @@ class Job:
     """Which of the request's texts; with the seed it decides the random numbers."""
     stops: tuple[str, ...] = ()
     """The text ends before the first of these."""
-    is_shown: bool = False
+    stream_canvas: bool = False
     """Whether the canvas is wanted while it is denoised."""
     deadline: float | None = None
     """By `time.monotonic`."""
@@ -61,7 +61,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Update:
+class SequenceUpdate:
     """What a tick did for a job."""
 
     job: Job
@@ -74,7 +74,7 @@ class Update:
     """Written so far."""
     num_denoising_calls: int = 0
     num_cache_calls: int = 0
-    num_found_tokens: int = 0
+    num_cached_tokens: int = 0
     """Of the prompt, in the prefix cache."""
 
 

@@ -23,7 +23,9 @@ def pinned(server: Server) -> Server:
             problems.append(f"{f'models.{place}.' if server.models else ''}checkpoint={model.checkpoint}: {error}")
     if problems:
         raise UserError("\n".join(problems))
-    return server.of(models[0]) if server.checkpoint is not None else server.model_copy(update={"models": tuple(models)})
+    return (
+        server.of(models[0]) if server.checkpoint is not None else server.model_copy(update={"models": tuple(models)})
+    )
 
 
 def _pinned(model: Model) -> Model:
@@ -35,7 +37,9 @@ def _pinned(model: Model) -> Model:
         path = model.checkpoint
         huggingface.resolve_folder(path)
         if kind is not None:
-            raise UserError(f"weights={kind} chooses between the weights of a checkpoint of ours, and this is a Hugging Face folder")
+            raise UserError(
+                f"weights={kind} chooses between the weights of a checkpoint of ours, and this is a Hugging Face folder"
+            )
     if Path(path).exists():
         path = str(Path(path).absolute())  # a replica starts in another directory
     return Model(checkpoint=path, name=model.model_name, weights=kind)

@@ -16,7 +16,7 @@ from dlm_ray.diffusion import clip_search
 from dlm_ray.diffusion.absorbing import Clip
 from dlm_ray.diffusion.clip_search import Measured
 from dlm_ray.training import curriculum
-from dlm_ray.training.validate import gather_again
+from dlm_ray.training.validate import reshard
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ def search(
     """The paper's candidates on held-out rows, the least variance first. Collective: every rank passes the same rows and gets the same answer."""
     asked = recipe.curriculum.clip_search
     assert asked is not None, "the recipe searches"
-    rows = rows[: asked.rows]
+    rows = rows[: asked.sequences]
     x_0 = np.stack([row.input_ids for row in rows]).astype(np.int64)
     document_ids = np.stack([row.document_ids for row in rows])
     clips = clip_search.candidates(recipe.objective.clip.enforce if recipe.objective.clip else "none")
@@ -48,11 +48,11 @@ def search(
             device,
             num_draws=asked.draws,
             seed=recipe.seed,
-            micro_batch_rows=recipe.training.micro_batch_rows,
+            micro_batch_size=recipe.training.micro_batch_size,
             rank=rank,
             world_size=world_size,
         )
-    gather_again(root)
+    reshard(root)
     dist.all_reduce(totals)
     return clip_search.measured(clips, totals)
 

@@ -27,7 +27,9 @@ def block_tokens(recipe: Recipe, step: int | None) -> int | None:
     return recipe.objective.block_tokens
 
 
-def visibility(recipe: Recipe, is_causal: bool, step: int | None, document_ids: np.ndarray, device: torch.device) -> Visibility:
+def visibility(
+    recipe: Recipe, is_causal: bool, step: int | None, document_ids: np.ndarray, device: torch.device
+) -> Visibility:
     """Who sees whom in one micro-batch, before an objective draws the borders of its blocks.
 
     Args:

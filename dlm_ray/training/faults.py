@@ -14,7 +14,7 @@ from typing import Any
 
 from dlm_ray.config.recipe import Recipe
 from dlm_ray.data.order import Cursor, Order
-from dlm_ray.data.reading import Row
+from dlm_ray.data.reading import DataSequence
 
 log = logging.getLogger(__name__)
 
@@ -37,21 +37,28 @@ class Faults:
         self.skipped_steps += is_skipped
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if is_skipped else 0
 
-    def count_rows(self, findings: Iterable[str]) -> None:
+    def count_rows(self, bad_sequences: Iterable[str]) -> None:
         """Rows of one global batch that were replaced, each by its finding."""
-        for finding in findings:
+        for finding in bad_sequences:
             if finding not in self.skipped_rows:
                 log.warning("left out by data.on_bad_sample=skip: %s", finding)
             self.skipped_rows[finding] = self.skipped_rows.get(finding, 0) + 1
 
 
-def findings(rows: Sequence[Row]) -> list[str]:
+def bad_sequences(rows: Sequence[DataSequence]) -> list[str]:
     """Of the rows that stand for damaged ones."""
     return [row.finding for row in rows if row.finding]
 
 
 def write_bad_step(
-    run_dir: Path, recipe: Recipe, order: Order, *, step: int, cursor: Cursor, checkpoint: str | None, metrics: dict[str, float]
+    run_dir: Path,
+    recipe: Recipe,
+    order: Order,
+    *,
+    step: int,
+    cursor: Cursor,
+    checkpoint: str | None,
+    metrics: dict[str, float],
 ) -> Path:
     """`<run_dir>/bad_step_<step>.json`: all that it takes to run one step again.
 
@@ -64,12 +71,12 @@ def write_bad_step(
         checkpoint: the last good one; the steps from there to this one follow from recipe and cursor.
         metrics: loss and gradient norm, which need not be finite.
     """
-    references, _ = order.references(cursor, recipe.training.global_batch_rows)
+    references, _ = order.references(cursor, recipe.training.global_batch_size)
     content = {
         "step": step,
         "checkpoint": checkpoint,
         "metrics": {name: str(value) for name, value in metrics.items()},
-        "draw": {"seed": recipe.seed, "step": step - 1, "global_batch_rows": recipe.training.global_batch_rows},
+        "draw": {"seed": recipe.seed, "step": step - 1, "global_batch_size": recipe.training.global_batch_size},
         "cursor": cursor.as_dict(),
         "rows": [
             {
@@ -107,6 +114,11 @@ class LossAlarm:
         is_spike = not loss <= mean + self._deviations * deviation  # also if it is no number
         if is_spike:
             log.warning(
-                "loss spike at step %d: %.4g, and the %d logged before it are %.4g +- %.2g", step, loss, len(before), mean, deviation
+                "loss spike at step %d: %.4g, and the %d logged before it are %.4g +- %.2g",
+                step,
+                loss,
+                len(before),
+                mean,
+                deviation,
             )
         return is_spike

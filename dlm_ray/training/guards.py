@@ -57,7 +57,9 @@ def sole_owner(run_dir: Path, name: str, *, patience_seconds: float = 0.0) -> It
                     ) from error
             time.sleep(0.1)
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}, which began at {datetime.now(UTC).isoformat(timespec='seconds')}\n")
+        file.write(
+            f"process {os.getpid()} on {socket.gethostname()}, which began at {datetime.now(UTC).isoformat(timespec='seconds')}\n"
+        )
         file.flush()
         yield
 
@@ -96,10 +98,15 @@ class StopRequest:
 
 def data_identity(indexes: Sequence[Index]) -> list[str]:
     """The training shards of each source as one hash, wherever they lie."""
-    return [hashlib.sha256("".join(shard.sha256 for shard in index.splits["train"].shards).encode()).hexdigest() for index in indexes]
+    return [
+        hashlib.sha256("".join(shard.sha256 for shard in index.splits["train"].shards).encode()).hexdigest()
+        for index in indexes
+    ]
 
 
-def check_same_run(recipe: Recipe, identity: list[str], checkpoint: str, its_recipe: dict[str, Any], its_identity: list[str]) -> None:
+def check_same_run(
+    recipe: Recipe, identity: list[str], checkpoint: str, its_recipe: dict[str, Any], its_identity: list[str]
+) -> None:
     """Raises UserError, with every difference, unless a checkpoint is of this recipe's run.
 
     Keys that do not change the result may differ, and so may the folders in which data and base lie.
@@ -110,7 +117,9 @@ def check_same_run(recipe: Recipe, identity: list[str], checkpoint: str, its_rec
         raise UserError(
             f"{checkpoint} has a recipe that this version cannot read: {str(error).splitlines()[0]}; give the run another directory"
         ) from error
-    differences = [f"{key}: it has {old}, and the recipe {new}" for key, old, new in _differences(_result(then), _result(recipe))]
+    differences = [
+        f"{key}: it has {old}, and the recipe {new}" for key, old, new in _differences(_result(then), _result(recipe))
+    ]
     if not differences and identity != its_identity:
         differences = ["data.sources: it was trained on other shards"]
     if differences:

@@ -21,12 +21,12 @@ from dlm_ray.config.errors import DamageError, Stopped, UserError
 from dlm_ray.config.recipe import Recipe, Source
 from dlm_ray.data.index import load_data_tokenizer
 from dlm_ray.data.order import Cursor, Order
-from dlm_ray.data.reading import Row, ShardReader, iterate_rows, open_sources, read_split
-from dlm_ray.training import clip_search, curriculum, guards, start, state, teacher
+from dlm_ray.data.reading import DataSequence, ShardReader, iterate_rows, open_sources, read_split
+from dlm_ray.training import clip_search, curriculum, guards, setup, state, teacher
 from dlm_ray.training import optimizer as optimization
 from dlm_ray.training.capabilities import capabilities
 from dlm_ray.training.ema import Ema
-from dlm_ray.training.faults import Faults, LossAlarm, findings, write_bad_step
+from dlm_ray.training.faults import Faults, LossAlarm, bad_sequences, write_bad_step
 from dlm_ray.training.metrics import MetricsLog
 from dlm_ray.training.saving import Saver
 from dlm_ray.training.step import StepResult, micro_batches, train_step
@@ -34,13 +34,13 @@ from dlm_ray.training.validate import validate
 
 log = logging.getLogger(__name__)
 
-Stream = Callable[..., Iterator[tuple[list[Row], Cursor]]]
+Stream = Callable[..., Iterator[tuple[list[DataSequence], Cursor]]]
 Report = Callable[[dict[str, Any], str | None], None]
 
 
 def local_stream(
     sources: Sequence[Source], order: Order, cursor: Cursor, *, on_bad_sample: str = "fail", **share: int
-) -> Iterator[tuple[list[Row], Cursor]]:
+) -> Iterator[tuple[list[DataSequence], Cursor]]:
     """The rows of this rank, read in this process: per step its share of the global batch, and the cursor behind the whole batch."""
     reader = ShardReader([source.path for source in sources], order.indexes, on_bad_sample=on_bad_sample)
     return iterate_rows(reader, order, cursor, **share)
@@ -89,7 +89,9 @@ class _Run:
         self.host_group = dist.new_group(backend="gloo")
         self.indexes = open_sources(recipe.data.sources)
         self.data_identity = guards.data_identity(self.indexes)
-        self.order = Order(self.indexes, [source.weight for source in recipe.data.sources], recipe.seed, recipe.data.window_shards)
+        self.order = Order(
+            self.indexes, [source.weight for source in recipe.data.sources], recipe.seed, recipe.data.window_shards
+        )
 
         def open_directory() -> str | None:
             if self.rank != 0:
@@ -109,7 +111,7 @@ class _Run:
         manifest = commit.read_manifest(self.checkpoint) if self.checkpoint else None
         tokenizer = self.indexes[0].tokenizer
         if manifest is None:
-            self.network = start.resolve(self.recipe, start.is_causal(self.recipe), tokenizer)
+            self.network = setup.resolve(self.recipe, setup.is_causal(self.recipe), tokenizer)
         else:
             if manifest.tokenizer["sha256"] != tokenizer.sha256:
                 raise UserError(
@@ -118,15 +120,15 @@ class _Run:
                 )
             then = manifest.extra.get("data", self.data_identity)
             guards.check_same_run(self.recipe, self.data_identity, str(self.checkpoint), manifest.recipe, then)
-            self.network = start.Network.from_manifest(manifest.model)
-        self.objective = start.build_objective(self.recipe, self.network, self.indexes[0].row_tokens)
+            self.network = setup.Network.from_manifest(manifest.model)
+        self.objective = setup.build_objective(self.recipe, self.network, self.indexes[0].sequence_length)
         mesh = init_device_mesh(self.device.type, (self.world_size,))
-        self.root, denoiser = start.build(self.recipe, self.network, self.objective, mesh, self.device)
+        self.root, denoiser = setup.build(self.recipe, self.network, self.objective, mesh, self.device)
         self.root.train()
         if self.recipe.objective.alignment_weight:
             self.objective.terms = replace(self.objective.terms, teacher=teacher.load(self.recipe, mesh, self.device))
         if manifest is None:
-            start.fill(self.recipe, self.network, denoiser, self.objective)
+            setup.init_weights(self.recipe, self.network, denoiser, self.objective)
         self.optimizer = optimization.build(self.recipe.optimizer, self.root)
         self.ema = Ema(self.root, self.recipe.ema.decay) if self.recipe.ema else None
         self.step, self.cursor = 0, Cursor.start(len(self.indexes))
@@ -157,7 +159,7 @@ class _Run:
         alarm = LossAlarm(recipe.tracking.alarm_deviations, self.metrics_log.losses if self.metrics_log else [])
         held_out = self._held_out_rows()
         share = {
-            "global_batch_rows": recipe.training.global_batch_rows,
+            "global_batch_size": recipe.training.global_batch_size,
             "rank": self.rank,
             "world_size": self.world_size,
             "num_steps": num_steps - self.step,
@@ -167,81 +169,103 @@ class _Run:
         clock = _Clock()
         unchecked: tuple[int, Cursor, StepResult] | None = None
         has_left = False
-        for rows, cursor in stream(recipe.data.sources, self.order, self.cursor, on_bad_sample=recipe.data.on_bad_sample, **share):
+        for rows, cursor in stream(
+            recipe.data.sources, self.order, self.cursor, on_bad_sample=recipe.data.on_bad_sample, **share
+        ):
             rate = optimization.learning_rate(recipe.optimizer, self.step, num_steps)
             optimization.set_learning_rate(self.optimizer, rate)
             batches = micro_batches(recipe, self.objective, rows, self.step, self.rank, self.world_size, self.device)
             skips = {"skips_nonfinite": recipe.training.max_skipped_steps > 0}
             result = train_step(
-                self.root, self.objective, self.optimizer, batches, recipe.optimizer.max_gradient_norm, self.host_group, **skips
+                self.root,
+                self.objective,
+                self.optimizer,
+                batches,
+                recipe.optimizer.max_grad_norm,
+                self.host_group,
+                **skips,
             )
             self.faults.count_step(result.is_skipped)
             if result.is_skipped:
                 self._check_finite(self.step + 1, self.cursor, result)
             elif unchecked is not None:
-                self._check_finite(*unchecked)  # one step late, so that the host never waits for the step it has just launched
+                self._check_finite(
+                    *unchecked
+                )  # one step late, so that the host never waits for the step it has just launched
             if self.ema is not None and not result.is_skipped:
                 self.ema.update(self.step)
             ratio = 0.0 if self.objective.is_causal else curriculum.annealing_ratio(recipe, self.step)
             unchecked = (self.step + 1, self.cursor, result)
             self.step, self.cursor = self.step + 1, cursor
-            clock.count(recipe.training.global_batch_rows * self.indexes[0].row_tokens)
+            clock.count(recipe.training.global_batch_size * self.indexes[0].sequence_length)
 
             is_last = self.step == num_steps
             if self.step % recipe.tracking.log_every_steps == 0 or is_last:
                 metrics |= result.metrics()
                 if recipe.curriculum.block_sizes:
                     metrics["block_tokens"] = curriculum.block_tokens(recipe, self.step - 1)
-                metrics |= {"learning_rate": rate, "visible_future": ratio, "tokens_per_second": clock.tokens_per_second()}
+                metrics |= {
+                    "learning_rate": rate,
+                    "annealing_ratio": ratio,
+                    "tokens_per_second": clock.tokens_per_second(),
+                }
                 if self.metrics_log is not None:
                     alarms = {"loss_spike": True} if alarm.rings(self.step, metrics["loss"]) else {}
                     skipped = {"skipped_steps": self.faults.skipped_steps} if self.faults.skipped_steps else {}
-                    self.metrics_log.write(self.step, **metrics, **alarms, **skipped, rows=self.cursor.rows, workers=self.world_size)
-            if recipe.validation.rows and held_out and (self.step % recipe.validation.every_steps == 0 or is_last):
+                    self.metrics_log.write(
+                        self.step, **metrics, **alarms, **skipped, rows=self.cursor.rows, workers=self.world_size
+                    )
+            if recipe.validation.sequences and held_out and (self.step % recipe.validation.every_steps == 0 or is_last):
                 with clock.paused(), self.ema.swapped_in() if self.ema else nullcontext():
-                    validated = held_out[: recipe.validation.rows]
-                    validation = validate(recipe, self.root, self.objective, validated, self.rank, self.world_size, self.device)
+                    validated = held_out[: recipe.validation.sequences]
+                    validation = validate(
+                        recipe, self.root, self.objective, validated, self.rank, self.world_size, self.device
+                    )
                 if self.metrics_log is not None:
                     self.metrics_log.write(self.step, validation=validation)
                 measured = {"validation": validation, "validated_step": self.step}
             if clip_search.is_due(recipe, self.step) and held_out and not is_last:
                 with clock.paused(), self.ema.swapped_in() if self.ema else nullcontext():
-                    found = clip_search.search(recipe, self.root, self.objective, held_out, self.rank, self.world_size, self.device)
+                    found = clip_search.search(
+                        recipe, self.root, self.objective, held_out, self.rank, self.world_size, self.device
+                    )
                 self.clip = clip_search.apply(recipe, self.objective, (found[0].beta, found[0].omega))
                 if self.metrics_log is not None:
                     self.metrics_log.write(self.step, clip_search=[vars(one) for one in found])
 
-            bad_rows = findings(rows)
+            bad_rows = bad_sequences(rows)
             own = [len(bad_rows), int(stop.is_made()), int(is_machine_leaving()), int(self.saver.is_over())]
             num_bad, is_asked, is_leaving, is_over = agreement.totals(own, self.host_group)
             if num_bad:
                 self._count_bad(bad_rows, num_bad)
             with clock.paused():
                 if is_over == self.world_size:
-                    self._conclude(report)
+                    self._finish_save(report)
                 is_due = self.step % recipe.checkpoint.every_steps == 0 or is_last
                 if is_due or is_asked or (is_leaving and not has_left):
                     self._check_finite(*unchecked)
-                    self._conclude(report)
+                    self._finish_save(report)
                     self._begin_save(metrics | measured)
                 if is_last or is_asked or is_leaving or not recipe.checkpoint.asynchronous:
-                    self._conclude(report, has_to_succeed=is_last or bool(is_asked))
+                    self._finish_save(report, has_to_succeed=is_last or bool(is_asked))
                 has_left = has_left or bool(is_leaving)
             if is_asked:
                 stop.obeyed()
             if is_asked and not is_last:
-                raise Stopped(f"stopped after step {self.step} of {num_steps}, as it was asked to; {self.checkpoint} holds its state")
+                raise Stopped(
+                    f"stopped after step {self.step} of {num_steps}, as it was asked to; {self.checkpoint} holds its state"
+                )
         if self.metrics_log is not None:
             self.metrics_log.close()
         assert self.step == num_steps, f"the stream ended after step {self.step} of {num_steps}"
         return {"step": self.step, "checkpoint": self.checkpoint, **metrics, **measured}
 
-    def _held_out_rows(self) -> list[Row]:
+    def _held_out_rows(self) -> list[DataSequence]:
         """Held-out rows of every source, as many of each."""
         search = self.recipe.curriculum.clip_search
-        wanted = max(self.recipe.validation.rows, search.rows if search else 0)
+        wanted = max(self.recipe.validation.sequences, search.sequences if search else 0)
         per_source = -(-wanted // len(self.indexes))
-        rows: list[Row] = []
+        rows: list[DataSequence] = []
         if per_source:
             for source in self.recipe.data.sources:
                 rows += read_split(source.path, "held_out", per_source)
@@ -253,20 +277,27 @@ class _Run:
             "recipe": self.recipe.model_dump(mode="json"),
             "tokenizer": self.indexes[0].tokenizer.as_dict(),
             "model": {**self.network.as_manifest(), "objective": self.recipe.objective.name},
-            "capabilities": capabilities(self.recipe, self.network, self.objective, self.indexes[0].row_tokens),
+            "capabilities": capabilities(self.recipe, self.network, self.objective, self.indexes[0].sequence_length),
             "cursor": self.cursor.as_dict(),
-            "extra": {"metrics": dict(metrics), "faults": self.faults.as_dict(), "data": self.data_identity, "clip": self.clip},
+            "extra": {
+                "metrics": dict(metrics),
+                "faults": self.faults.as_dict(),
+                "data": self.data_identity,
+                "clip": self.clip,
+            },
         }
         self.saver.begin(self.step, state.tensors(self.root, self.optimizer, self.ema), fields, dict(metrics))
 
-    def _conclude(self, report: Report | None, *, has_to_succeed: bool = False) -> None:
+    def _finish_save(self, report: Report | None, *, has_to_succeed: bool = False) -> None:
         """Waits for the save that is on its way, if one is, and tells of it."""
         saved = self.saver.end(has_to_succeed=has_to_succeed)
         if saved is None:
             return
         self.checkpoint = saved.directory or self.checkpoint
         if self.metrics_log is not None:
-            self.metrics_log.write(self.step, checkpoint=saved.directory, of_step=saved.step, blocked_seconds=saved.blocked_seconds)
+            self.metrics_log.write(
+                self.step, checkpoint=saved.directory, of_step=saved.step, blocked_seconds=saved.blocked_seconds
+            )
         if report is not None and saved.directory is not None:
             report({"step": saved.step, **saved.metrics}, saved.directory)
 
@@ -278,8 +309,10 @@ class _Run:
         """
         everybodys = [finding for rank in agreement.gathered(lambda: own, self.host_group) for finding in rank]
         self.faults.count_rows(everybodys)
-        if num_bad == self.recipe.training.global_batch_rows:
-            raise DamageError(f"step {self.step}: not one of its {num_bad} rows can be read ({everybodys[0]}); restore the shards")
+        if num_bad == self.recipe.training.global_batch_size:
+            raise DamageError(
+                f"step {self.step}: not one of its {num_bad} rows can be read ({everybodys[0]}); restore the shards"
+            )
 
     def _check_finite(self, step: int, cursor: Cursor, result: StepResult) -> None:
         """Raises FloatingPointError on every rank alike, because the norm is of the global gradient.
@@ -287,13 +320,17 @@ class _Run:
         Names the step, its rows in the order of the run, and the objective; a file holds what it takes to run the same step again.
         """
         norm, recipe = result.gradient_norm.item(), self.recipe
-        if math.isfinite(norm) or (result.is_skipped and self.faults.skipped_in_a_row <= recipe.training.max_skipped_steps):
+        if math.isfinite(norm) or (
+            result.is_skipped and self.faults.skipped_in_a_row <= recipe.training.max_skipped_steps
+        ):
             return
-        self._conclude(None)
-        metrics, rows = result.metrics(), recipe.training.global_batch_rows
+        self._finish_save(None)
+        metrics, rows = result.metrics(), recipe.training.global_batch_size
         where = ""
         if self.rank == 0:
-            path = write_bad_step(self.run_dir, recipe, self.order, step=step, cursor=cursor, checkpoint=self.checkpoint, metrics=metrics)
+            path = write_bad_step(
+                self.run_dir, recipe, self.order, step=step, cursor=cursor, checkpoint=self.checkpoint, metrics=metrics
+            )
             where = f", and {path} holds what it takes to run the step again"
         raise FloatingPointError(
             f"step {step} (rows {(step - 1) * rows} to {step * rows - 1} of the run's order) of objective {recipe.objective.name}: loss "
@@ -308,7 +345,9 @@ def pick_device(name: str) -> torch.device:
         UserError: if CUDA is asked for and absent.
     """
     if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("parallelism.device=cuda, and this machine shows no CUDA device; set parallelism.device=cpu or auto")
+        raise UserError(
+            "parallelism.device=cuda, and this machine shows no CUDA device; set parallelism.device=cpu or auto"
+        )
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())

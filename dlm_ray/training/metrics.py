@@ -61,7 +61,14 @@ class MetricsLog:
 
 
 def flops_per_token(
-    *, body_parameters: int, width: int, num_layers: int, num_positions: int, vocab_size: int, scored_share: float, visible_share: float
+    *,
+    body_parameters: int,
+    width: int,
+    num_layers: int,
+    num_positions: int,
+    vocab_size: int,
+    scored_share: float,
+    visible_share: float,
 ) -> float:
     """FLOPs of forward and backward for one position of a row: 6 for each matrix parameter, attention's two products, and the head.
 

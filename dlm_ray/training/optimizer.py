@@ -12,12 +12,12 @@ from dlm_ray.config.recipe import Optimizer
 
 def learning_rate(recipe: Optimizer, step: int, num_steps: int) -> float:
     """The rate of `step` (counted from 0) in a run of `num_steps`: a linear warm-up, then cosine, flat, or flat with a linear end."""
-    floor = recipe.learning_rate * recipe.final_ratio
+    floor = recipe.learning_rate * recipe.min_lr_ratio
     if step < recipe.warmup_steps:
         return recipe.learning_rate * (step + 1) / recipe.warmup_steps
-    if recipe.rate == "constant":
+    if recipe.lr_schedule == "constant":
         return recipe.learning_rate
-    if recipe.rate == "warmup_stable_decay":
+    if recipe.lr_schedule == "warmup_stable_decay":
         left = (num_steps - step) / recipe.decay_steps
         return floor + (recipe.learning_rate - floor) * min(1.0, left)
     progress = (step - recipe.warmup_steps) / max(1, num_steps - recipe.warmup_steps)
@@ -44,7 +44,11 @@ def build(recipe: Optimizer, root: nn.Module) -> torch.optim.AdamW:
         {"params": own, "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=recipe.learning_rate, betas=recipe.betas, eps=recipe.epsilon, foreach=True
+        [group for group in groups if group["params"]],
+        lr=recipe.learning_rate,
+        betas=recipe.betas,
+        eps=recipe.epsilon,
+        foreach=True,
     )
     for group in optimizer.param_groups:
         for parameter in group["params"]:

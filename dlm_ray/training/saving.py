@@ -45,7 +45,9 @@ class Saver:
         self._on_its_way: tuple[int, str, Future[None], dict[str, Any]] | None = None
         self._blocked_seconds = 0.0
 
-    def begin(self, step: int, tensors: Mapping[str, Tensor], fields: Mapping[str, Any], metrics: dict[str, Any]) -> None:
+    def begin(
+        self, step: int, tensors: Mapping[str, Tensor], fields: Mapping[str, Any], metrics: dict[str, Any]
+    ) -> None:
         """Saves the state of `step`; asynchronously it returns once `tensors` are copied, and they may change."""
         assert self._on_its_way is None, "the save before has been ended"
         started = time.perf_counter()

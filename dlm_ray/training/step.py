@@ -19,7 +19,7 @@ from dlm_ray.diffusion.draws import Draw, DrawKey, maskable_positions
 from dlm_ray.training import curriculum
 
 
-class Trainee(nn.Module):
+class TrainModule(nn.Module):
     """The root that FSDP2 wraps: its forward runs the whole objective, so that every collective is issued in one order on all ranks."""
 
     def __init__(self, denoiser: nn.Module, objective: Any):
@@ -57,17 +57,19 @@ class StepResult:
         sums = self.sums.clone()
         dist.all_reduce(sums)
         values = sums.tolist()
-        named = {name: value / max(1, by) for name, by, value in zip(self.names, self.divisors, values[1:], strict=True)}
+        named = {
+            name: value / max(1, by) for name, by, value in zip(self.names, self.divisors, values[1:], strict=True)
+        }
         return {"loss": values[0] / self.count, "gradient_norm": self.gradient_norm.item(), **named}
 
 
-def num_micro_steps(recipe: Recipe, world_size: int, draws_per_row: int = 1) -> int:
+def num_micro_steps(recipe: Recipe, world_size: int, draws_per_sequence: int = 1) -> int:
     """Forward passes of one worker in one step: as many on every worker as the one with most rows needs.
 
     The draws of a row are passed together, and count as rows of the pass.
     """
-    most = -(-recipe.training.global_batch_rows // world_size)
-    return -(-most // max(1, recipe.training.micro_batch_rows // draws_per_row))
+    most = -(-recipe.training.global_batch_size // world_size)
+    return -(-most // max(1, recipe.training.micro_batch_size // draws_per_sequence))
 
 
 def micro_batches(
@@ -78,9 +80,11 @@ def micro_batches(
     A rank with fewer rows than micro-steps runs its first row again with nothing masked and nothing scored. An objective that wants several
     draws of a row finds its copies next to each other, with numbers of their own in the global batch.
     """
-    total, copies = recipe.training.global_batch_rows, objective.draws_per_row
+    total, copies = recipe.training.global_batch_size, objective.draws_per_sequence
     share = np.array_split(np.arange(total), world_size)[rank]
-    assert len(share) == len(rows), f"the stream gave {len(rows)} rows where this rank's share of the global batch is {len(share)}"
+    assert len(share) == len(rows), (
+        f"the stream gave {len(rows)} rows where this rank's share of the global batch is {len(share)}"
+    )
     batches = []
     for part in np.array_split(np.arange(len(share)), num_micro_steps(recipe, world_size, copies)):
         chosen = [rows[i] for i in part] or [rows[0]]
@@ -110,7 +114,9 @@ def train_step(
     The counts are on the host, so the division is known before the first backward pass and nothing waits for the device; only to skip a
     gradient that is not finite does the host wait for its norm, which is the same on all ranks.
     """
-    counts = torch.tensor([sum(objective.count(batch.draw) for batch in batches), sum(batch.draw.num_scored for batch in batches)])
+    counts = torch.tensor(
+        [sum(objective.count(batch.draw) for batch in batches), sum(batch.draw.num_scored for batch in batches)]
+    )
     dist.all_reduce(counts, group=host_group)
     count, num_scored = max(1, int(counts[0])), int(counts[1])
     sums: Tensor | None = None

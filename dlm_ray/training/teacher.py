@@ -12,7 +12,7 @@ from dlm_ray.config.errors import UserError
 from dlm_ray.config.recipe import Recipe
 from dlm_ray.diffusion.visibility import Visibility
 from dlm_ray.models import families, parallel
-from dlm_ray.training import start
+from dlm_ray.training import setup
 
 
 class Teacher(nn.Module):
@@ -35,7 +35,7 @@ def describe(recipe: Recipe) -> dict[str, Any]:
         UserError: if the base is not autoregressive.
     """
     base = recipe.model.base or ""
-    fields, mask_id, _ = start.describe_base(base)
+    fields, mask_id, _ = setup.describe_base(base)
     if mask_id is not None:
         raise UserError(
             f"objective.alignment_weight aligns with an autoregressive model, and model.base={base} is a diffusion model; set it to 0"
@@ -45,10 +45,12 @@ def describe(recipe: Recipe) -> dict[str, Any]:
 
 def load(recipe: Recipe, mesh: DeviceMesh, device: torch.device) -> Teacher:
     """The base as it was before the run."""
-    denoiser = parallel.build(families.read_config(describe(recipe)), None, recipe.objective.shift, recipe.model.attention)
+    denoiser = parallel.build(
+        families.read_config(describe(recipe)), None, recipe.objective.shift, recipe.model.attention
+    )
     denoiser.requires_grad_(False)
     teacher = Teacher(denoiser)
     parallel.shard(teacher, denoiser, mesh, recipe.training.precision, replicated=set())
     parallel.materialize(denoiser, device)
-    start.fill_from(recipe.model.base or "", denoiser, extra_rows=set(), seed=recipe.seed)
+    setup.load_base_weights(recipe.model.base or "", denoiser, extra_rows=set(), seed=recipe.seed)
     return teacher.eval()

@@ -35,7 +35,7 @@ def validate(
     pairs = [(row, number) for row in range(len(rows)) for number in range(draws)]
     mine = np.array_split(np.arange(len(pairs)), world_size)[rank]
     most = math.ceil(len(pairs) / world_size)
-    num_batches = math.ceil(most / recipe.training.micro_batch_rows)
+    num_batches = math.ceil(most / recipe.training.micro_batch_size)
     times = evaluation_times(recipe.seed, range(len(rows)), draws)
     sums = torch.zeros(1 + 2 * TIME_BINS, dtype=torch.float64, device=device)  # nats; nll by bin; count by bin
     with torch.no_grad():
@@ -58,12 +58,15 @@ def validate(
             bins = (batch.draw.t_scored * TIME_BINS).long().clamp(max=TIME_BINS - 1)
             sums[1 : 1 + TIME_BINS].index_add_(0, bins, is_scored * nll)
             sums[1 + TIME_BINS :].index_add_(0, bins, is_scored)
-    gather_again(root)
+    reshard(root)
     dist.all_reduce(sums)
     nats = sums[0].item() / draws
     means = (sums[1 : 1 + TIME_BINS] / sums[1 + TIME_BINS :].clamp(min=1)).tolist()
     if objective.likelihood == "none":
-        return {"block_nll": sums[1 : 1 + TIME_BINS].sum().item() / max(1.0, sums[1 + TIME_BINS :].sum().item()), "block_nll_by_t": means}
+        return {
+            "block_nll": sums[1 : 1 + TIME_BINS].sum().item() / max(1.0, sums[1 + TIME_BINS :].sum().item()),
+            "block_nll_by_t": means,
+        }
     num_bytes = sum(int(row.num_bytes.sum()) for row in rows)
     result: dict[str, Any] = {
         "nats_per_token": nats / int(maskable_positions(document_ids).sum()),
@@ -74,7 +77,7 @@ def validate(
     return result
 
 
-def gather_again(root: Any) -> None:
+def reshard(root: Any) -> None:
     """Lets go of gathered weights: without a backward pass they would stay, and the next forward would use these again."""
     for module in root.modules():
         if isinstance(module, FSDPModule):

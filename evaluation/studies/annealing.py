@@ -19,7 +19,7 @@ from dlm_ray.checkpoint.weights import our_checkpoint
 from dlm_ray.config.errors import UserError
 from dlm_ray.config.load import read_tree
 from dlm_ray.data.index import load_index
-from dlm_ray.serving.loading import load
+from dlm_ray.generation.loading import load
 from dlm_ray.training import loop
 
 STEPS = 120
@@ -49,7 +49,7 @@ ORDERINGS = (
 )
 
 
-def study(seeds: int, steps: int, row_tokens: int) -> Study:
+def study(seeds: int, steps: int, sequence_length: int) -> Study:
     """The arms; an arm's settings are a whole recipe but for seed, data and base."""
     names = [(way, shift, f"{way}, {'shift' if shift else 'no shift'}") for shift in (True, False) for way in WAYS]
     return Study(
@@ -57,26 +57,31 @@ def study(seeds: int, steps: int, row_tokens: int) -> Study:
         question="From one AR model in the same steps: does it help to reveal the future by and by, and to keep the shift?",
         metric="bits_per_byte",
         unit="bits per byte",
-        arms=tuple(Arm(name, _settings(way, shift, steps, row_tokens), PUBLISHED.get(name, "")) for way, shift, name in names),
+        arms=tuple(
+            Arm(name, _settings(way, shift, steps, sequence_length), PUBLISHED.get(name, ""))
+            for way, shift, name in names
+        ),
         seeds=tuple(range(seeds)),
         baseline="none, shift",
         orderings=ORDERINGS,
     )
 
 
-def _settings(way: str, shift: bool, steps: int, row_tokens: int) -> dict[str, Any]:
+def _settings(way: str, shift: bool, steps: int, sequence_length: int) -> dict[str, Any]:
     pattern, share = WAYS[way]
     tree = read_tree("quickstart")
-    tree["training"] = {"steps": steps, "global_batch_rows": 8, "micro_batch_rows": 8}
-    tree["validation"] = {"rows": 0}
+    tree["training"] = {"steps": steps, "global_batch_size": 8, "micro_batch_size": 8}
+    tree["validation"] = {"sequences": 0}
     tree["checkpoint"] = {"every_steps": steps, "keep_last": 1}
     tree["parallelism"] = {"workers": 1}
     tree["optimizer"]["warmup_steps"] = min(15, steps // 4)
     tree["objective"]["shift"] = shift
     num_steps = max(len(SIZES), round(share * steps))
     if pattern == "blocks":
-        tree["objective"] |= {"name": "block", "block_tokens": row_tokens}
-        tree["curriculum"] = {"block_sizes": [{"block_tokens": size, "steps": num_steps // len(SIZES)} for size in SIZES]}
+        tree["objective"] |= {"name": "block", "block_tokens": sequence_length}
+        tree["curriculum"] = {
+            "block_sizes": [{"block_tokens": size, "steps": num_steps // len(SIZES)} for size in SIZES]
+        }
     else:
         tree["curriculum"] = {"annealing": {"pattern": pattern, "steps": num_steps if share else 0}}
     return tree
@@ -85,7 +90,7 @@ def _settings(way: str, shift: bool, steps: int, row_tokens: int) -> dict[str, A
 def one(arm: Arm, seed: int, folder: Path, data: str, base: str) -> Outcome:
     """Trains, and scores held-out text."""
     loop.fit(objectives.recipe_of(arm, seed, data, base), folder)
-    scored = load(folder).score(data, max_rows=HELD_OUT_ROWS, draws_per_row=DRAWS)
+    scored = load(folder).score(data, max_sequences=HELD_OUT_ROWS, draws_per_sequence=DRAWS)
     metrics = {"bits_per_byte": scored.bits_per_byte}
     return Outcome(metrics, (scored.nats / math.log(2)).tolist(), scored.num_bytes.tolist())
 
@@ -95,7 +100,7 @@ def notes(base: str, data: str, steps: int) -> Sequence[str]:
     manifest, index = read_manifest(base), load_index(data)
     documents = {name: split.documents for name, split in index.splits.items()}
     return [
-        f"Data, AR base ({manifest.step} steps) and recipe are the quickstart's: {documents['train']} documents, rows of {index.row_tokens} tokens, 8 a step, "
+        f"Data, AR base ({manifest.step} steps) and recipe are the quickstart's: {documents['train']} documents, rows of {index.sequence_length} tokens, 8 a step, "
         f"{steps} steps. Scored: the first {HELD_OUT_ROWS} held-out rows, {DRAWS} draws each, averaged weights.",
         f"The share is of the steps; growing blocks are of {', '.join(map(str, SIZES))} tokens for a third of it each, then of the row. `none` sees everything "
         "from the first step. As published: DiffuLLaMA's Table 3, accuracy on GSM8K after fine-tuning GPT2-S / GPT2-M (higher is better).",
@@ -106,14 +111,22 @@ def notes(base: str, data: str, steps: int) -> Sequence[str]:
 
 def main() -> None:
     """The command line."""
-    arguments = objectives.command_line("dlm_ray.evaluation.studies.annealing", __doc__ or "", STEPS, needs_quickstart=True)
+    arguments = objectives.command_line(
+        "dlm_ray.evaluation.studies.annealing", __doc__ or "", STEPS, needs_quickstart=True
+    )
     data, runs = str(arguments.quickstart / "data"), sorted((arguments.quickstart / "runs").glob("quickstart-base-*"))
     base = our_checkpoint(str(runs[0])) if len(runs) == 1 else None
     if base is None:
-        raise UserError(f"--quickstart {arguments.quickstart}: no folder of `dlm-ray quickstart` with a base of its own; make one")
-    chosen = study(arguments.seeds, arguments.steps, load_index(data).row_tokens)
+        raise UserError(
+            f"--quickstart {arguments.quickstart}: no folder of `dlm-ray quickstart` with a base of its own; make one"
+        )
+    chosen = study(arguments.seeds, arguments.steps, load_index(data).sequence_length)
     records = runner.run(
-        chosen, lambda arm, seed, folder: one(arm, seed, folder, data, base), arguments.out, arguments.minutes, objectives.tell
+        chosen,
+        lambda arm, seed, folder: one(arm, seed, folder, data, base),
+        arguments.out,
+        arguments.minutes,
+        objectives.print_progress,
     )
     objectives.finish(chosen, records, arguments.results or arguments.out, notes(base, data, arguments.steps))
 

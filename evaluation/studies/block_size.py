@@ -15,15 +15,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dlm_ray.evaluation import clip_search
 from dlm_ray.evaluation.studies import objectives, runner
 from dlm_ray.evaluation.studies.runner import Arm, Outcome, Study
 from dlm_ray.evaluation.studies.variance import over_draws
+from dlm_ray.evaluation.sweeps import clip_search
 
 from dlm_ray.config.load import validate
 from dlm_ray.config.recipe import Recipe
 from dlm_ray.data.reading import read_split
-from dlm_ray.serving.loading import load
+from dlm_ray.generation.loading import load
 from dlm_ray.training import loop
 
 BASE_STEPS, STEPS = 300, 150
@@ -34,7 +34,9 @@ def _block(size: int, **keys: Any) -> dict[str, Any]:
     return {"name": "block", "block_tokens": size, **keys}
 
 
-_HEAVY, _MIDDLE = ({"beta": beta, "omega": omega, "weight": "paper", "enforce": "counts"} for beta, omega in ((0.45, 0.95), (0.3, 0.8)))
+_HEAVY, _MIDDLE = (
+    {"beta": beta, "omega": omega, "weight": "paper", "enforce": "counts"} for beta, omega in ((0.45, 0.95), (0.3, 0.8))
+)
 _RANDOM_BATCH = {"weight": "flat", "normalize_by": "global_masked"}
 ARMS = (
     Arm("row (128)", {"objective": _block(128)}, "31.78"),
@@ -82,7 +84,9 @@ def study(seeds: int, steps: int) -> Study:
 
 def _settings(arm: Arm, steps: int) -> dict[str, Any]:
     is_scratch = arm.settings.get("from") == "scratch"
-    own = objectives.tree(dict(arm.settings["objective"]), objectives.BASE_STEPS + BASE_STEPS + steps if is_scratch else steps)
+    own = objectives.tree(
+        dict(arm.settings["objective"]), objectives.BASE_STEPS + BASE_STEPS + steps if is_scratch else steps
+    )
     return {**own, "from": "scratch" if is_scratch else "the base"}
 
 
@@ -113,7 +117,7 @@ def one(arm: Arm, seed: int, folder: Path, data: str, base: str) -> Outcome:
     result = loop.fit(recipe, folder)
     seconds = time.monotonic() - started
     model = load(folder)
-    scored = model.score(data, max_rows=objectives.HELD_OUT_ROWS, draws_per_row=objectives.DRAWS)
+    scored = model.score(data, max_sequences=objectives.HELD_OUT_ROWS, draws_per_sequence=objectives.DRAWS)
     rows = read_split(data, "train", objectives.ROWS)
     varying = over_draws(
         model.denoiser,
@@ -137,7 +141,12 @@ def search(base: str, data: str, out: Path, rows: int = 64, draws: int = 4) -> l
         folder = out / f"clips_{size}"
         if not (folder / "clip_search.json").exists():
             found = clip_search.search(model, data, size, rows=rows, draws=draws)
-            about = {"checkpoint": "the base of the study block_size", "block_tokens": size, "rows": rows, "draws": draws}
+            about = {
+                "checkpoint": "the base of the study block_size",
+                "block_tokens": size,
+                "rows": rows,
+                "draws": draws,
+            }
             clip_search.write(found, folder, about)
         best, *others = json.loads((folder / "clip_search.json").read_text())["candidates"]
         full = next(one for one in (best, *others) if one["omega"] - one["beta"] > 0.95)
@@ -189,7 +198,11 @@ def main() -> None:
     base = whole_row_base(data, ar_base, arguments.out / "whole_row_base")
     searched = search(base, data, results)
     records = runner.run(
-        chosen, lambda arm, seed, folder: one(arm, seed, folder, data, base), arguments.out, arguments.minutes, objectives.tell
+        chosen,
+        lambda arm, seed, folder: one(arm, seed, folder, data, base),
+        arguments.out,
+        arguments.minutes,
+        objectives.print_progress,
     )
     objectives.finish(chosen, records, results, [*notes(records, corpus, arguments.steps), *searched])
 

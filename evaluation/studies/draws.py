@@ -24,7 +24,7 @@ from dlm_ray.data.reading import read_split
 from dlm_ray.diffusion import schedules
 from dlm_ray.diffusion.absorbing import Absorbing
 from dlm_ray.diffusion.objectives import Masked, TauLDR
-from dlm_ray.serving.loading import load
+from dlm_ray.generation.loading import load
 
 ROWS, NUM_LOSSES, NUM_GRADIENTS = 16, 40, 10
 
@@ -75,21 +75,32 @@ def one(arm: Arm, seed: int, runs: Path) -> Outcome:
     """The variances of an arm on the model of a seed; pairs are drawn on half as many rows, so that every arm has as many passes."""
     run_dir = runs / "runs" / f"md4-{seed}"
     if not run_dir.exists():
-        raise UserError(f"{run_dir} is not there; run `python -m dlm_ray.evaluation.studies.objectives --out {runs}` first")
+        raise UserError(
+            f"{run_dir} is not there; run `python -m dlm_ray.evaluation.studies.objectives --out {runs}` first"
+        )
     model = load(run_dir)
     rows = read_split(str(runs / "text8" / "data"), "train", ROWS)
     objective = objective_of(arm.settings)
     if arm.settings.get("complementary"):
-        objective.draws_per_row, rows = 2, rows[: ROWS // 2]
-    options = {"document_mask": model.document_mask, "num_losses": NUM_LOSSES, "num_gradients": NUM_GRADIENTS, "seed": 2}
+        objective.draws_per_sequence, rows = 2, rows[: ROWS // 2]
+    options = {
+        "document_mask": model.document_mask,
+        "num_losses": NUM_LOSSES,
+        "num_gradients": NUM_GRADIENTS,
+        "seed": 2,
+    }
     return Outcome(over_draws(model.denoiser, objective, rows, **options))
 
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m dlm_ray.evaluation.studies.draws", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m dlm_ray.evaluation.studies.draws", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("--runs", type=Path, required=True, help="folder of the study `objectives`")
-    parser.add_argument("--results", type=Path, help="folder that gets the table, the figure and the numbers; --runs/draws if absent")
+    parser.add_argument(
+        "--results", type=Path, help="folder that gets the table, the figure and the numbers; --runs/draws if absent"
+    )
     parser.add_argument("--minutes", type=float, help="start no run that would end later")
     arguments = parser.parse_args()
     out = arguments.runs / "draws"

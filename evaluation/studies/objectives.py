@@ -34,9 +34,9 @@ from dlm_ray.diffusion.absorbing import Absorbing
 from dlm_ray.diffusion.objectives import Masked
 from dlm_ray.diffusion.schedules import Shifted
 from dlm_ray.diffusion.visibility import Visibility, documents_apart
-from dlm_ray.serving.loading import load
-from dlm_ray.serving.text_model import TextModel
-from dlm_ray.training import loop, start
+from dlm_ray.generation.loading import load
+from dlm_ray.generation.text_model import TextModel
+from dlm_ray.training import loop, setup
 
 ROW_TOKENS, ROWS, LEARNING_RATE = 128, 16, 2e-3
 BASE_STEPS = 800
@@ -49,7 +49,7 @@ ARMS = (
     Arm("MD4", {"name": "masked"}, "<= 1.37"),
     Arm("MD4, cosine", {"name": "masked", "schedule": {"name": "cosine"}}, ""),
     Arm("MD4, count", {"name": "masked", "mask_sampler": "count"}, ""),
-    Arm("MD4, two draws a row", {"name": "masked", "draws_per_row": 2}, ""),
+    Arm("MD4, two draws a row", {"name": "masked", "draws_per_sequence": 2}, ""),
     Arm("GenMD4", {"name": "genmd4"}, "<= 1.34"),
     Arm("GenMD4, scalar w", {"name": "genmd4", "exponents": "scalar"}, "1.37"),
     Arm("SEDD", {"name": "sedd"}, "<= 1.39"),
@@ -93,11 +93,11 @@ def tree(objective: dict[str, Any], steps: int) -> dict[str, Any]:
             "betas": [0.9, 0.98],
             "weight_decay": 0.03,
             "warmup_steps": min(30, steps // 4),
-            "rate": "cosine",
+            "lr_schedule": "cosine",
         },
         "ema": {"decay": 0.98},
-        "training": {"steps": steps, "global_batch_rows": ROWS, "micro_batch_rows": ROWS},
-        "validation": {"rows": 0},
+        "training": {"steps": steps, "global_batch_size": ROWS, "micro_batch_size": ROWS},
+        "validation": {"sequences": 0},
         "checkpoint": {"every_steps": steps, "keep_last": 1},
         "tracking": {"log_every_steps": 20},
     }
@@ -106,13 +106,19 @@ def tree(objective: dict[str, Any], steps: int) -> dict[str, Any]:
 def base_recipe(data: str) -> Recipe:
     """The AR model that every arm starts from."""
     architecture = {"family": "llama", "width": 128, "num_layers": 4, "num_heads": 4, "max_positions": ROW_TOKENS}
-    whole = {**tree({"name": "autoregressive"}, BASE_STEPS), "model": {"architecture": architecture}, "data": {"sources": [{"path": data}]}}
+    whole = {
+        **tree({"name": "autoregressive"}, BASE_STEPS),
+        "model": {"architecture": architecture},
+        "data": {"sources": [{"path": data}]},
+    }
     return validate(whole, "the base")
 
 
 def recipe_of(arm: Arm, seed: int, data: str, base: str) -> Recipe:
     """The run of an arm: an ordinary recipe."""
-    return validate({**arm.settings, "seed": seed, "model": {"base": base}, "data": {"sources": [{"path": data}]}}, arm.name)
+    return validate(
+        {**arm.settings, "seed": seed, "model": {"base": base}, "data": {"sources": [{"path": data}]}}, arm.name
+    )
 
 
 def one(arm: Arm, seed: int, folder: Path, data: str, base: str) -> Outcome:
@@ -124,9 +130,14 @@ def one(arm: Arm, seed: int, folder: Path, data: str, base: str) -> Outcome:
     model = load(folder)
     objective = trained_objective(recipe, model)
     rows = read_split(data, "train", ROWS)
-    options = {"document_mask": recipe.data.document_mask, "num_losses": NUM_LOSSES, "num_gradients": NUM_GRADIENTS, "seed": 1}
+    options = {
+        "document_mask": recipe.data.document_mask,
+        "num_losses": NUM_LOSSES,
+        "num_gradients": NUM_GRADIENTS,
+        "seed": 1,
+    }
     metrics: dict[str, float | None] = {
-        "steps_per_second": result["tokens_per_second"] / recipe.training.global_batch_rows / ROW_TOKENS,
+        "steps_per_second": result["tokens_per_second"] / recipe.training.global_batch_size / ROW_TOKENS,
         "train_seconds": seconds,
         **over_draws(model.denoiser, objective, rows, **options),
     }
@@ -135,9 +146,11 @@ def one(arm: Arm, seed: int, folder: Path, data: str, base: str) -> Outcome:
     if objective.likelihood == "none":
         metrics["block_bits_per_character"] = _block_bits(model, data)
         return Outcome(metrics)
-    scored = model.score(data, max_rows=HELD_OUT_ROWS, draws_per_row=DRAWS)
+    scored = model.score(data, max_sequences=HELD_OUT_ROWS, draws_per_sequence=DRAWS)
     metrics["bits_per_character"] = scored.bits_per_byte
-    details: dict[str, Any] = {"ci95_draws": likelihood.draws_interval(scored.draw_totals, float(scored.num_bytes.sum()))}
+    details: dict[str, Any] = {
+        "ci95_draws": likelihood.draws_interval(scored.draw_totals, float(scored.num_bytes.sum()))
+    }
     if arm.name == "MD4" and seed == 0:
         details["by_timesteps"] = by_timesteps(model, data)
     if arm.name.startswith("GenMD4"):
@@ -153,14 +166,23 @@ def by_timesteps(model: TextModel, data: str) -> dict[str, dict[str, float]]:
     num_bytes, num_tokens = sum(float(row.num_bytes.sum()) for row in rows), int((x_0 >= 0).sum())
     found = {}
     cases = [(str(T), Absorbing(Shifted(schedules.Polynomial(), 1e-4, 1e-4), num_timesteps=T)) for T in TIMESTEPS]
-    cases += [("continuous, shifted", Absorbing(Shifted(schedules.Polynomial(), 1e-4, 1e-4))), ("continuous", Absorbing())]
+    cases += [
+        ("continuous, shifted", Absorbing(Shifted(schedules.Polynomial(), 1e-4, 1e-4))),
+        ("continuous", Absorbing()),
+    ]
     for name, process in cases:
-        visible = lambda ids: Visibility("bidirectional", document_ids=documents_apart(ids, model.document_mask, model.device))  # noqa: E731
-        nats = likelihood.token_nats(model.denoiser, Masked(process), x_0, document_ids, visible, model.device, num_draws=DRAWS).nats.sum()
+        visible = lambda ids: Visibility(
+            "bidirectional", document_ids=documents_apart(ids, model.document_mask, model.device)
+        )  # noqa: E731
+        nats = likelihood.token_nats(
+            model.denoiser, Masked(process), x_0, document_ids, visible, model.device, num_draws=DRAWS
+        ).nats.sum()
         vocab = model.denoiser.vocab_size
         # In discrete time the first interval, from s = 0, is part of the sum; the shifted alpha(0) leaves the rest to the reconstruction.
         ends = [schedules.reconstruction_nats(process.schedule, vocab), schedules.prior_nats(process.schedule, vocab)]
-        parts = [likelihood.bits_per_byte(float(value), num_bytes) for value in (nats, *(end * num_tokens for end in ends))]
+        parts = [
+            likelihood.bits_per_byte(float(value), num_bytes) for value in (nats, *(end * num_tokens for end in ends))
+        ]
         found[name] = {"integral": parts[0], "reconstruction": parts[1], "prior": parts[2], "total": sum(parts)}
     return found
 
@@ -168,8 +190,8 @@ def by_timesteps(model: TextModel, data: str) -> dict[str, dict[str, float]]:
 def trained_objective(recipe: Recipe, model: TextModel) -> Any:
     """The objective that was trained, with its learned parameters, on the evaluated network."""
     index = load_index(recipe.data.sources[0].path)
-    network = start.resolve(recipe, start.is_causal(recipe), index.tokenizer)
-    objective = start.build_objective(recipe, network, ROW_TOKENS)
+    network = setup.resolve(recipe, setup.is_causal(recipe), index.tokenizer)
+    objective = setup.build_objective(recipe, network, ROW_TOKENS)
     objective.load_state_dict(model.objective.state_dict())
     return objective.requires_grad_(False)
 
@@ -190,7 +212,9 @@ def _block_bits(model: TextModel, data: str) -> float:
             pairs,
             times,
             0,
-            lambda ids: Visibility("bidirectional", document_ids=documents_apart(ids, model.document_mask, model.device)),
+            lambda ids: Visibility(
+                "bidirectional", document_ids=documents_apart(ids, model.document_mask, model.device)
+            ),
             model.device,
         )
         with torch.no_grad():
@@ -228,12 +252,19 @@ def notes(records: Sequence[runner.Record], corpus: dict[str, Any], steps: int) 
 def command_line(module: str, about: str, steps: int, *, needs_quickstart: bool = False) -> argparse.Namespace:
     """What a study in this setting is asked; sets the threads of torch."""
     parser = argparse.ArgumentParser(prog=f"python -m {module}", description=about.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder of the runs; the same command goes on where it stopped")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder of the runs; the same command goes on where it stopped"
+    )
     if needs_quickstart:
         parser.add_argument(
-            "--quickstart", type=Path, required=True, help="folder that `dlm-ray quickstart --out` has filled: data and base"
+            "--quickstart",
+            type=Path,
+            required=True,
+            help="folder that `dlm-ray quickstart --out` has filled: data and base",
         )
-    parser.add_argument("--results", type=Path, help="folder that gets the table, the figure and the numbers; --out if absent")
+    parser.add_argument(
+        "--results", type=Path, help="folder that gets the table, the figure and the numbers; --out if absent"
+    )
     parser.add_argument("--minutes", type=float, help="start no run that would end later")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=steps)
@@ -266,7 +297,7 @@ def finish(chosen: Study, records: Sequence[runner.Record], out: Path, found: Se
     sys.stdout.write(json.dumps([str(path) for path in written]) + "\n")
 
 
-def tell(message: str) -> None:
+def print_progress(message: str) -> None:
     """Progress."""
     print(message, file=sys.stderr, flush=True)
 
@@ -276,7 +307,13 @@ def main() -> None:
     arguments = command_line("dlm_ray.evaluation.studies.objectives", __doc__ or "", 250)
     chosen = study(arguments.seeds, arguments.steps)
     corpus, data, base = prepare(arguments.out)
-    records = runner.run(chosen, lambda arm, seed, folder: one(arm, seed, folder, data, base), arguments.out, arguments.minutes, tell)
+    records = runner.run(
+        chosen,
+        lambda arm, seed, folder: one(arm, seed, folder, data, base),
+        arguments.out,
+        arguments.minutes,
+        print_progress,
+    )
     finish(chosen, records, arguments.results or arguments.out, notes(records, corpus, arguments.steps))
 
 

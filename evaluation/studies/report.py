@@ -30,7 +30,9 @@ def write_report(study: Study, records: Sequence[Record], out: Path, hardware: s
     compared, verdicts = compare(study, records), orderings(study, records)
     paths = [out / f"{study.name}.{kind}" for kind in ("md", "svg", "json")]
     paths[0].write_text(_markdown(study, records, compared, verdicts, hardware, notes))
-    _figure(study, records).savefig(paths[1], format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
+    _figure(study, records).savefig(
+        paths[1], format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None}
+    )
     numbers = {
         "study": study.name,
         "question": study.question,
@@ -43,7 +45,10 @@ def write_report(study: Study, records: Sequence[Record], out: Path, hardware: s
         "dates": _dates(records),
         "comparisons": [asdict(one) for one in compared],
         "orderings": [asdict(one) for one in verdicts],
-        "runs": [{key: value for key, value in asdict(record).items() if key not in ("documents", "weights")} for record in records],
+        "runs": [
+            {key: value for key, value in asdict(record).items() if key not in ("documents", "weights")}
+            for record in records
+        ],
         "notes": list(notes),
     }
     paths[2].write_text(json.dumps(numbers, indent=1) + "\n")
@@ -60,7 +65,9 @@ def _markdown(
 ) -> str:
     metrics = sorted({name for record in records for name in record.metrics} - {study.metric})
     header = ["arm", "seeds", f"{study.unit} (95 %, seeds)", "less the baseline, over seeds", "over documents"]
-    header += [f"{metric} / {study.baseline}'s" if metric in study.ratios else metric for metric in metrics] + ["published"]
+    header += [f"{metric} / {study.baseline}'s" if metric in study.ratios else metric for metric in metrics] + [
+        "published"
+    ]
     rows = []
     for arm in study.arms:
         own = [record for record in records if record.arm == arm.name and record.error is None]
@@ -75,7 +82,9 @@ def _markdown(
             cells.append(_comparison(found[0]) if found else "baseline" if arm.name == study.baseline else "")
         for metric in metrics:
             numbers = [
-                value / _beside(study, records, metric, record.seed) for record in own if (value := record.metrics.get(metric)) is not None
+                value / _beside(study, records, metric, record.seed)
+                for record in own
+                if (value := record.metrics.get(metric)) is not None
             ]
             cells.append(f"{sum(numbers) / len(numbers):.4g}" if numbers else "")
         rows.append([*cells, arm.published])
@@ -97,7 +106,8 @@ def _markdown(
     ]
     if verdicts:
         claims = [
-            [f"{v.better} below {v.worse}", v.source, _interval(v.difference, v.low, v.high, signed=True), v.verdict] for v in verdicts
+            [f"{v.better} below {v.worse}", v.source, _interval(v.difference, v.low, v.high, signed=True), v.verdict]
+            for v in verdicts
         ]
         lines += [
             "## The published orderings at this size",
@@ -131,7 +141,9 @@ def _figure(study: Study, records: Sequence[Record]) -> Any:
         values = [
             value
             for record in records
-            if record.arm == arm.name and record.error is None and (value := record.metrics.get(study.metric)) is not None
+            if record.arm == arm.name
+            and record.error is None
+            and (value := record.metrics.get(study.metric)) is not None
         ]
         if values:
             mean, low, high = statistics.t_interval(values)

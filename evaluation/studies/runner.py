@@ -68,9 +68,13 @@ class Study:
         names = {arm.name for arm in self.arms}
         unknown = {self.baseline, *(name for ordering in self.orderings for name in ordering[:2])} - names
         if unknown:
-            raise UserError(f"study {self.name} compares {sorted(unknown)}, which none of its arms {sorted(names)} is called")
+            raise UserError(
+                f"study {self.name} compares {sorted(unknown)}, which none of its arms {sorted(names)} is called"
+            )
         if len({_folder_name(arm.name) for arm in self.arms}) < len(self.arms):
-            raise UserError(f"study {self.name}: two of {sorted(names)} would share a folder; arms differ in letters or digits")
+            raise UserError(
+                f"study {self.name}: two of {sorted(names)} would share a folder; arms differ in letters or digits"
+            )
 
 
 @dataclass(frozen=True)
@@ -156,7 +160,9 @@ def run(
                 continue
             say(f"{arm.name}, seed {seed}")
             record = _one(study, arm, seed, one, out)
-            say(f"{arm.name}, seed {seed}: {record.error or record.metrics.get(study.metric)} after {record.seconds:.0f} s")
+            say(
+                f"{arm.name}, seed {seed}: {record.error or record.metrics.get(study.metric)} after {record.seconds:.0f} s"
+            )
             known[arm.name, seed] = record
             longest, made = max(longest, record.seconds), made + 1
     return [known[arm.name, seed] for arm in study.arms for seed in study.seeds if (arm.name, seed) in known]
@@ -191,9 +197,22 @@ def compare(study: Study, records: Sequence[Record]) -> list[Comparison]:
         mean, low, high = statistics.t_interval(differences)
         visible = statistics.smallest_visible_effect(differences)
         found.append(
-            Comparison(name, "training seeds", len(seeds), mean, low, high, statistics.t_test_p(differences), smallest_visible=visible)
+            Comparison(
+                name,
+                "training seeds",
+                len(seeds),
+                mean,
+                low,
+                high,
+                statistics.t_test_p(differences),
+                smallest_visible=visible,
+            )
         )
-        pairs = [(own[seed], base[seed]) for seed in seeds if own[seed].documents is not None and base[seed].documents is not None]
+        pairs = [
+            (own[seed], base[seed])
+            for seed in seeds
+            if own[seed].documents is not None and base[seed].documents is not None
+        ]
         if pairs:
             found.append(_over_documents(name, pairs))
     for over in ("training seeds", "documents"):
@@ -208,7 +227,9 @@ def orderings(study: Study, records: Sequence[Record]) -> list[Verdict]:
     found = []
     for better, worse, source in study.orderings:
         one, other = _comparable(study, records, better), _comparable(study, records, worse)
-        differences = [_value(study, one[seed]) - _value(study, other[seed]) for seed in sorted(one.keys() & other.keys())]
+        differences = [
+            _value(study, one[seed]) - _value(study, other[seed]) for seed in sorted(one.keys() & other.keys())
+        ]
         if not differences:
             found.append(Verdict(better, worse, source, None, None, None, "not comparable"))
             continue
@@ -222,7 +243,9 @@ def orderings(study: Study, records: Sequence[Record]) -> list[Verdict]:
 
 def _over_documents(name: str, pairs: Sequence[tuple[Record, Record]]) -> Comparison:
     """Differences by document, averaged over seeds; the ratio to the documents' weights keeps the unit of the metric."""
-    differences = np.mean([np.asarray(own.documents, float) - np.asarray(base.documents, float) for own, base in pairs], axis=0)
+    differences = np.mean(
+        [np.asarray(own.documents, float) - np.asarray(base.documents, float) for own, base in pairs], axis=0
+    )
     weights = np.ones(len(differences)) if pairs[0][0].weights is None else np.asarray(pairs[0][0].weights, float)
     low, high = statistics.bootstrap_interval(differences.tolist(), weights.tolist())
     visible = statistics.smallest_visible_effect(differences.tolist())
@@ -242,7 +265,10 @@ def _comparable(study: Study, records: Sequence[Record], arm: str) -> dict[int, 
     return {
         record.seed: record
         for record in records
-        if record.arm == arm and record.error is None and record.metrics.get(study.metric) is not None and record.seed in study.seeds
+        if record.arm == arm
+        and record.error is None
+        and record.metrics.get(study.metric) is not None
+        and record.seed in study.seeds
     }
 
 
@@ -262,7 +288,10 @@ def _check_same(study: Study, arm: Arm, record: Record | None, out: Path) -> Non
         return
     settings = json.loads(json.dumps(arm.settings))
     keys = [key for key in sorted({*settings, *record.settings}) if settings.get(key) != record.settings.get(key)]
-    changed = "; ".join(f"{key} was {record.settings.get(key)!r}, asked {settings.get(key)!r}" for key in keys) or "it is of another study"
+    changed = (
+        "; ".join(f"{key} was {record.settings.get(key)!r}, asked {settings.get(key)!r}" for key in keys)
+        or "it is of another study"
+    )
     raise UserError(f"{out} holds {arm.name} (seed {record.seed}) with other settings: {changed}; choose another --out")
 
 
@@ -276,7 +305,9 @@ def _plain(study: Study, outcome: Outcome) -> Outcome:
     value = metrics.get(study.metric)
     if value is not None and not math.isfinite(value):
         raise FloatingPointError(f"{study.metric} is {value}")
-    documents, weights = (None if own is None else [float(one) for one in own] for own in (outcome.documents, outcome.weights))
+    documents, weights = (
+        None if own is None else [float(one) for one in own] for own in (outcome.documents, outcome.weights)
+    )
     return Outcome(metrics, documents, weights, json.loads(json.dumps(dict(outcome.details))))
 
 

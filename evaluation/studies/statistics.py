@@ -70,11 +70,15 @@ def sign_flip_p(differences: Sequence[float], seed: int = 0) -> float:
     return (1 + reached) / (1 + NUM_FLIPS)
 
 
-def bootstrap_interval(differences: Sequence[float], weights: Sequence[float] | None = None, seed: int = 0) -> tuple[float, float]:
+def bootstrap_interval(
+    differences: Sequence[float], weights: Sequence[float] | None = None, seed: int = 0
+) -> tuple[float, float]:
     """95 % interval of sum(differences) / sum(weights) over resampled pairs; the mean if no weights are given."""
     values = np.asarray(differences, dtype=np.float64)
     sizes = np.ones(len(values)) if weights is None else np.asarray(weights, dtype=np.float64)
-    counts = np.random.default_rng(seed).multinomial(len(values), np.full(len(values), 1 / len(values)), size=NUM_RESAMPLES)
+    counts = np.random.default_rng(seed).multinomial(
+        len(values), np.full(len(values), 1 / len(values)), size=NUM_RESAMPLES
+    )
     low, high = np.quantile((counts @ values) / np.maximum(counts @ sizes, 1e-300), [0.025, 0.975])
     return float(low), float(high)
 
@@ -115,5 +119,8 @@ def _power(shift: float, critical: float, dof: int) -> float:
     spreads = (low + high) / 2 + (high - low) / 2 * _NODES
     logs = (dof - 1) * np.log(spreads) - dof * spreads**2 / 2
     density = _WEIGHTS * np.exp(logs - logs.max())
-    found = [math.erfc((critical * s - shift) / math.sqrt(2)) / 2 + math.erfc((critical * s + shift) / math.sqrt(2)) / 2 for s in spreads]
+    found = [
+        math.erfc((critical * s - shift) / math.sqrt(2)) / 2 + math.erfc((critical * s + shift) / math.sqrt(2)) / 2
+        for s in spreads
+    ]
     return float(density @ found / density.sum())

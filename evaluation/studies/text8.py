@@ -38,12 +38,14 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
-def build_data(folder: Path, row_tokens: int, held_out: float = 0.1, max_bytes: int | None = None) -> dict[str, Any]:
+def build_data(
+    folder: Path, sequence_length: int, held_out: float = 0.1, max_bytes: int | None = None
+) -> dict[str, Any]:
     """A data folder of the corpus in this process, unless it is there; returns the corpus's fingerprint.
 
     Args:
         folder: gets corpus.json (the fingerprint), data/ and tokenizer/.
-        row_tokens: L.
+        sequence_length: L.
         held_out: share of the documents.
         max_bytes: of the corpus before conversion; all of it if None.
     """
@@ -60,10 +62,10 @@ def build_data(folder: Path, row_tokens: int, held_out: float = 0.1, max_bytes: 
     converted.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     write_tokenizer(data / "tokenizer")
     own = identity(load_tokenizer(str(data / "tokenizer")))
-    settings = build.Settings(own.sha256, row_tokens, held_out, "text", 4096)
+    settings = build.Settings(own.sha256, sequence_length, held_out, "text", 4096)
     parts = sources.list_parts([str(converted)])
     results = [build.build_part(part, str(data / "tokenizer"), settings, str(data)) for part in parts]
-    build.write_index(str(data), results, row_tokens, own, {"settings": {}, "inputs": []})
+    build.write_index(str(data), results, sequence_length, own, {"settings": {}, "inputs": []})
     raw.unlink()
     found = {**corpus, "documents": len(texts), "characters": sum(map(len, texts))}
     fingerprint.write_text(json.dumps(found))

@@ -28,7 +28,7 @@ def over_draws(
         nelbo_variance: of the loss a token; gradient_variance: sum over parameters of the variance of each component of its gradient
         (MD4, Eq. 9), unbiased, of the network's own parameters.
     """
-    copies = objective.draws_per_row
+    copies = objective.draws_per_sequence
     x_0 = np.stack([row.input_ids for row in rows]).astype(np.int64).repeat(copies, axis=0)
     document_ids = np.stack([row.document_ids for row in rows]).astype(np.int32).repeat(copies, axis=0)
     maskable = maskable_positions(document_ids)
@@ -53,7 +53,9 @@ def over_draws(
             if gradient is not None:
                 total[i] += gradient
                 squares[i] += gradient**2
-    variance = sum(float((square - whole**2 / num_gradients).sum()) for square, whole in zip(squares, total, strict=True))
+    variance = sum(
+        float((square - whole**2 / num_gradients).sum()) for square, whole in zip(squares, total, strict=True)
+    )
     for parameter in parameters:
         parameter.requires_grad_(False)
     return {"nelbo_variance": float(np.var(losses, ddof=1)), "gradient_variance": variance / (num_gradients - 1)}

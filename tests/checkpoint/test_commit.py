@@ -21,7 +21,15 @@ from dlm_ray.checkpoint.huggingface import fill_with_extra_row
 from dlm_ray.checkpoint.layout import block_of, check_tiling
 from dlm_ray.config.errors import DamageError, UserError
 
-FIELDS = {"step": 3, "recipe": {"name": "r"}, "tokenizer": {}, "model": {}, "capabilities": {}, "cursor": {"rows": 7}, "extra": {}}
+FIELDS = {
+    "step": 3,
+    "recipe": {"name": "r"},
+    "tokenizer": {},
+    "model": {},
+    "capabilities": {},
+    "cursor": {"rows": 7},
+    "extra": {},
+}
 
 
 def state():
@@ -206,14 +214,18 @@ def test_a_block_is_read_in_pieces_that_tile_it_on_the_borders_of_its_chunks(off
             assert part.stop == size or (start + part.stop) % cut == 0
         assert times_read[piece].size * 4 <= max(arrays.CHUNK_BYTES, 4 * np.prod(chunk, dtype=int))
     assert (times_read == 1).all()
-    assert len(found) <= 2 ** len(shape) + 4 * times_read.size * 4 / arrays.CHUNK_BYTES  # small chunks are read together
+    assert (
+        len(found) <= 2 ** len(shape) + 4 * times_read.size * 4 / arrays.CHUNK_BYTES
+    )  # small chunks are read together
 
 
 def test_unaligned_writers_are_refused_because_merging_them_would_lose_rows(tmp_path):
     """What the check of the grid protects from: two databases that each hold half of one chunk; the merge keeps one half, without a word."""
     base = arrays.key_value_store(str(tmp_path))
     for rank in (0, 1):
-        spec = arrays.create_spec(arrays.database(arrays.below(base, f"ocdbt.process_{rank}"), "w"), [4, 2], [4, 2], torch.float32)
+        spec = arrays.create_spec(
+            arrays.database(arrays.below(base, f"ocdbt.process_{rank}"), "w"), [4, 2], [4, 2], torch.float32
+        )
         arrays.wait(arrays.write_region(spec, torch.full((2, 2), rank + 1.0), (2 * rank, 0), arrays.context()))
     whole = block_of(torch.zeros(4, 2))
     commit._merge(str(tmp_path), base, 2, {"w": whole})
@@ -245,16 +257,24 @@ def test_pruning_keeps_the_best_and_every_so_many_steps_too(tmp_path):
     nats = {10: 3.0, 20: 2.0, 30: 2.5, 40: 2.1, 50: 2.6, 60: 2.7}
     for step, value in nats.items():
         metrics = {"validation": {"nats_per_token": value}, "validated_step": step}
-        commit.save(listing.step_directory(run, step), {"a": torch.ones(2)}, {**FIELDS, "step": step, "extra": {"metrics": metrics}})
+        commit.save(
+            listing.step_directory(run, step),
+            {"a": torch.ones(2)},
+            {**FIELDS, "step": step, "extra": {"metrics": metrics}},
+        )
     # Committed at a stop, with the validation of the step before: no candidate, however good that was.
     metrics = {"validation": {"nats_per_token": 0.1}, "validated_step": 50}
-    commit.save(listing.step_directory(run, 55), {"a": torch.ones(2)}, {**FIELDS, "step": 55, "extra": {"metrics": metrics}})
+    commit.save(
+        listing.step_directory(run, 55), {"a": torch.ones(2)}, {**FIELDS, "step": 55, "extra": {"metrics": metrics}}
+    )
     Path(listing.step_directory(run, 10), "manifest.json").write_text("damaged")
     assert listing.prune(run, keep_last=1, keep_best=2, keep_every_steps=30) == [10, 50, 55]
     assert listing.committed_steps(run) == [20, 30, 40, 60]
 
 
-def test_a_crash_while_pruning_leaves_a_step_that_is_not_believed_and_that_the_next_pruning_removes(three_steps, monkeypatch):
+def test_a_crash_while_pruning_leaves_a_step_that_is_not_believed_and_that_the_next_pruning_removes(
+    three_steps, monkeypatch
+):
     def crash(path):
         raise KeyboardInterrupt
 
@@ -263,7 +283,9 @@ def test_a_crash_while_pruning_leaves_a_step_that_is_not_believed_and_that_the_n
         listing.prune(three_steps, keep_last=2)
     first = Path(listing.step_directory(three_steps, 1))
     assert any(path.is_file() for path in first.rglob("*")) and listing.committed_steps(three_steps) == [2, 3]
-    half_a_save = Path(listing.step_directory(three_steps, 4), "ocdbt.process_0/d/data")  # a later step may be on its way: it stays
+    half_a_save = Path(
+        listing.step_directory(three_steps, 4), "ocdbt.process_0/d/data"
+    )  # a later step may be on its way: it stays
     half_a_save.parent.mkdir(parents=True)
     half_a_save.write_bytes(b"data")
     assert listing.prune(three_steps, keep_last=2) == [1]
@@ -304,8 +326,14 @@ def test_a_path_that_cannot_be_a_folder_is_the_users_mistake(tmp_path):
 
 
 def test_a_full_disk_is_said_to_be_full():
-    said = arrays.explain(ValueError("RESOURCE_EXHAUSTED: Error writing: No space left on device [os_error_code='28']"), "step: model.a")
-    assert isinstance(said, DamageError) and "step: model.a: no space left" in str(said) and "the checkpoint before is intact" in str(said)
+    said = arrays.explain(
+        ValueError("RESOURCE_EXHAUSTED: Error writing: No space left on device [os_error_code='28']"), "step: model.a"
+    )
+    assert (
+        isinstance(said, DamageError)
+        and "step: model.a: no space left" in str(said)
+        and "the checkpoint before is intact" in str(said)
+    )
 
 
 def two_linear_layers():
@@ -345,7 +373,9 @@ def rank_saves_and_loads(rank, folder):
         commit.save(f"{folder}/two/step_00000001", tensors, FIELDS)
     dist.barrier()  # a rank that leaves first would reset the other's connection
     dist.destroy_process_group()
-    os._exit(0)  # a busy machine has been seen to abort in torch's own threads while the interpreter ended, after all of this
+    os._exit(
+        0
+    )  # a busy machine has been seen to abort in torch's own threads while the interpreter ended, after all of this
 
 
 def test_two_ranks_save_what_one_loads_and_the_other_way_round(tmp_path):

@@ -15,7 +15,9 @@ from dlm_ray.checkpoint.export import export
 from dlm_ray.config.errors import DamageError, UserError
 
 CONFIGS = {
-    "llama": LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2),
+    "llama": LlamaConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
+    ),
     "gpt2-tied": GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0),
 }
 
@@ -32,8 +34,15 @@ def commit_step(run, config, *, with_ema=True, **kinds):
         "step": 12,
         "recipe": {"name": "tiny"},
         "tokenizer": {"name": "words", "sha256": "ab" * 32},
-        "model": {"config": config.to_dict(), "mask_id": 49, "shift": True, "objective": "masked", "is_causal": False, **kinds},
-        "capabilities": {"row_tokens": 32},
+        "model": {
+            "config": config.to_dict(),
+            "mask_id": 49,
+            "shift": True,
+            "objective": "masked",
+            "is_causal": False,
+            **kinds,
+        },
+        "capabilities": {"sequence_length": 32},
         "cursor": {},
         "extra": {},
     }
@@ -68,8 +77,15 @@ def test_a_large_model_is_cut_into_files_with_an_index(tmp_path, monkeypatch):
 def test_the_card_says_what_the_model_is(tmp_path):
     commit_step(str(tmp_path / "run"), CONFIGS["llama"])
     card = " ".join((export(str(tmp_path / "run"), str(tmp_path / "out")) / "README.md").read_text().split())
-    assert "dlm_ray" in card and "mask token has id 49" in card and "transformers >= 5.17" in card and "position i-1" in card
-    commit_step(str(tmp_path / "ar"), CONFIGS["llama"], is_causal=True, shift=False, mask_id=None, objective="autoregressive")
+    assert (
+        "dlm_ray" in card
+        and "mask token has id 49" in card
+        and "transformers >= 5.17" in card
+        and "position i-1" in card
+    )
+    commit_step(
+        str(tmp_path / "ar"), CONFIGS["llama"], is_causal=True, shift=False, mask_id=None, objective="autoregressive"
+    )
     card = (export(str(tmp_path / "ar"), str(tmp_path / "out-ar")) / "README.md").read_text()
     assert "autoregressive" in card and "mask token" not in card
 

@@ -10,9 +10,16 @@ from dlm_ray.checkpoint.huggingface import load_safetensors, resolve_folder
 from dlm_ray.config.errors import DamageError, UserError
 
 CONFIGS = {
-    "llama": LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2),
+    "llama": LlamaConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
+    ),
     "llama-tied": LlamaConfig(
-        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, tie_word_embeddings=True
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        tie_word_embeddings=True,
     ),
     "gpt2": GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0),
 }
@@ -60,7 +67,9 @@ def test_the_mask_row_is_the_mean_with_noise_and_the_rest_is_untouched(folder):
     ours = parameters(config)
     embedding = next(name for name, parameter in ours.items() if parameter.shape[0] == 51)
     extra = {name for name, parameter in ours.items() if parameter.shape[0] == 51}
-    norms = load_safetensors(folder, {name: p.data for name, p in ours.items()}, optional={"lm_head.weight"}, extra_rows=extra, seed=3)
+    norms = load_safetensors(
+        folder, {name: p.data for name, p in ours.items()}, optional={"lm_head.weight"}, extra_rows=extra, seed=3
+    )
     old = dict(stock.named_parameters())[embedding]
     assert torch.equal(ours[embedding][:50], old)
     noise = ours[embedding][50] - old.mean(0)
@@ -77,12 +86,17 @@ def test_what_does_not_fit_is_listed(folder):
     with pytest.raises(UserError, match="not wanted"):
         load_safetensors(folder, {other: t for other, t in ours.items() if other != name}, optional={"lm_head.weight"})
     with pytest.raises(UserError, match="has shape"):
-        load_safetensors(folder, {**ours, name: torch.zeros(tensor.shape[0] + 3, *tensor.shape[1:])}, optional={"lm_head.weight"})
+        load_safetensors(
+            folder, {**ours, name: torch.zeros(tensor.shape[0] + 3, *tensor.shape[1:])}, optional={"lm_head.weight"}
+        )
 
 
 @pytest.mark.parametrize("damage", ["delete", "truncate"])
 def test_a_missing_or_cut_file_is_named(folder, damage):
-    ours = {name: parameter.data for name, parameter in parameters(AutoModelForCausalLM.from_pretrained(folder).config).items()}
+    ours = {
+        name: parameter.data
+        for name, parameter in parameters(AutoModelForCausalLM.from_pretrained(folder).config).items()
+    }
     victim = sorted(folder.glob("model-*.safetensors"))[-1]
     if damage == "delete":
         victim.unlink()

@@ -12,7 +12,7 @@ GOOD = """
 name: test
 model: {architecture: {family: llama, width: 32, num_layers: 2, num_heads: 2}}
 data: {sources: [{path: somewhere}]}
-training: {steps: 10, global_batch_rows: 4, micro_batch_rows: 2}
+training: {steps: 10, global_batch_size: 4, micro_batch_size: 2}
 """
 
 
@@ -31,7 +31,12 @@ def test_every_shipped_recipe_loads(name):
 def test_overrides_are_yaml_and_reach_into_lists(recipe_file):
     recipe = load_recipe(
         recipe_file,
-        ["optimizer.learning_rate=1e-4", "data.sources.0.path=other", "data.sources.1={path: more, weight: 2}", "ema.decay=0.9"],
+        [
+            "optimizer.learning_rate=1e-4",
+            "data.sources.0.path=other",
+            "data.sources.1={path: more, weight: 2}",
+            "ema.decay=0.9",
+        ],
     )
     assert recipe.optimizer.learning_rate == 1e-4
     assert [source.path for source in recipe.data.sources] == ["other", "more"]
@@ -79,10 +84,16 @@ def test_a_wrong_override_says_what_is_allowed(recipe_file, override, message):
             "not used by objective.name=genmd4, only by block, d3pm, masked, sedd, tauldr",
         ),
         (["objective.name=ssd_lm", "objective.schedule.name=log"], "not used by objective.name=ssd_lm"),
-        (["objective.mask_sampler=count", "objective.schedule.name=cosine"], "cannot be combined with objective.mask_sampler=count"),
-        (["objective.name=sedd", "objective.num_timesteps=10"], "objective.num_timesteps=10 is not used by objective.name=sedd"),
+        (
+            ["objective.mask_sampler=count", "objective.schedule.name=cosine"],
+            "cannot be combined with objective.mask_sampler=count",
+        ),
+        (
+            ["objective.name=sedd", "objective.num_timesteps=10"],
+            "objective.num_timesteps=10 is not used by objective.name=sedd",
+        ),
         (["objective.num_timesteps=10", "objective.clip={beta: 0.3, omega: 0.8}"], "discrete time"),
-        (["objective.complementary=true"], "needs an even objective.draws_per_row (it is 1)"),
+        (["objective.complementary=true"], "needs an even objective.draws_per_sequence (it is 1)"),
         (["objective.autoregressive_weight=0.1", "objective.shift=false"], "needs objective.shift=true"),
         (["objective.alignment_weight=10"], "needs model.base"),
         (
@@ -94,16 +105,22 @@ def test_a_wrong_override_says_what_is_allowed(recipe_file, override, message):
         (["curriculum.annealing.pattern=bernoulli"], "set steps > 0 with a pattern"),
         (["curriculum.annealing={pattern: window, steps: 99}"], "exceeds training.steps=10"),
         (["curriculum.annealing={pattern: window, steps: 9}", "objective.name=autoregressive"], "stays causal"),
-        (["optimizer.rate=warmup_stable_decay"], "optimizer.decay_steps=0"),
+        (["optimizer.lr_schedule=warmup_stable_decay"], "optimizer.decay_steps=0"),
         (["optimizer.warmup_steps=11"], "exceed training.steps=10"),
         (["parallelism.workers={min: 3, max: 2}"], "parallelism.workers: min=3 exceeds max=2"),
         (["parallelism.workers={min: 1, max: 5}"], "a worker would have no row"),
         (["parallelism.workers={mn: 1, max: 2}"], "did you mean parallelism.workers.min?"),
-        (["checkpoint.keep_best=1", "validation.every_steps=30"], "checkpoint.keep_best=1 needs validation at every checkpoint"),
+        (
+            ["checkpoint.keep_best=1", "validation.every_steps=30"],
+            "checkpoint.keep_best=1 needs validation at every checkpoint",
+        ),
         (["parallelism.workers=5"], "a worker would have no row"),
         (["objective.name=block"], "objective.block_tokens is missing"),
         (["objective.block_tokens=4"], "is not used by objective.name=masked, only by block"),
-        (["curriculum.block_sizes=[{block_tokens: 4, steps: 2}]"], "curriculum.block_sizes is for objective.name=block"),
+        (
+            ["curriculum.block_sizes=[{block_tokens: 4, steps: 2}]"],
+            "curriculum.block_sizes is for objective.name=block",
+        ),
         (["curriculum.clip_search={every_steps: 5}"], "curriculum.clip_search is for objective.name=block"),
         (["objective.clip={beta: 0.3, omega: 0.8, enforce: counts}"], "enforce=counts is for objective.name=block"),
         (
@@ -117,9 +134,15 @@ def test_a_wrong_override_says_what_is_allowed(recipe_file, override, message):
             ],
             "is impossible with blocks of 2",
         ),
-        (["objective={name: block, block_tokens: 4}", "curriculum.block_sizes=[{block_tokens: 1, steps: 11}]"], "would never be trained"),
         (
-            ["objective={name: block, block_tokens: 4, mask_sampler: count}", "curriculum.clip_search={every_steps: 5}"],
+            ["objective={name: block, block_tokens: 4}", "curriculum.block_sizes=[{block_tokens: 1, steps: 11}]"],
+            "would never be trained",
+        ),
+        (
+            [
+                "objective={name: block, block_tokens: 4, mask_sampler: count}",
+                "curriculum.clip_search={every_steps: 5}",
+            ],
             "chooses objective.clip",
         ),
         (["objective={name: block, block_tokens: 4}", "model.attention=flash"], "set model.attention=auto"),
@@ -143,7 +166,11 @@ def test_all_mistakes_are_reported_at_once(recipe_file):
 
 def test_yaml_that_is_none_or_says_a_thing_twice(tmp_path):
     path = tmp_path / "bad.yaml"
-    for text, message in [("a: [1", "not YAML"), ("name: a\nname: b", "'name' stands twice"), ("- 1", "a recipe is a mapping")]:
+    for text, message in [
+        ("a: [1", "not YAML"),
+        ("name: a\nname: b", "'name' stands twice"),
+        ("- 1", "a recipe is a mapping"),
+    ]:
         path.write_text(text)
         with pytest.raises(UserError, match=message):
             load_recipe(str(path))

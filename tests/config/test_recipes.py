@@ -40,7 +40,7 @@ def test_a_tiny_variant_has_the_objective_and_the_kind_of_optimizer_of_its_recip
     tiny, full = load_recipe(name), load_recipe(name.removesuffix("_tiny"))
     assert tiny.objective == full.objective
     assert (tiny.sampling.rule, tiny.sampling.grid) == (full.sampling.rule, full.sampling.grid)
-    for key in ("rate", "betas", "weight_decay", "max_gradient_norm"):
+    for key in ("lr_schedule", "betas", "weight_decay", "max_grad_norm"):
         assert getattr(tiny.optimizer, key) == getattr(full.optimizer, key), key
     assert tiny.curriculum.annealing.pattern == full.curriculum.annealing.pattern
     sizes = [[stage.block_tokens for stage in recipe.curriculum.block_sizes] for recipe in (tiny, full)]
@@ -92,7 +92,7 @@ def test_the_readme_lists_every_recipe(name):
         ("sedd_lm1b", "objective.schedule.epsilon_1", 0.001),
         ("d3pm_text8", "objective.num_timesteps", 1000),
         ("tauldr_text8", "objective.estimator", "one_token"),
-        ("ssd_lm_owt", "training.global_batch_rows", 6144),
+        ("ssd_lm_owt", "training.global_batch_size", 6144),
         ("ssd_lm_owt", "objective.simplex.num_timesteps", 5000),
         ("ssd_lm_owt", "optimizer.decay_steps", 98_000),
         ("mdlm_lm1b", "model.architecture.max_positions", 128),
@@ -103,7 +103,7 @@ def test_the_readme_lists_every_recipe(name):
         ("bd3_owt_8", "curriculum.clip_search.every_steps", 5000),
         ("bd3_owt_1", "objective.mask_sampler", "count"),
         ("diffugpt_small", "curriculum.annealing.steps", 10_000),
-        ("diffugpt_medium", "training.global_batch_rows", 1280),
+        ("diffugpt_medium", "training.global_batch_size", 1280),
         ("diffullama_7b", "optimizer.learning_rate", 0.00002),
         ("diffullama_7b", "optimizer.betas", (0.9, 0.95)),
     ],

@@ -21,7 +21,9 @@ def test_shipped_files_hold(path):
 
 def test_one_model_is_named_by_its_checkpoint_and_several_each_by_theirs():
     assert load_server("runs/mine/").model_names == ["mine"]
-    several = load_server("x", ["checkpoint=null", "models=[{checkpoint: runs/mine}, {checkpoint: org/other, name: own}]"])
+    several = load_server(
+        "x", ["checkpoint=null", "models=[{checkpoint: runs/mine}, {checkpoint: org/other, name: own}]"]
+    )
     assert several.model_names == ["mine", "own"] and several.models_at_once == 2
     own = several.of(several.models[1])
     assert (own.checkpoint, own.model_names, own.engine) == ("org/other", ["own"], several.engine)
@@ -33,12 +35,18 @@ def test_one_model_is_named_by_its_checkpoint_and_several_each_by_theirs():
         (["checkpoint=null"], "checkpoint is missing; name one, or several under models"),
         (["models=[{checkpoint: y}]"], "put all under models"),
         (["checkpoint=null", "name=own", "models=[{checkpoint: y}]"], "put all under models"),
-        (["checkpoint=null", "models=[{checkpoint: a/x}, {checkpoint: y}, {checkpoint: b/x}]"], "models.2.name=x is models.0's, too"),
+        (
+            ["checkpoint=null", "models=[{checkpoint: a/x}, {checkpoint: y}, {checkpoint: b/x}]"],
+            "models.2.name=x is models.0's, too",
+        ),
         (
             ["checkpoint=null", "models=[{checkpoint: x}, {checkpoint: y}]", "replicas.models=3"],
             "replicas.models=3, and there are 2 to hold",
         ),
-        (["checkpoint=null", "models=[{checkpoint: x, weight: y}]"], "models.0.weight is unknown; did you mean models.weights"),
+        (
+            ["checkpoint=null", "models=[{checkpoint: x, weight: y}]"],
+            "models.0.weight is unknown; did you mean models.weights",
+        ),
         (["checkpoint=null", "models=[{name: y}]"], "models.0.checkpoint is missing"),
         (["checkpoint=null", "models=[{checkpoint: x, name: a b}]"], "models.0.name='a b'"),
         (["replicas.models=0"], "replicas.models=0"),
@@ -54,11 +62,18 @@ def test_every_mistake_is_said_at_once(tmp_path):
     file.write_text("checkpoint: x\nengine: {slotz: 3}\nhttp: {port: 0, api_keys: [secret]}\nreplicas: {count: -1}\n")
     with pytest.raises(UserError) as raised:
         load_server(str(file))
-    for message in ("engine.slotz is unknown; did you mean engine.slots", "http.port=0", "replicas.count=-1", "http.api_keys is unknown"):
+    for message in (
+        "engine.slotz is unknown; did you mean engine.slots",
+        "http.port=0",
+        "replicas.count=-1",
+        "http.api_keys is unknown",
+    ):
         assert message in str(raised.value)
     with pytest.raises(UserError, match="max_replicas=1 is less than min_replicas=2"):
         load_server("x", ["replicas.autoscaling={min_replicas: 2, max_replicas: 1}"])
-    with pytest.raises(UserError, match="replicas.gpus=2 is more than the 1 that a process uses; set it to 1, and replicas.shards=2"):
+    with pytest.raises(
+        UserError, match="replicas.gpus=2 is more than the 1 that a process uses; set it to 1, and replicas.shards=2"
+    ):
         load_server("x", ["replicas.gpus=2"])
     with pytest.raises(UserError, match="replicas.gpus=0.5 with replicas.shards=2: each shard has a GPU of its own"):
         load_server("x", ["replicas.gpus=0.5", "replicas.shards=2"])
@@ -67,9 +82,9 @@ def test_every_mistake_is_said_at_once(tmp_path):
 
 
 def test_addresses_that_others_reach():
-    assert [Http(host=host).is_public for host in ("127.0.0.1", "localhost", "::1", "0.0.0.0", "10.0.0.3", "example.org")] == [
-        False
-    ] * 3 + [True] * 3
+    assert [
+        Http(host=host).is_public for host in ("127.0.0.1", "localhost", "::1", "0.0.0.0", "10.0.0.3", "example.org")
+    ] == [False] * 3 + [True] * 3
 
 
 def test_keys_come_from_the_environment_and_a_file_and_stand_in_no_message(tmp_path, monkeypatch):

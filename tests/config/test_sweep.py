@@ -16,7 +16,11 @@ CLIPS = {
     "by": "objective.block_tokens",
     "cases": {4: {"grid": [None, {"beta": 0.45, "omega": 0.95}]}, 16: {"grid": [{"beta": 0.3, "omega": 0.8}]}},
 }
-BLOCKS = {"objective.name": {"grid": ["block"]}, "objective.block_tokens": {"grid": [4, 16, 32]}, "objective.clip": CLIPS}
+BLOCKS = {
+    "objective.name": {"grid": ["block"]},
+    "objective.block_tokens": {"grid": [4, 16, 32]},
+    "objective.clip": CLIPS,
+}
 RATE = {"optimizer.learning_rate": {"loguniform": [1e-4, 1e-2]}}
 
 
@@ -39,9 +43,16 @@ def test_a_grid_is_every_combination_and_a_case_applies_to_its_value_alone(tmp_p
 def test_a_trial_is_its_recipe_with_the_settings_in_it(tmp_path):
     loaded = load(tmp_path, ["training.steps=300", "trials_at_once=2"], overrides=["seed=7"])
     recipe = loaded.recipe(space.trials(loaded.sweep)[1])
-    assert (recipe.objective.block_tokens, recipe.objective.clip.beta, recipe.seed, recipe.training.steps) == (4, 0.45, 7, 300)
+    assert (recipe.objective.block_tokens, recipe.objective.clip.beta, recipe.seed, recipe.training.steps) == (
+        4,
+        0.45,
+        7,
+        300,
+    )
     assert recipe.tracking.group == "s" and loaded.sweep.trials_at_once == 2
-    assert loaded.recipe({"objective.name": "masked", "curriculum.annealing": None}).curriculum.annealing.pattern == "none"
+    assert (
+        loaded.recipe({"objective.name": "masked", "curriculum.annealing": None}).curriculum.annealing.pattern == "none"
+    )
 
 
 def test_draws_are_within_their_ranges_for_every_grid_and_the_seed_decides(tmp_path):
@@ -55,8 +66,12 @@ def test_draws_are_within_their_ranges_for_every_grid_and_the_seed_decides(tmp_p
     searches = [{"name": "random", "trials": 20, "seed": seed} for seed in (0, 0, 1)]
     first, again, other = (space.trials(load(tmp_path, space=spaces, search=search).sweep) for search in searches)
     assert first == again != other and len(first) == 40
-    assert all(1e-4 <= one["optimizer.learning_rate"] <= 1e-2 and 0 <= one["optimizer.weight_decay"] <= 0.2 for one in first)
-    assert sum(one["optimizer.learning_rate"] < 1e-3 for one in first) > 10  # by factors: half below the geometric middle
+    assert all(
+        1e-4 <= one["optimizer.learning_rate"] <= 1e-2 and 0 <= one["optimizer.weight_decay"] <= 0.2 for one in first
+    )
+    assert (
+        sum(one["optimizer.learning_rate"] < 1e-3 for one in first) > 10
+    )  # by factors: half below the geometric middle
     assert {one["objective.shift"] for one in first} == {True, False} and sum(one["seed"] for one in first) == 20
 
 
@@ -81,8 +96,8 @@ def test_draws_are_within_their_ranges_for_every_grid_and_the_seed_decides(tmp_p
         ({"metric": "tokens_per_second"}, "mode=min with metric=tokens_per_second, of which the max is best"),
         ({"space": {"objective.name": {"grid": ["autoregressive"]}}, "overrides": ["curriculum={}"], "metric": "nelbo_variance"},
          "is never reported of objective.name=autoregressive"),
-        ({"overrides": ["validation.rows=0"], "scheduler": {"name": "asha", "min_tokens": 1000}},
-         "validation.rows=0, and the bound .* never reported"),
+        ({"overrides": ["validation.sequences=0"], "scheduler": {"name": "asha", "min_tokens": 1000}},
+         "validation.sequences=0, and the bound .* never reported"),
         ({"scheduler": {"name": "asha"}}, "scheduler.min_tokens=0 with scheduler.name=asha"),
         ({"scheduler": {"name": "pbt", "every_steps": 60}}, "nothing to perturb"),
         ({"scheduler": {"name": "pbt", "every_steps": 70}, "space": RATE, "search": {"name": "random", "trials": 4}},

@@ -14,9 +14,17 @@ from dlm_ray.data.tokenizer import TokenizerIdentity
 
 
 def index(*shard_rows):
-    shards = tuple(Shard(file=f"{i}.tar", part=i, rows=rows, sha256="", size_bytes=0) for i, rows in enumerate(shard_rows))
+    shards = tuple(
+        Shard(file=f"{i}.tar", part=i, rows=rows, sha256="", size_bytes=0) for i, rows in enumerate(shard_rows)
+    )
     split = Split(rows=sum(shard_rows), tokens=0, bytes=0, documents=0, shards=shards)
-    return Index(format=FORMAT, row_tokens=8, tokenizer=TokenizerIdentity("t", "s", 10, 0, 0), splits={"train": split}, built_from={})
+    return Index(
+        format=FORMAT,
+        sequence_length=8,
+        tokenizer=TokenizerIdentity("t", "s", 10, 0, 0),
+        splits={"train": split},
+        built_from={},
+    )
 
 
 def take(order, num_rows, cursor=None):
@@ -69,7 +77,7 @@ def test_ranks_together_take_the_same_global_batches(world_size):
     expected, _ = take(order, 4 * 7)
     taken = []
     for rank in range(world_size):
-        groups = shares(order, Cursor.start(1), global_batch_rows=7, rank=rank, world_size=world_size, num_steps=4)
+        groups = shares(order, Cursor.start(1), global_batch_size=7, rank=rank, world_size=world_size, num_steps=4)
         taken.append([step for steps, _ in groups for step in steps])
     for step in range(4):
         together = [one for rank in range(world_size) for one in taken[rank][step]]
@@ -86,7 +94,9 @@ def test_thirty_million_rows_are_sought_in_two_seconds_and_little_memory():
     places, end = order.places(Cursor(23_456_789, (23_456_789,)), 2_000_000)
     elapsed = time.perf_counter() - started
     grown_mib = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    assert len(set(references)) == 4096 and [tuple(place) for place in places[:4096]] == [astuple(one) for one in references]
+    assert len(set(references)) == 4096 and [tuple(place) for place in places[:4096]] == [
+        astuple(one) for one in references
+    ]
     assert end.counts == (25_456_789,) and len(np.unique(places[:, 1] * 3000 + places[:, 2])) == 2_000_000
     assert elapsed < 2 and grown_mib < 300
 

@@ -11,25 +11,30 @@ from dlm_ray.diffusion.draws import maskable_positions
 START, END = 1000, 1001
 
 
-def pack(documents, row_tokens):
-    packer = Packer(row_tokens, START, END)
+def pack(documents, sequence_length):
+    packer = Packer(sequence_length, START, END)
     return [row for document in documents for row in packer.add(*document)] + packer.finish()
 
 
 def documents(lengths):
-    return [(number, list(range(number * 100, number * 100 + length)), [1] * length) for number, length in enumerate(lengths)]
+    return [
+        (number, list(range(number * 100, number * 100 + length)), [1] * length)
+        for number, length in enumerate(lengths)
+    ]
 
 
-@pytest.mark.parametrize("row_tokens", [3, 4, 7, 64])
-def test_every_token_stands_once_and_in_order(row_tokens):
+@pytest.mark.parametrize("sequence_length", [3, 4, 7, 64])
+def test_every_token_stands_once_and_in_order(sequence_length):
     given = documents([1, 2, 30, 5, 90, 6, 1])
-    rows = pack(given, row_tokens)
+    rows = pack(given, sequence_length)
     found, num_bytes = defaultdict(list), defaultdict(int)
     for row in rows:
-        assert len(row.input_ids) == len(row.document_ids) == len(row.num_bytes) == row_tokens
+        assert len(row.input_ids) == len(row.document_ids) == len(row.num_bytes) == sequence_length
         assert row.input_ids[0] == START
         scored = maskable_positions(row.document_ids[None])[0]
-        for token, document, size in zip(row.input_ids[scored], row.document_ids[scored], row.num_bytes[scored], strict=True):
+        for token, document, size in zip(
+            row.input_ids[scored], row.document_ids[scored], row.num_bytes[scored], strict=True
+        ):
             found[int(document)].append(int(token))
             num_bytes[int(document)] += int(size)
         starts = ~scored & (row.document_ids >= 0)

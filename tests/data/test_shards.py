@@ -15,7 +15,7 @@ from dlm_ray.config.recipe import Source
 from dlm_ray.data.build import split_of
 from dlm_ray.data.index import load_index
 from dlm_ray.data.inspect import describe
-from dlm_ray.data.order import Cursor, Order, RowReference
+from dlm_ray.data.order import Cursor, Order, SequenceReference
 from dlm_ray.data.reading import ShardReader, iterate_rows, open_sources, read_split
 from dlm_ray.data.sources import documents, list_parts
 from dlm_ray.data.tokenizer import load_tokenizer
@@ -38,7 +38,9 @@ def test_plain_webdataset_reads_what_we_read(data_folder):
 
 def test_the_held_out_documents_are_there_byte_for_byte_and_in_no_other_split(data_folder):
     tokenizer = load_tokenizer(f"{data_folder}/tokenizer")
-    texts = {split: [text for text in make_documents() if split_of(text, 0.2) == split] for split in ("train", "held_out")}
+    texts = {
+        split: [text for text in make_documents() if split_of(text, 0.2) == split] for split in ("train", "held_out")
+    }
     assert texts["held_out"] and texts["train"]
     for split, expected in texts.items():
         pieces = {}
@@ -63,7 +65,10 @@ def test_a_flipped_byte_names_the_shard_and_both_hashes(data_folder, tmp_path):
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 1
     victim.write_bytes(content)
-    with pytest.raises(DamageError, match=rf"{victim.name} is damaged: expected sha256 \w+, found {hashlib.sha256(content).hexdigest()}"):
+    with pytest.raises(
+        DamageError,
+        match=rf"{victim.name} is damaged: expected sha256 \w+, found {hashlib.sha256(content).hexdigest()}",
+    ):
         read_split(str(folder), "train")
     victim.unlink()
     with pytest.raises(DamageError, match=f"{victim.name} is missing"):
@@ -74,7 +79,7 @@ def test_two_sources_must_agree_in_tokenizer_and_row_length(data_folder, tmp_pat
     other_tokenizer = make_data(tmp_path / "tokenizer", vocab=320)
     with pytest.raises(UserError, match="was made with tokenizer"):
         open_sources([Source(path=data_folder), Source(path=other_tokenizer)])
-    other_rows = make_data(tmp_path / "rows", row_tokens=16, tokenizer=load_tokenizer(f"{data_folder}/tokenizer"))
+    other_rows = make_data(tmp_path / "rows", sequence_length=16, tokenizer=load_tokenizer(f"{data_folder}/tokenizer"))
     with pytest.raises(UserError, match="rows of 16 tokens"):
         open_sources([Source(path=data_folder), Source(path=other_rows)])
 
@@ -93,7 +98,7 @@ def test_a_folder_without_an_index_and_a_newer_format_are_refused(data_folder, t
 
 def test_the_stream_gives_the_ordered_rows_and_resumes(data_folder):
     index = load_index(data_folder)
-    share = {"global_batch_rows": 10, "rank": 0, "world_size": 1}
+    share = {"global_batch_size": 10, "rank": 0, "world_size": 1}
 
     def stream(cursor, num_steps):
         order = Order([index], [1.0], 0, 2)
@@ -202,9 +207,9 @@ def test_a_shard_on_s3_is_fetched_once_and_checked_on_the_way(s3, data_folder, m
     opened = []
     open_input = storage.open_input
     monkeypatch.setattr(storage, "open_input", lambda path: opened.append(path) or open_input(path))
-    order, share = Order([index], [1.0], 0, 2), {"global_batch_rows": 10, "rank": 0, "world_size": 1, "num_steps": 20}
+    order, share = Order([index], [1.0], 0, 2), {"global_batch_size": 10, "rank": 0, "world_size": 1, "num_steps": 20}
     remote = list(iterate_rows(reader := ShardReader([f"{s3}/once"], [index]), order, Cursor.start(1), **share))
-    everything = [RowReference(0, number, 0) for number in range(len(files))]
+    everything = [SequenceReference(0, number, 0) for number in range(len(files))]
     reader.read(everything)
     reader.read(everything)
     assert sorted(opened) == sorted(f"{s3}/once/{name}" for name in files)
@@ -221,14 +226,17 @@ def test_a_shard_on_s3_is_fetched_once_and_checked_on_the_way(s3, data_folder, m
 
 def test_a_part_is_written_to_s3_as_to_the_disk_and_recognised_when_it_is_finished(s3, data_folder, tmp_path):
     from dlm_ray.data import build, storage
-    from dlm_ray.data.sources import Part, Piece
+    from dlm_ray.data.sources import Piece, SourceChunk
     from dlm_ray.data.tokenizer import identity
 
     source = tmp_path / "in.jsonl"
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in make_documents(20)))
-    part = Part(0, (Piece(str(source), "jsonl", 0, source.stat().st_size, source.stat().st_size),))
+    part = SourceChunk(0, (Piece(str(source), "jsonl", 0, source.stat().st_size, source.stat().st_size),))
     settings = build.Settings(identity(load_tokenizer(f"{data_folder}/tokenizer")).sha256, 32, 0.2, "text", 64)
-    results = [build.build_part(part, f"{data_folder}/tokenizer", settings, out) for out in (str(tmp_path / "out"), f"{s3}/out")]
+    results = [
+        build.build_part(part, f"{data_folder}/tokenizer", settings, out)
+        for out in (str(tmp_path / "out"), f"{s3}/out")
+    ]
     assert results[0] == results[1]
     name = results[0]["train"]["shards"][0]["file"]
     assert storage.read(f"{s3}/out/{name}") == (tmp_path / "out" / name).read_bytes()

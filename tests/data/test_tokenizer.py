@@ -57,7 +57,10 @@ def test_the_identity_is_the_content_not_the_place(tokenizer, tmp_path):
 
 
 def test_training_is_deterministic():
-    assert identity(train_tokenizer(make_documents(), 400)).sha256 == identity(train_tokenizer(make_documents(), 400)).sha256
+    assert (
+        identity(train_tokenizer(make_documents(), 400)).sha256
+        == identity(train_tokenizer(make_documents(), 400)).sha256
+    )
 
 
 def test_bad_names_and_sizes_say_what_to_do(tmp_path):

@@ -34,7 +34,9 @@ def network(shift, length=24, family="llama", double=True):
     from dlm_ray.config.recipe import Architecture
     from dlm_ray.models import families, parallel
 
-    architecture = Architecture(family=family, width=32, num_layers=2, num_heads=4, max_positions=length, tie_embeddings=False)
+    architecture = Architecture(
+        family=family, width=32, num_layers=2, num_heads=4, max_positions=length, tie_embeddings=False
+    )
     denoiser = parallel.build(families.scratch_config(architecture, VOCAB + 1, 0, 0), VOCAB, shift)
     parallel.materialize(denoiser, CPU)
     parallel.initialize(denoiser, seed=3)
@@ -93,7 +95,9 @@ def test_documents_and_annealing_stay_within_what_blocks_allow():
 
 
 def test_both_halves_have_the_same_position_ids():
-    assert Visibility("bidirectional", block_tokens=4, half=24).positions(48, CPU).tolist() == [[*range(24), *range(24)]]
+    assert Visibility("bidirectional", block_tokens=4, half=24).positions(48, CPU).tolist() == [
+        [*range(24), *range(24)]
+    ]
 
 
 # One pass is every block on its own
@@ -125,9 +129,13 @@ def test_one_pass_two_passes_and_a_forward_per_block_say_the_same(length, block_
     order = batch.draw.scored[: batch.draw.num_scored].argsort()
     for objective in (one, two):
         nll = objective.token_nll(denoiser, batch)[: batch.draw.num_scored]
-        assert torch.allclose(nll[order].double(), expected, atol=1e-5)  # the norms of these networks compute in float32
+        assert torch.allclose(
+            nll[order].double(), expected, atol=1e-5
+        )  # the norms of these networks compute in float32
     if block_tokens < length and not (block_tokens == 1 and shift):
-        assert torch.allclose(one.nll_of_draws(denoiser, batch, [batch.draw])[0], one.token_nll(denoiser, batch), atol=1e-5)
+        assert torch.allclose(
+            one.nll_of_draws(denoiser, batch, [batch.draw])[0], one.token_nll(denoiser, batch), atol=1e-5
+        )
 
 
 @torch.no_grad()
@@ -222,7 +230,10 @@ def enumerated_bound(denoiser, x_0, maskable, block_tokens):
 @torch.no_grad()
 @pytest.mark.parametrize(
     "process",
-    [Absorbing(mask_sampler="count"), *(Absorbing(schedules.build(name)) for name in ("linear", "cosine", "log", "square", "square_root"))],
+    [
+        Absorbing(mask_sampler="count"),
+        *(Absorbing(schedules.build(name)) for name in ("linear", "cosine", "log", "square", "square_root")),
+    ],
     ids=["count", "linear", "cosine", "log", "square", "square_root"],
 )
 def test_every_estimator_is_the_enumerated_bound(process, shift):
@@ -255,7 +266,7 @@ def test_the_reported_bound_is_the_enumerated_one_whatever_was_clipped(shift):
         lambda ids: FULL,
         CPU,
         num_draws=64,
-        micro_batch_rows=64,
+        micro_batch_size=64,
     )
     spread = scored.draw_totals.std(ddof=1) / math.sqrt(64)
     assert abs(scored.nats.sum() - 8 * exact) < 4 * spread + 1e-6
@@ -267,7 +278,9 @@ def test_the_reported_bound_is_the_enumerated_one_whatever_was_clipped(shift):
 def test_every_block_has_its_own_time_and_no_block_a_biased_one():
     maskable = np.ones((4, 64), dtype=bool)
     objective = Block(block_tokens=8)
-    t = np.concatenate([objective.draw(DrawKey(0, step, range(4), 4), maskable, maskable).t.numpy() for step in range(300)])
+    t = np.concatenate(
+        [objective.draw(DrawKey(0, step, range(4), 4), maskable, maskable).t.numpy() for step in range(300)]
+    )
     assert t.shape == (1200, 8)
     assert (abs(t.mean(0) - 0.5) < 4.5 * math.sqrt(1 / 12 / 1200)).all()
     assert len(np.unique(t)) > 0.99 * t.size
@@ -346,7 +359,7 @@ def test_the_search_shares_one_clean_pass_and_its_statistic_is_the_papers():
     passes = []
     hidden = denoiser.hidden
     denoiser.hidden = lambda inputs, *rest: (passes.append(bool((inputs == VOCAB).any())), hidden(inputs, *rest))[1]
-    share = {"num_draws": 3, "seed": 4, "micro_batch_rows": 18}
+    share = {"num_draws": 3, "seed": 4, "micro_batch_size": 18}
 
     def run(**ranks):
         return clip_search.sums(

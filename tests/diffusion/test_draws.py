@@ -78,4 +78,7 @@ def test_scored_positions_are_the_masked_ones_and_padding_weighs_nothing():
 
 def test_start_tokens_and_padding_are_never_maskable():
     document_ids = np.array([[4, 4, 4, 5, 5, -1], [5, 5, 5, 5, 5, 5]])
-    assert maskable_positions(document_ids).tolist() == [[False, True, True, False, True, False], [False, True, True, True, True, True]]
+    assert maskable_positions(document_ids).tolist() == [
+        [False, True, True, False, True, False],
+        [False, True, True, True, True, True],
+    ]

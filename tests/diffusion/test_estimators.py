@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from toy import LENGTH, VOCAB, TableDenoiser, exact_nelbo
+from helpers.toy import LENGTH, VOCAB, TableDenoiser, exact_nelbo
 
 from dlm_ray.diffusion.absorbing import Absorbing, Clip
 from dlm_ray.diffusion.denoiser import Batch
@@ -24,7 +24,7 @@ ROWS, STEPS = 128, 60
 def estimates(objective, seed=0, rows=ROWS, steps=STEPS, denoiser=None):
     """[steps] means over the rows of a batch: the bound of one text."""
     denoiser = denoiser or TableDenoiser()
-    copies = objective.draws_per_row
+    copies = objective.draws_per_sequence
     x_0 = X_0.repeat(rows * copies, 1)
     maskable = np.ones(x_0.shape, dtype=bool)
     maskable[:, 0] = False
@@ -38,7 +38,10 @@ def estimates(objective, seed=0, rows=ROWS, steps=STEPS, denoiser=None):
 
 
 ESTIMATORS = {
-    **{name: Masked(Absorbing(build(name, 3.0 if name == "polynomial" else None))) for name in ("linear", "polynomial", "cosine", "log")},
+    **{
+        name: Masked(Absorbing(build(name, 3.0 if name == "polynomial" else None)))
+        for name in ("linear", "polynomial", "cosine", "log")
+    },
     "square": Masked(Absorbing(build("square"))),
     "square_root": Masked(Absorbing(build("square_root"))),
     "geometric": Masked(Absorbing(build("geometric"))),
@@ -46,8 +49,8 @@ ESTIMATORS = {
     "independent": Masked(Absorbing(times="independent")),
     "paper": Masked(Absorbing(times="paper")),
     "count": Masked(Absorbing(mask_sampler="count")),
-    "complementary": Masked(Absorbing(complementary=True), draws_per_row=2),
-    "complementary, cosine": Masked(Absorbing(build("cosine"), complementary=True), draws_per_row=2),
+    "complementary": Masked(Absorbing(complementary=True), draws_per_sequence=2),
+    "complementary, cosine": Masked(Absorbing(build("cosine"), complementary=True), draws_per_sequence=2),
     "T = 20000": Masked(Absorbing(num_timesteps=20_000)),
     "tauLDR, one token": TauLDR(Absorbing(), estimator="one_token"),
     "tauLDR, all masked": TauLDR(Absorbing(), estimator="all_masked"),
@@ -117,11 +120,16 @@ def test_no_position_of_a_row_has_a_biased_t_except_in_the_papers_order():
     num_blocks, rows, steps = 16, 4, 400
     means = {}
     for mode in ("stratified", "antithetic", "independent", "paper"):
-        drawn = np.stack([times(mode, DrawKey(0, step, range(rows), rows), num_blocks) for step in range(steps)])  # [steps, rows, blocks]
+        drawn = np.stack(
+            [times(mode, DrawKey(0, step, range(rows), rows), num_blocks) for step in range(steps)]
+        )  # [steps, rows, blocks]
         assert drawn.min() > 0 and drawn.max() < 1
         means[mode] = drawn.mean((0, 1))
     # Rows of one antithetic batch share their u: only the steps count.
-    assert all(np.abs(means[mode] - 0.5).max() < 4.5 * math.sqrt(1 / 12 / steps) for mode in ("stratified", "antithetic", "independent"))
+    assert all(
+        np.abs(means[mode] - 0.5).max() < 4.5 * math.sqrt(1 / 12 / steps)
+        for mode in ("stratified", "antithetic", "independent")
+    )
     assert means["paper"][0] < 0.39 and means["paper"][-1] > 0.61
     assert (np.diff(means["paper"]) > 0).all()
 
@@ -134,7 +142,8 @@ def test_antithetic_times_hit_every_stratum_once_over_the_whole_global_batch():
 
 
 @pytest.mark.parametrize(
-    ("clip", "expected"), [(Clip(0.3, 0.8), "part"), (Clip(0.3, 0.8, "paper"), "mean"), (Clip(0.6, 0.9, "paper"), "flat")]
+    ("clip", "expected"),
+    [(Clip(0.3, 0.8), "part"), (Clip(0.3, 0.8, "paper"), "mean"), (Clip(0.6, 0.9, "paper"), "flat")],
 )
 def test_clips_estimate_the_part_of_the_integral_that_they_say(clip, expected):
     """`unbiased`: the integral over [beta, omega]; `paper`: its mean over the interval, and plain cross-entropy above 0.5."""
@@ -154,7 +163,7 @@ def test_clips_estimate_the_part_of_the_integral_that_they_say(clip, expected):
 
 
 def test_complementary_rows_mask_exactly_what_the_other_left_clean():
-    objective = Masked(Absorbing(complementary=True), draws_per_row=2)
+    objective = Masked(Absorbing(complementary=True), draws_per_sequence=2)
     maskable = np.ones((8, 40), dtype=bool)
     maskable[:, 0] = False
     draw = objective.draw(DrawKey(0, 0, range(8), 8), None, maskable)
@@ -219,7 +228,9 @@ def test_genmd4s_loss_and_gradient_are_those_of_the_exact_bound_and_autodiff_alo
         gradients.append(gradient.numpy())
         # Without REINFORCE: the derivative of what is averaged, with the masks as they fell.
         batch = Batch(x_0, draw, FULL)
-        inside = (draw.weight * objective._integrand(denoiser, batch)[0]).sum() + (objective._reconstruction(x_0) * draw.maskable).sum()
+        inside = (draw.weight * objective._integrand(denoiser, batch)[0]).sum() + (
+            objective._reconstruction(x_0) * draw.maskable
+        ).sum()
         naive.append(torch.autograd.grad(inside / (2 * pairs), objective.theta)[0].numpy())
     softplus = torch.nn.functional.softplus
     exact = genmd4_bound(denoiser, softplus(THETA))
@@ -227,7 +238,11 @@ def test_genmd4s_loss_and_gradient_are_those_of_the_exact_bound_and_autodiff_alo
     step = 1e-4
     finite = np.array(
         [
-            (genmd4_bound(denoiser, softplus(THETA + step * unit)) - genmd4_bound(denoiser, softplus(THETA - step * unit))) / (2 * step)
+            (
+                genmd4_bound(denoiser, softplus(THETA + step * unit))
+                - genmd4_bound(denoiser, softplus(THETA - step * unit))
+            )
+            / (2 * step)
             for unit in torch.eye(VOCAB, dtype=torch.float64)
         ]
     )

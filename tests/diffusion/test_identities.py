@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from toy import LENGTH, VOCAB, TableDenoiser, exact_nelbo
+from helpers.toy import LENGTH, VOCAB, TableDenoiser, exact_nelbo
 
 from dlm_ray.diffusion.absorbing import Absorbing, _counted
 from dlm_ray.diffusion.denoiser import Batch
@@ -21,7 +21,8 @@ X_0 = torch.tensor([[0, 2, 1, 3]])
 MASKABLE = np.array([[False, True, True, True]])
 PATTERNS = [np.array([[False, *pattern]]) for pattern in itertools.product([False, True], repeat=LENGTH)]
 NODES, NODE_WEIGHTS = (
-    np.concatenate(parts) for parts in zip(*[((x + 1) / 2, w / 2) for x, w in [np.polynomial.legendre.leggauss(60)]], strict=True)
+    np.concatenate(parts)
+    for parts in zip(*[((x + 1) / 2, w / 2) for x, w in [np.polynomial.legendre.leggauss(60)]], strict=True)
 )
 
 
@@ -55,7 +56,9 @@ def draw(is_masked, scored, weight, t):
     made = make_draw(np.array([t]), is_masked, np.flatnonzero(scored), np.full(int(scored.sum()), weight), MASKABLE)
     weights = torch.zeros(len(made.weight), dtype=torch.float64)
     weights[: made.num_scored] = weight
-    return Batch(X_0, type(made)(**{**vars(made), "t": torch.tensor([t], dtype=torch.float64), "weight": weights}), FULL)
+    return Batch(
+        X_0, type(made)(**{**vars(made), "t": torch.tensor([t], dtype=torch.float64), "weight": weights}), FULL
+    )
 
 
 def probability(is_masked, p):
@@ -170,7 +173,8 @@ def discrete(denoiser, num_timesteps, schedule=None):
         weight = process.weights(np.array([t]), np.array([False]))[0]
         p = at(process.schedule.mask_probability, t)
         total += sum(
-            probability(is_masked, p) * Masked(process)(denoiser, draw(is_masked, is_masked, weight, t)).weighted_sum.item()
+            probability(is_masked, p)
+            * Masked(process)(denoiser, draw(is_masked, is_masked, weight, t)).weighted_sum.item()
             for is_masked in PATTERNS
         )
     return total / num_timesteps
@@ -218,7 +222,9 @@ def test_d3pms_epsilon_makes_the_bound_too_small_and_more_so_for_more_words():
 def test_d3pm_with_a_small_epsilon_is_not_finite_in_float32_and_the_closed_form_is():
     objective = D3pm(Absorbing(num_timesteps=1000), epsilon=1e-50)
     ones = torch.ones(1)
-    kl, nll = objective.posterior_kl(torch.zeros(1, 5), torch.tensor([1]), torch.tensor([True]), 0.501 * ones, 0.5 * ones)
+    kl, nll = objective.posterior_kl(
+        torch.zeros(1, 5), torch.tensor([1]), torch.tensor([True]), 0.501 * ones, 0.5 * ones
+    )
     assert not torch.isfinite(kl) and torch.isfinite(nll)
 
 
@@ -246,8 +252,13 @@ def test_the_count_sampler_is_unbiased_for_the_row_and_for_a_block_behind_a_clea
     row = count_expectation(MASKABLE, lambda is_masked: cross_entropy(denoiser, is_masked))
     assert row == pytest.approx(exact_nelbo(denoiser, X_0[0]), rel=1e-12)
     block = np.array([[False, False, True, True]])  # the ELBO of BD3-LM's block, by hand
-    by_hand = sum(cross_entropy(denoiser, np.array([[False, False, a, b]])) / 2 for a, b in [(True, False), (False, True), (True, True)])
-    assert count_expectation(block, lambda is_masked: cross_entropy(denoiser, is_masked)) == pytest.approx(by_hand, rel=1e-12)
+    by_hand = sum(
+        cross_entropy(denoiser, np.array([[False, False, a, b]])) / 2
+        for a, b in [(True, False), (False, True), (True, True)]
+    )
+    assert count_expectation(block, lambda is_masked: cross_entropy(denoiser, is_masked)) == pytest.approx(
+        by_hand, rel=1e-12
+    )
 
 
 def test_the_count_sampler_at_block_size_1_is_the_autoregressive_loss():
@@ -269,7 +280,9 @@ def test_the_count_sampler_over_the_row_is_ardms_loss():
             is_masked[0, list(order[i - 1 :])] = True
             total += cross_entropy(denoiser, is_masked) / (LENGTH - i + 1)
     ardm = total / len(orders)
-    assert count_expectation(MASKABLE, lambda is_masked: cross_entropy(denoiser, is_masked)) == pytest.approx(ardm, rel=1e-12)
+    assert count_expectation(MASKABLE, lambda is_masked: cross_entropy(denoiser, is_masked)) == pytest.approx(
+        ardm, rel=1e-12
+    )
 
 
 @pytest.mark.parametrize("kind", ["masked", "sedd", "genmd4", "tauldr", "count", "d3pm"])

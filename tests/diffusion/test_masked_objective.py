@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from toy import LENGTH, MASK, TableDenoiser, exact_nelbo, texts
+from helpers.toy import LENGTH, MASK, TableDenoiser, exact_nelbo, texts
 
 from dlm_ray.diffusion.absorbing import Absorbing
 from dlm_ray.diffusion.denoiser import Batch
@@ -74,7 +74,13 @@ def test_the_evaluated_bound_agrees_and_its_interval_covers_it():
     denoiser = TableDenoiser()
     x_0 = torch.stack(texts()[::4])
     scored = token_nats(
-        denoiser, Masked(), x_0.numpy(), np.zeros(x_0.shape, dtype=np.int32), lambda _: FULL, torch.device("cpu"), num_draws=256
+        denoiser,
+        Masked(),
+        x_0.numpy(),
+        np.zeros(x_0.shape, dtype=np.int32),
+        lambda _: FULL,
+        torch.device("cpu"),
+        num_draws=256,
     )
     exact = np.array([exact_nelbo(denoiser, row) for row in x_0])
     standard_error = scored.draw_totals.std(ddof=1) / math.sqrt(256)
@@ -102,7 +108,11 @@ def test_what_is_masked_is_never_inferred_from_ids():
 
 def test_normalisations_count_all_tokens_or_the_masked_ones():
     draw = make_draw(
-        np.array([0.5]), np.array([[False, True, False, True]]), np.array([1, 3]), np.ones(2), np.array([[False, True, True, True]])
+        np.array([0.5]),
+        np.array([[False, True, False, True]]),
+        np.array([1, 3]),
+        np.ones(2),
+        np.array([[False, True, True, True]]),
     )
     assert Masked(None, "all_tokens").count(draw) == 3
     assert Masked(None, "global_masked").count(draw) == 2
@@ -132,7 +142,11 @@ def test_the_global_count_of_masked_tokens_is_diffullamas_normalisation_without_
             chosen = range(start, start + micro_batch)
             draw = objective.draw(DrawKey(1, 0, chosen, rows), None, maskable[chosen])
             batch = Batch(x_0[chosen], draw, FULL)
-            yield objective(denoiser, batch).weighted_sum, objective.count(draw), (objective.token_nll(denoiser, batch), draw.weight)
+            yield (
+                objective(denoiser, batch).weighted_sum,
+                objective.count(draw),
+                (objective.token_nll(denoiser, batch), draw.weight),
+            )
 
     sums, theirs = {}, {}
     for micro_batch in (16, 4, 1):
@@ -162,7 +176,9 @@ def test_another_forward_process_is_an_argument_of_the_objective():
     assert loss == pytest.approx(-(log_probs[1, 2] + log_probs[2, 1]).item())
 
 
-@pytest.mark.parametrize(("weight", "expected"), [("elbo", lambda t: 1 / t), ("flat", lambda t: t / t), ("time", lambda t: t)])
+@pytest.mark.parametrize(
+    ("weight", "expected"), [("elbo", lambda t: 1 / t), ("flat", lambda t: t / t), ("time", lambda t: t)]
+)
 def test_diffullamas_three_weights_are_switches_of_training_and_not_of_the_bound(weight, expected):
     maskable = np.ones((12, 30), dtype=bool)
     maskable[:, 0] = False

@@ -29,7 +29,16 @@ def found(prefixes, text):
 def test_a_beginning_is_found_as_far_as_it_is_the_same_in_whole_pieces():
     prefixes = Prefixes(2, 100 * PIECE_BYTES)
     keep(prefixes, "aabbccd")
-    assert [found(prefixes, text) for text in ("aabbcc", "aabbccdd", "aabb", "aab", "aaccbb", "bbcc", "a", "")] == [6, 6, 4, 2, 2, 0, 0, 0]
+    assert [found(prefixes, text) for text in ("aabbcc", "aabbccdd", "aabb", "aab", "aaccbb", "bbcc", "a", "")] == [
+        6,
+        6,
+        4,
+        2,
+        2,
+        0,
+        0,
+        0,
+    ]
     keep(prefixes, "bbcc")  # the same tokens behind others are another piece
     assert found(prefixes, "bbccaa") == 4 and len(prefixes) == 5
 

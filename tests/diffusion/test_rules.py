@@ -7,15 +7,31 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from test_samplers import FULL, chi_square_z, empty_canvas, exact_ancestral, exact_by_states, independent_positions, tally
-from toy import LENGTH, MASK, VOCAB, TableDenoiser
+from helpers.toy import LENGTH, MASK, VOCAB, TableDenoiser
+from test_samplers import (
+    FULL,
+    chi_square_z,
+    empty_canvas,
+    exact_ancestral,
+    exact_by_states,
+    independent_positions,
+    tally,
+)
 
 from dlm_ray.diffusion.draws import SAMPLING, generator
 from dlm_ray.diffusion.samplers.adjust import banned, chained, forced, pattern
 from dlm_ray.diffusion.samplers.blocks import write
 from dlm_ray.diffusion.samplers.drawing import draw_tokens
 from dlm_ray.diffusion.samplers.requests import Request
-from dlm_ray.diffusion.samplers.rules import Ancestral, Canvas, Confidence, EntropyBounded, Factor, FirstHitting, Threshold
+from dlm_ray.diffusion.samplers.rules import (
+    Ancestral,
+    Canvas,
+    Confidence,
+    EntropyBounded,
+    Factor,
+    FirstHitting,
+    Threshold,
+)
 from dlm_ray.diffusion.samplers.whole_canvas import sample
 from dlm_ray.diffusion.schedules import Cosine, Polynomial
 
@@ -25,7 +41,7 @@ NOW, THEN = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float
 class OneBlock(TableDenoiser):
     """The toy for the block sampler: a row is one block, so its cache stays empty."""
 
-    def hidden(self, ids, visibility, memory=None):
+    def hidden(self, ids, visibility, kv=None):
         return super().hidden(ids, visibility)
 
     def new_cache(self, num_slots, capacity_tokens, *, fixed_shapes=False):
@@ -33,18 +49,26 @@ class OneBlock(TableDenoiser):
             return None
 
         return SimpleNamespace(
-            lengths=[0] * num_slots, last_rows=torch.zeros(num_slots, VOCAB).double(), fork=nothing, release=nothing, commit=nothing
+            lengths=[0] * num_slots,
+            last_rows=torch.zeros(num_slots, VOCAB).double(),
+            fork=nothing,
+            release=nothing,
+            commit=nothing,
         )
 
 
 def in_a_block(rule, num_samples, num_steps=1, seed=0, **options):
     requests = [Request([0], LENGTH, number, seed) for number in range(num_samples)]
-    written = write(OneBlock(1), requests, rule, block_tokens=1 + LENGTH, context_tokens=8, num_steps=num_steps, **options)
+    written = write(
+        OneBlock(1), requests, rule, block_tokens=1 + LENGTH, context_tokens=8, num_steps=num_steps, **options
+    )
     return torch.tensor([[0, *text.ids] for text in written.texts])
 
 
 def on_the_whole_canvas(rule, num_samples, num_steps=1, seed=0, **options):
-    return sample(TableDenoiser(1), empty_canvas(num_samples), rule, FULL, num_steps=num_steps, seed=seed, **options).ids
+    return sample(
+        TableDenoiser(1), empty_canvas(num_samples), rule, FULL, num_steps=num_steps, seed=seed, **options
+    ).ids
 
 
 CANVASES = pytest.mark.parametrize("draw", [in_a_block, on_the_whole_canvas])
@@ -73,9 +97,23 @@ def test_first_hitting_has_the_law_of_a_random_order(draw):
 def test_ancestral_sampling_in_a_block_has_the_exact_law_and_in_the_limit_that_of_first_hitting():
     few = exact_ancestral(TableDenoiser(1), Cosine(), 3)
     assert abs(chi_square_z(tally(in_a_block(Ancestral(Cosine()), 5000, num_steps=3, seed=2)), few, 5000)) < 4
-    assert abs(chi_square_z(tally(in_a_block(Ancestral(Polynomial()), 5000, num_steps=300, seed=3)), in_random_order(), 5000)) < 4
+    assert (
+        abs(
+            chi_square_z(
+                tally(in_a_block(Ancestral(Polynomial()), 5000, num_steps=300, seed=3)), in_random_order(), 5000
+            )
+        )
+        < 4
+    )
     # The two laws differ, so that the statistic would have shown a mistake.
-    assert abs(chi_square_z(tally(on_the_whole_canvas(Ancestral(Cosine()), 20_000, num_steps=1, seed=2)), in_random_order(), 20_000)) > 4
+    assert (
+        abs(
+            chi_square_z(
+                tally(on_the_whole_canvas(Ancestral(Cosine()), 20_000, num_steps=1, seed=2)), in_random_order(), 20_000
+            )
+        )
+        > 4
+    )
 
 
 @CANVASES
@@ -149,7 +187,11 @@ def test_remasking_keeps_the_masked_share_and_never_touches_what_is_given(schedu
 def chosen(rule, *confidence):
     values = torch.tensor([confidence], dtype=torch.float64)
     is_masked = values > float("-inf")
-    return rule.chosen(Canvas(torch.zeros_like(is_masked).long(), is_masked), is_masked, values, NOW, THEN)[0].int().tolist()
+    return (
+        rule.chosen(Canvas(torch.zeros_like(is_masked).long(), is_masked), is_masked, values, NOW, THEN)[0]
+        .int()
+        .tolist()
+    )
 
 
 def test_threshold_by_hand():
@@ -195,22 +237,37 @@ def test_margin_and_probability_rank_differently():
 
     class Two(TableDenoiser):
         def hidden(self, ids, visibility):
-            rows = torch.tensor([[1, 1, 1, 1], [0.48, 0.46, 0.03, 0.03], [0.4, 0.2, 0.2, 0.2], [0.3, 0.3, 0.2, 0.2]], dtype=torch.float64)
+            rows = torch.tensor(
+                [[1, 1, 1, 1], [0.48, 0.46, 0.03, 0.03], [0.4, 0.2, 0.2, 0.2], [0.3, 0.3, 0.2, 0.2]],
+                dtype=torch.float64,
+            )
             return rows.log().repeat(len(ids), 1, 1)
 
     for by, first in (("probability", 1), ("margin", 2)):
         seen = []
         rule = Confidence(Polynomial(), by)
-        sample(Two(), empty_canvas(1), rule, FULL, num_steps=3, temperature=0, on_step=lambda *now, seen=seen: seen.append(now[2]))
+        sample(
+            Two(),
+            empty_canvas(1),
+            rule,
+            FULL,
+            num_steps=3,
+            temperature=0,
+            on_step=lambda *now, seen=seen: seen.append(now[2]),
+        )
         assert (~seen[0].is_masked[0]).nonzero()[:, 0].tolist() == [0, first]
 
 
 @pytest.mark.parametrize(
-    "rule", [FirstHitting(), Threshold(0.6), Factor(1.0), EntropyBounded(0.5), Confidence(Polynomial(), "margin")], ids=str
+    "rule",
+    [FirstHitting(), Threshold(0.6), Factor(1.0), EntropyBounded(0.5), Confidence(Polynomial(), "margin")],
+    ids=str,
 )
 def test_every_rule_finishes_the_canvas_and_counts_its_calls(rule):
     seen = []
-    done = sample(TableDenoiser(1), empty_canvas(20), rule, FULL, num_steps=LENGTH, on_step=lambda *now: seen.append(now[:2]))
+    done = sample(
+        TableDenoiser(1), empty_canvas(20), rule, FULL, num_steps=LENGTH, on_step=lambda *now: seen.append(now[:2])
+    )
     assert 1 <= done.num_network_calls <= LENGTH and seen[-1] == (LENGTH, LENGTH)
     assert (done.ids < VOCAB).all()
     if isinstance(rule, FirstHitting):
@@ -220,7 +277,9 @@ def test_every_rule_finishes_the_canvas_and_counts_its_calls(rule):
 @CANVASES
 def test_hooks_ban_force_and_follow_a_pattern(draw):
     def only_row_1(logits, rows, positions):
-        return torch.where(((rows == 1) & (positions == 1))[:, None] & (torch.arange(VOCAB) != 0), float("-inf"), logits)
+        return torch.where(
+            ((rows == 1) & (positions == 1))[:, None] & (torch.arange(VOCAB) != 0), float("-inf"), logits
+        )
 
     adjust = chained(banned([2]), pattern({1: [0, 3], 2: [1, 2]}), only_row_1, None, forced({3: 2}))
     for rule in (FirstHitting(), Threshold(0.7), Ancestral(Polynomial())):
@@ -239,7 +298,9 @@ def test_a_pattern_conditions_the_law():
     """One position: the law is the model's within the allowed set."""
     denoiser, canvas = TableDenoiser(1), empty_canvas(8000)
     canvas.is_masked[:, 1:3] = False
-    ids = sample(denoiser, Canvas(canvas.ids, canvas.is_masked), FirstHitting(), FULL, num_steps=1, adjust=pattern({3: [1, 2]})).ids
+    ids = sample(
+        denoiser, Canvas(canvas.ids, canvas.is_masked), FirstHitting(), FULL, num_steps=1, adjust=pattern({3: [1, 2]})
+    ).ids
     probs = denoiser.log_probs(torch.tensor([0, 0, 0, MASK]))[3].exp()[[1, 2]]
     counts = {(0, 0, 0, word): int((ids[:, 3] == word).sum()) for word in (1, 2)}
     exact = {(0, 0, 0, word): (p / probs.sum()).item() for word, p in zip((1, 2), probs, strict=True)}

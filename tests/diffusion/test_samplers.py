@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from toy import LENGTH, MASK, VOCAB, TableDenoiser
+from helpers.toy import LENGTH, MASK, VOCAB, TableDenoiser
 
 from dlm_ray.diffusion.samplers.adjust import banned
 from dlm_ray.diffusion.samplers.drawing import draw_tokens
@@ -36,7 +36,10 @@ def transition(denoiser, x_t, reveal_probability):
             state = list(x_t)
             for n, word in zip(chosen, words, strict=True):
                 state[n] = word
-            yield tuple(state), p_positions * math.exp(sum(log_probs[n, w].item() for n, w in zip(chosen, words, strict=True)))
+            yield (
+                tuple(state),
+                p_positions * math.exp(sum(log_probs[n, w].item() for n, w in zip(chosen, words, strict=True))),
+            )
 
 
 def exact_ancestral(denoiser, schedule, num_steps):
@@ -192,13 +195,17 @@ def test_a_cosine_grid_on_the_linear_schedule_is_a_uniform_grid_on_the_cosine_sc
     one = sample(TableDenoiser(1), canvas, Ancestral(Polynomial()), FULL, num_steps=7, grid="cosine", seed=4)
     other = sample(TableDenoiser(1), canvas, Ancestral(Cosine()), FULL, num_steps=7, grid="uniform", seed=4)
     assert torch.equal(one.ids, other.ids)
-    assert grid_times("cosine", 4) == pytest.approx([math.cos(math.pi / 2 * (1 - i / 4)) for i in (4, 3, 2, 1, 0)], abs=1e-12)
+    assert grid_times("cosine", 4) == pytest.approx(
+        [math.cos(math.pi / 2 * (1 - i / 4)) for i in (4, 3, 2, 1, 0)], abs=1e-12
+    )
 
 
 @pytest.mark.parametrize("noise", ["float64", "float32_gumbel"])
 def test_one_draw_over_tokens_and_mask_has_the_law_of_coin_and_token(noise):
     denoiser, num_samples = TableDenoiser(1), 20_000
-    done = sample(denoiser, empty_canvas(num_samples), Ancestral(Polynomial(), joint=True), FULL, num_steps=3, noise=noise, seed=2)
+    done = sample(
+        denoiser, empty_canvas(num_samples), Ancestral(Polynomial(), joint=True), FULL, num_steps=3, noise=noise, seed=2
+    )
     assert abs(chi_square_z(tally(done.ids), exact_ancestral(denoiser, Polynomial(), 3), num_samples)) < 4
 
 
@@ -214,7 +221,9 @@ def test_the_state_dependent_step_has_the_exact_law_of_genmd4(grid):
 
     exact = exact_by_states(num_steps, step_of)
     assert sum(exact.values()) == pytest.approx(1)
-    done = sample(denoiser, empty_canvas(num_samples), StateDependent(exponents), FULL, num_steps=num_steps, grid=grid, seed=5)
+    done = sample(
+        denoiser, empty_canvas(num_samples), StateDependent(exponents), FULL, num_steps=num_steps, grid=grid, seed=5
+    )
     assert abs(chi_square_z(tally(done.ids), exact, num_samples)) < 4
 
 

@@ -5,7 +5,16 @@ import math
 import pytest
 import torch
 
-from dlm_ray.diffusion.schedules import NAMES, Cosine, Geometric, Polynomial, Shifted, build, prior_nats, reconstruction_nats
+from dlm_ray.diffusion.schedules import (
+    NAMES,
+    Cosine,
+    Geometric,
+    Polynomial,
+    Shifted,
+    build,
+    prior_nats,
+    reconstruction_nats,
+)
 
 SCHEDULES = [build(name, 3.0 if name == "polynomial" else None) for name in NAMES]
 SHIFTED = [Shifted(schedule, 1e-4, 1e-3) for schedule in SCHEDULES]

@@ -137,7 +137,11 @@ def test_projections_take_the_best_a_drawn_one_or_the_whole_nucleus(objective):
     tokens, corner = project(objective, logits, "sampled", uniform)
     assert tokens.tolist() == [[2, 3]] and corner[0, 0].tolist() == [-5, -5, 5, -5]
     tokens, corner = project(objective, logits, "multi_hot", uniform, top_p=0.9)
-    assert tokens.tolist() == [[0, 3]] and corner[0, 0].tolist() == [5, -5, 5, -5] and corner[0, 1].tolist() == [-5, -5, -5, 5]
+    assert (
+        tokens.tolist() == [[0, 3]]
+        and corner[0, 0].tolist() == [5, -5, 5, -5]
+        and corner[0, 1].tolist() == [-5, -5, -5, 5]
+    )
 
 
 def test_control_moves_the_logits_along_the_classifiers_gradient_and_the_text_follows(objective):
@@ -150,5 +154,7 @@ def test_control_moves_the_logits_along_the_classifiers_gradient_and_the_text_fo
     assert torch.allclose(moved, expected)
     canvas = canvas_of(200, 2, 6)
     free = sample_blocks(Toy(), objective, canvas, num_steps=4, seed=0).ids[:, 2:]
-    steered_to = sample_blocks(Toy(), objective, canvas, num_steps=4, control=likes_word_2, control_weight=20.0, seed=0).ids[:, 2:]
+    steered_to = sample_blocks(
+        Toy(), objective, canvas, num_steps=4, control=likes_word_2, control_weight=20.0, seed=0
+    ).ids[:, 2:]
     assert (steered_to == 2).float().mean() > (free == 2).float().mean() + 0.3

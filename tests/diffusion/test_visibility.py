@@ -34,7 +34,9 @@ def by_definition(visibility, row, query, key):
     return None  # Bernoulli pairs in the future are a matter of chance
 
 
-@pytest.mark.parametrize("visibility", VISIBILITIES, ids=lambda v: f"{v.pattern}-{'documents' if v.document_ids is not None else 'plain'}")
+@pytest.mark.parametrize(
+    "visibility", VISIBILITIES, ids=lambda v: f"{v.pattern}-{'documents' if v.document_ids is not None else 'plain'}"
+)
 def test_dense_mask_is_the_definition(visibility):
     dense = visibility.dense(LENGTH, torch.device("cpu"))
     for row in range(dense.shape[0]):
@@ -45,13 +47,17 @@ def test_dense_mask_is_the_definition(visibility):
                     assert bool(dense[row, 0, query, key]) == bool(expected), (row, query, key)
 
 
-@pytest.mark.parametrize("visibility", VISIBILITIES, ids=lambda v: f"{v.pattern}-{'documents' if v.document_ids is not None else 'plain'}")
+@pytest.mark.parametrize(
+    "visibility", VISIBILITIES, ids=lambda v: f"{v.pattern}-{'documents' if v.document_ids is not None else 'plain'}"
+)
 def test_flex_attention_computes_what_the_dense_mask_does(visibility):
     torch.manual_seed(0)
     query, key, value = (torch.randn(2, 4, LENGTH, 16) for _ in range(3))
     dense = F.scaled_dot_product_attention(query, key, value, attn_mask=visibility.dense(LENGTH, query.device))
     flex = flex_attention(query, key, value, block_mask=visibility.block_mask(LENGTH, query.device))
-    exact = F.scaled_dot_product_attention(*(x.double() for x in (query, key, value)), attn_mask=visibility.dense(LENGTH, query.device))
+    exact = F.scaled_dot_product_attention(
+        *(x.double() for x in (query, key, value)), attn_mask=visibility.dense(LENGTH, query.device)
+    )
     assert (flex - exact).abs().max() <= 2 * (dense - exact).abs().max() + 1e-6
 
 
@@ -65,7 +71,10 @@ def test_annealing_starts_causal_and_ends_bidirectional():
 def test_visible_share_of_the_future_is_the_ratio_and_each_step_has_its_own():
     length = 256
     future = torch.ones(length, length, dtype=torch.bool).triu(1)
-    masks = [annealed("bernoulli", 0.3, step, length, None).dense(length, torch.device("cpu"))[0, 0][future] for step in range(4)]
+    masks = [
+        annealed("bernoulli", 0.3, step, length, None).dense(length, torch.device("cpu"))[0, 0][future]
+        for step in range(4)
+    ]
     num_pairs = len(masks[0])
     for mask in masks:
         assert abs(mask.double().mean() - 0.3) < 4.5 * np.sqrt(0.3 * 0.7 / num_pairs)
@@ -77,7 +86,11 @@ def test_visible_share_of_the_future_is_the_ratio_and_each_step_has_its_own():
 def test_annealing_has_no_stripes():
     """Rows and columns of the hash are as independent as coins: the spread of their sums is the binomial one."""
     length = 256
-    dense = annealed("bernoulli", 0.5, 3, 2 * length, None).dense(2 * length, torch.device("cpu"))[0, 0][:length, length:].double()
+    dense = (
+        annealed("bernoulli", 0.5, 3, 2 * length, None)
+        .dense(2 * length, torch.device("cpu"))[0, 0][:length, length:]
+        .double()
+    )
     for sums in (dense.sum(0), dense.sum(1), dense.diagonal().unfold(0, 16, 16).sum(1) * 4):
         assert 0.5 < sums.var() / (length / 4) < 1.7
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from conftest import python_module, tiny_recipe
-from dlm_ray.evaluation import clip_search
+from dlm_ray.evaluation.sweeps import clip_search
 
 import dlm_ray
 from dlm_ray.config.errors import UserError
@@ -14,12 +14,24 @@ from dlm_ray.training import loop
 @pytest.fixture(scope="module")
 def checkpoint(data_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("clips") / "run"
-    loop.fit(tiny_recipe(data_folder, "masked", training__steps=30, validation__rows=0), folder)
+    loop.fit(tiny_recipe(data_folder, "masked", training__steps=30, validation__sequences=0), folder)
     return str(folder)
 
 
 def test_the_verb_prints_a_clip_and_writes_a_table_and_a_heat_map(checkpoint, data_folder, tmp_path):
-    arguments = ["sweep", "clip-search", checkpoint, "--data", data_folder, "--block-tokens", "4", "--rows", "6", "--draws", "2"]
+    arguments = [
+        "sweep",
+        "clip-search",
+        checkpoint,
+        "--data",
+        data_folder,
+        "--block-tokens",
+        "4",
+        "--rows",
+        "6",
+        "--draws",
+        "2",
+    ]
     done = python_module("dlm_ray", *arguments, "--out", str(tmp_path / "out"), "--json")
     assert done.returncode == 0, done.stderr
     printed = json.loads(done.stdout)
@@ -33,7 +45,9 @@ def test_the_verb_prints_a_clip_and_writes_a_table_and_a_heat_map(checkpoint, da
 
 
 def test_gradients_are_measured_beside_the_bound(checkpoint, data_folder):
-    found = clip_search.search(dlm_ray.load(checkpoint), data_folder, 8, rows=4, draws=1, gradients=2, gradient_rows=4)
+    found = clip_search.search(
+        dlm_ray.load(checkpoint), data_folder, 8, rows=4, draws=1, gradients=2, gradient_sequences=4
+    )
     assert len(found) == 36 and all(one.gradient_variance > 0 for one in found)
 
 

@@ -23,11 +23,21 @@ STUDY = Study(
     question="Which?",
     metric="bits",
     unit="bits",
-    arms=(Arm("base", {"a": 1}, "1.00"), Arm("better", {"a": 2}, "<= 0.90"), Arm("same", {"a": 3}), Arm("other unit", {"a": 4})),
+    arms=(
+        Arm("base", {"a": 1}, "1.00"),
+        Arm("better", {"a": 2}, "<= 0.90"),
+        Arm("same", {"a": 3}),
+        Arm("other unit", {"a": 4}),
+    ),
     seeds=(0, 1, 2, 3),
     baseline="base",
     ratios=("speed",),
-    orderings=(("better", "base", "table 1"), ("base", "better", "nobody"), ("same", "base", "rumour"), ("other unit", "base", "x")),
+    orderings=(
+        ("better", "base", "table 1"),
+        ("base", "better", "nobody"),
+        ("same", "base", "rumour"),
+        ("other unit", "base", "x"),
+    ),
 )
 
 
@@ -57,7 +67,11 @@ def test_a_study_that_is_stopped_goes_on_where_it_stopped(tmp_path):
         lines.write('{"study": "toy", "arm": "sa')  # the machine went down while a line was written
     said, again = [], []
     records = runner.run(
-        STUDY, lambda arm, seed, folder: again.append((arm.name, seed)) or outcome(arm, seed, folder), tmp_path, None, said.append
+        STUDY,
+        lambda arm, seed, folder: again.append((arm.name, seed)) or outcome(arm, seed, folder),
+        tmp_path,
+        None,
+        said.append,
     )
     assert len(records) == 16 and len(again) == 10 and not set(again) & set(made)
     assert any("torn" in line for line in said)
@@ -72,7 +86,9 @@ def test_a_run_that_fails_is_one_row_with_its_reason_and_is_tried_again(tmp_path
         return outcome(arm, seed, folder)
 
     records = runner.run(STUDY, fails, tmp_path)
-    assert [(one.arm, one.seed, one.error) for one in records if one.error] == [("same", 1, "FloatingPointError: step 7 is not finite")]
+    assert [(one.arm, one.seed, one.error) for one in records if one.error] == [
+        ("same", 1, "FloatingPointError: step 7 is not finite")
+    ]
     assert next(one for one in runner.compare(STUDY, records) if one.arm == "same").n == 3
     text = write_report(STUDY, records, tmp_path / "report", "a machine", [])[0].read_text()
     assert "- same, seed 1: FloatingPointError: step 7 is not finite" in text
@@ -92,7 +108,9 @@ def test_an_outcome_that_no_line_can_hold_is_a_failed_row_too(tmp_path, result, 
 
 
 def test_metrics_may_be_of_numpy(tmp_path):
-    records = runner.run(STUDY, lambda arm, seed, folder: Outcome({"bits": np.float32(1)}, np.ones(3, np.float32)), tmp_path)
+    records = runner.run(
+        STUDY, lambda arm, seed, folder: Outcome({"bits": np.float32(1)}, np.ones(3, np.float32)), tmp_path
+    )
     assert not any(record.error for record in records)
     assert {(one.arm, one.seed): one for one in runner.read(tmp_path)} == {(one.arm, one.seed): one for one in records}
 
@@ -168,7 +186,8 @@ def test_the_report_stands_beside_what_was_published_and_is_reproducible(tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("p", "dof", "expected"), [(0.975, 2, 4.303), (0.975, 10, 2.228), (0.95, 5, 2.015), (0.9, 1, 3.078), (0.995, 30, 2.750)]
+    ("p", "dof", "expected"),
+    [(0.975, 2, 4.303), (0.975, 10, 2.228), (0.95, 5, 2.015), (0.9, 1, 3.078), (0.995, 30, 2.750)],
 )
 def test_quantiles_are_those_of_the_printed_tables(p, dof, expected):
     assert statistics.t_quantile(p, dof) == pytest.approx(expected, abs=6e-4)
@@ -183,7 +202,8 @@ def test_holm_on_a_worked_example():
 def test_flips_of_signs_by_brute_force_and_by_chance():
     differences = [0.3, -0.1, 0.4, 0.2]
     flips = [
-        abs(sum(sign * value for sign, value in zip(signs, differences, strict=True))) for signs in itertools.product([1, -1], repeat=4)
+        abs(sum(sign * value for sign, value in zip(signs, differences, strict=True)))
+        for signs in itertools.product([1, -1], repeat=4)
     ]
     assert statistics.sign_flip_p(differences) == pytest.approx(sum(flip >= 0.8 - 1e-9 for flip in flips) / 16)
     assert statistics.sign_flip_p([1.0, 1.0, 1.0]) == 0.25  # all that three pairs can say
@@ -203,7 +223,9 @@ def test_the_smallest_visible_effect_is_found_as_often_as_it_says(n):
 
 def test_intervals_cover_what_they_should():
     random = np.random.default_rng(2)
-    covered = [low < 1.0 < high for _, low, high in (statistics.t_interval(random.normal(1.0, 0.5, 4)) for _ in range(400))]
+    covered = [
+        low < 1.0 < high for _, low, high in (statistics.t_interval(random.normal(1.0, 0.5, 4)) for _ in range(400))
+    ]
     assert 0.92 < np.mean(covered) < 0.98
     low, high = statistics.bootstrap_interval(random.normal(1.0, 0.5, 200))
     assert low < 1.0 < high and high - low == pytest.approx(2 * 1.96 * 0.5 / math.sqrt(200), rel=0.2)
@@ -237,20 +259,34 @@ def test_a_token_is_a_character(text8_folder):
 
 def test_every_arm_of_the_objectives_study_runs_from_training_to_the_table(text8_folder, tmp_path, monkeypatch):
     """Two steps of each on a hundred rows: what the committed study did, small."""
-    for name, value in {"ROW_TOKENS": 32, "ROWS": 4, "BASE_STEPS": 2, "HELD_OUT_ROWS": 8, "DRAWS": 2, "TIMESTEPS": (10,), **FEW}.items():
+    for name, value in {
+        "ROW_TOKENS": 32,
+        "ROWS": 4,
+        "BASE_STEPS": 2,
+        "HELD_OUT_ROWS": 8,
+        "DRAWS": 2,
+        "TIMESTEPS": (10,),
+        **FEW,
+    }.items():
         monkeypatch.setattr(objectives, name, value)
     data, base = str(text8_folder / "data"), str(tmp_path / "base")
     loop.fit(objectives.base_recipe(data), base)
     small = objectives.study(1, 2)
-    records = runner.run(small, lambda arm, seed, folder: objectives.one(arm, seed, folder, data, base), tmp_path / "study")
+    records = runner.run(
+        small, lambda arm, seed, folder: objectives.one(arm, seed, folder, data, base), tmp_path / "study"
+    )
     assert [record.error for record in records] == [None] * len(objectives.ARMS)
     by_arm = {record.arm: record for record in records}
-    assert all((record.metrics.get("bits_per_character") is None) == (arm == "SSD-LM") for arm, record in by_arm.items())
+    assert all(
+        (record.metrics.get("bits_per_character") is None) == (arm == "SSD-LM") for arm, record in by_arm.items()
+    )
     parts = by_arm["MD4"].details["by_timesteps"]
     assert set(parts) == {"10", "continuous, shifted", "continuous"} and parts["10"]["prior"] > 0
     assert by_arm["AR"].metrics["nelbo_variance"] < 1e-12 < by_arm["MD4"].metrics["nelbo_variance"]
     corpus = json.loads((text8_folder / "corpus.json").read_text())
-    text = write_report(small, records, tmp_path / "report", "two cores", objectives.notes(records, corpus, 2))[0].read_text()
+    text = write_report(small, records, tmp_path / "report", "two cores", objectives.notes(records, corpus, 2))[
+        0
+    ].read_text()
     assert "MD4, seed 0, evaluated at T = 10" in text and "| SSD-LM | 1 | none |" in text
 
 
@@ -264,7 +300,9 @@ def test_every_arm_of_the_block_size_study_runs_from_training_to_the_table(text8
     loop.fit(objectives.base_recipe(data), tmp_path / "base")
     base = block_size.whole_row_base(data, str(tmp_path / "base"), tmp_path / "whole")
     small = block_size.study(1, 2)
-    records = runner.run(small, lambda arm, seed, folder: block_size.one(arm, seed, folder, data, base), tmp_path / "study")
+    records = runner.run(
+        small, lambda arm, seed, folder: block_size.one(arm, seed, folder, data, base), tmp_path / "study"
+    )
     assert [record.error for record in records] == [None] * len(block_size.ARMS)
     steps = {record.arm: record.details["steps"] for record in records}
     assert steps["4"] == 2 and steps["4, from scratch"] == steps["AR, from scratch"] == 6
@@ -272,7 +310,9 @@ def test_every_arm_of_the_block_size_study_runs_from_training_to_the_table(text8
     assert by_arm["1, all masked"]["nelbo_variance"] < 1e-12 < by_arm["1, linear"]["nelbo_variance"]
     searched = block_size.search(base, data, tmp_path / "report", rows=2, draws=1)
     assert len(searched) == 3 and (tmp_path / "report/clips_128/clip_search.svg").exists()
-    written = write_report(small, records, tmp_path / "report", "two cores", [*block_size.notes(records, corpus, 2), *searched])
+    written = write_report(
+        small, records, tmp_path / "report", "two cores", [*block_size.notes(records, corpus, 2), *searched]
+    )
     assert "Clip search on the base, blocks of 4" in written[0].read_text()
 
 
@@ -293,14 +333,21 @@ def test_the_search_says_plainly_whether_smaller_blocks_chose_heavier_masking(mo
 def test_every_arm_of_the_annealing_study_ends_at_the_whole_row(data_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(annealing, "HELD_OUT_ROWS", 8)
     monkeypatch.setattr(annealing, "SIZES", (4, 8, 16))
-    data, row_tokens = str(data_folder), load_index(str(data_folder)).row_tokens
+    data, sequence_length = str(data_folder), load_index(str(data_folder)).sequence_length
     base = loop.fit(tiny_recipe(data_folder, objective__name="autoregressive"), str(tmp_path / "base"))["checkpoint"]
-    small = annealing.study(1, 6, row_tokens)
+    small = annealing.study(1, 6, sequence_length)
     for arm in small.arms:
         recipe = objectives.recipe_of(arm, 0, data, base)
-        assert recipe.objective.block_tokens in (None, row_tokens) and recipe.objective.shift == ("no shift" not in arm.name)
-        assert sum(stage.steps for stage in recipe.curriculum.block_sizes) + recipe.curriculum.annealing.steps < recipe.training.steps
-    records = runner.run(small, lambda arm, seed, folder: annealing.one(arm, seed, folder, data, base), tmp_path / "study")
+        assert recipe.objective.block_tokens in (None, sequence_length) and recipe.objective.shift == (
+            "no shift" not in arm.name
+        )
+        assert (
+            sum(stage.steps for stage in recipe.curriculum.block_sizes) + recipe.curriculum.annealing.steps
+            < recipe.training.steps
+        )
+    records = runner.run(
+        small, lambda arm, seed, folder: annealing.one(arm, seed, folder, data, base), tmp_path / "study"
+    )
     assert [record.error for record in records] == [None] * 10
     # In six steps, 10 % and 30 % are as many as blocks have sizes; all other ways differ.
     assert len({record.metrics["bits_per_byte"] for record in records}) == 8
@@ -331,7 +378,9 @@ def test_every_way_to_draw_is_measured_on_the_models_that_were_trained(text8_fol
         draws.one(missing, 0, tmp_path)
     base = objectives.base_recipe(str(text8_folder / "data"))
     loop.fit(
-        base.model_copy(update={"objective": type(base.objective)(), "training": base.training.model_copy(update={"steps": 2})}),
+        base.model_copy(
+            update={"objective": type(base.objective)(), "training": base.training.model_copy(update={"steps": 2})}
+        ),
         tmp_path / "runs/md4-0",
     )
     for arm in draws.STUDY.arms:

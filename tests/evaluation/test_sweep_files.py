@@ -7,15 +7,17 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from conftest import tiny_recipe
-from dlm_ray.evaluation import sweep_report
-from dlm_ray.evaluation.sweep_measure import measure
-from dlm_ray.evaluation.sweep_ranking import Row, best, ranked
+from dlm_ray.evaluation.sweeps import report
+from dlm_ray.evaluation.sweeps.measure import measure
+from dlm_ray.evaluation.sweeps.ranking import TrialResult, best, ranked
 
 from dlm_ray.config.sweep import Measure, Sweep
-from dlm_ray.serving.loading import load
+from dlm_ray.generation.loading import load
 from dlm_ray.training import loop
 
-ASKED = Measure(rows=12, draws_per_row=2, variance_draws=3, variance_rows=12, gradient_draws=2, gradient_rows=4)
+ASKED = Measure(
+    sequences=12, draws_per_sequence=2, variance_draws=3, variance_sequences=12, gradient_draws=2, gradient_sequences=4
+)
 CLIP = {"beta": 0.45, "omega": 0.95}
 
 
@@ -40,8 +42,10 @@ def measured(data_folder, tmp_path_factory):
 
 
 def test_the_bound_is_over_all_of_t_whatever_was_trained(measured, data_folder):
-    scored = load(measured["folders"]["paper"]).score(data_folder, max_rows=12, draws_per_row=2)
-    assert measured["paper"]["bits_per_byte"] == scored.bits_per_byte and measured["paper"]["nats"] == scored.nats.tolist()
+    scored = load(measured["folders"]["paper"]).score(data_folder, max_sequences=12, draws_per_sequence=2)
+    assert (
+        measured["paper"]["bits_per_byte"] == scored.bits_per_byte and measured["paper"]["nats"] == scored.nats.tolist()
+    )
     low, high = measured["paper"]["ci95_documents"]
     assert low < measured["paper"]["bits_per_byte"] < high and measured["paper"]["is_bound"]
     assert len(measured["paper"]["nll_by_t"]) == 5 and measured["paper"]["tokens_per_second"] > 0
@@ -66,7 +70,17 @@ def row(number, settings, values, status="finished", **measured_as):
         "bytes": [10.0] * len(nats),
         **measured_as,
     }
-    return Row(number, settings, status, "", 8, f"runs/{number}", [], [(1.0, 3.0), (2.0, 2.0)], fields if status == "finished" else {})
+    return TrialResult(
+        number,
+        settings,
+        status,
+        "",
+        8,
+        f"runs/{number}",
+        [],
+        [(1.0, 3.0), (2.0, 2.0)],
+        fields if status == "finished" else {},
+    )
 
 
 def test_ties_are_decided_by_the_paired_interval():
@@ -89,7 +103,14 @@ def test_ties_are_decided_by_the_paired_interval():
 
 def test_trials_are_compared_within_their_group_and_the_larger_is_better_for_speed():
     rows = [
-        row(number, {"k": number % 2}, [1.0], tokens_per_second=float(number), nelbo_variance=9.0 - number, variances=[9.0 - number] * 3)
+        row(
+            number,
+            {"k": number % 2},
+            [1.0],
+            tokens_per_second=float(number),
+            nelbo_variance=9.0 - number,
+            variances=[9.0 - number] * 3,
+        )
         for number in range(4)
     ]
     assert [one.number for one in best(ranked(rows, "tokens_per_second", None))] == [3]
@@ -104,10 +125,14 @@ def test_the_files_say_what_was_found(tmp_path):
     ]
     rows += [row(3, {"objective.clip": None}, [], "failed")]
     sweep = Sweep(
-        name="s", recipe="quickstart", space={"objective.clip": {"grid": clips}}, metric="nelbo_variance", confirm={"overrides": ["seed=1"]}
+        name="s",
+        recipe="quickstart",
+        space={"objective.clip": {"grid": clips}},
+        metric="nelbo_variance",
+        confirm={"overrides": ["seed=1"]},
     )
     found = ranked(rows, "nelbo_variance", None)
-    sweep_report.write(sweep, found, [rows[2]], tmp_path, 90.0)
+    report.write(sweep, found, [rows[2]], tmp_path, 90.0)
     table = pq.read_table(tmp_path / "results.parquet").to_pylist()
     assert [(line["number"], line["status"], line["place"]) for line in table] == [
         (2, "finished", 1), (1, "finished", 2), (0, "finished", 3), (3, "failed", None), (2, "confirmed", None),

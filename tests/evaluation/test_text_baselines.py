@@ -40,6 +40,8 @@ def test_ngram_statistics_of_known_texts(data_folder):
 
     tokenizer = load_data_tokenizer(data_folder)
     held_out = [text for text in make_documents() if split_of(text, 0.2) == "held_out"]
-    assert ngram_statistics(held_out[:3], tokenizer, data_folder)["held_out_4grams"] > 0.98  # all but those over a row's end
+    assert (
+        ngram_statistics(held_out[:3], tokenizer, data_folder)["held_out_4grams"] > 0.98
+    )  # all but those over a row's end
     assert ngram_statistics(["zqzqzqzqzqzqzq"], tokenizer, data_folder)["held_out_4grams"] == 0.0
     assert ngram_statistics(["aaaaaaaaaaaaaaaaaaaaaaaaaaaaaa"], tokenizer, data_folder)["distinct_2"] < 0.2

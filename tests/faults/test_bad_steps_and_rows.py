@@ -77,7 +77,9 @@ def test_a_step_that_is_left_out_changes_nothing_at_all(bad_steps, data_folder, 
     recipe = recipe_of(data_folder, training__max_skipped_steps=1, checkpoint__every_steps=1, checkpoint__keep_last=12)
     loop.fit(recipe, tmp_path / "run")
     for name in commit.read_manifest(str(tmp_path / "run/step_00000003")).arrays:
-        before, after, later = (commit.read_tensor(str(tmp_path / f"run/step_0000000{step}"), name) for step in (3, 4, 5))
+        before, after, later = (
+            commit.read_tensor(str(tmp_path / f"run/step_0000000{step}"), name) for step in (3, 4, 5)
+        )
         assert torch.equal(before, after), name
         assert not torch.equal(after, later) or not after.any(), name
 
@@ -86,7 +88,8 @@ def test_one_more_in_a_row_ends_the_run_with_a_file_that_leads_to_the_step(bad_s
     bad_steps |= {6, 7, 8}
     recipe = recipe_of(data_folder, training__max_skipped_steps=2)
     with pytest.raises(
-        FloatingPointError, match=r"step 8 \(rows 84 to 95 .* the last checkpoint is good, and \S+bad_step_00000008.json holds"
+        FloatingPointError,
+        match=r"step 8 \(rows 84 to 95 .* the last checkpoint is good, and \S+bad_step_00000008.json holds",
     ):
         loop.fit(recipe, tmp_path / "run")
     last = listing.latest(str(tmp_path / "run"))
@@ -94,13 +97,15 @@ def test_one_more_in_a_row_ends_the_run_with_a_file_that_leads_to_the_step(bad_s
 
     file = json.loads((tmp_path / "run/bad_step_00000008.json").read_text())
     assert file["checkpoint"] == last and file["step"] == 8 and file["metrics"]["loss"] == "inf"
-    assert file["draw"] == {"seed": 0, "step": 7, "global_batch_rows": 12}
+    assert file["draw"] == {"seed": 0, "step": 7, "global_batch_size": 12}
     # The recipe in it is the run's, and from its checkpoint it comes to the same step with the same end.
     assert validate(file["recipe"], "file") == recipe
     index = load_index(data_folder)
     references, _ = Order([index], [1.0], 0, recipe.data.window_shards).references(Cursor.from_dict(file["cursor"]), 12)
     shards = index.splits["train"].shards
-    assert file["rows"] == [{"source": data_folder, "shard": shards[one.shard].file, "row": one.row} for one in references]
+    assert file["rows"] == [
+        {"source": data_folder, "shard": shards[one.shard].file, "row": one.row} for one in references
+    ]
     with pytest.raises(FloatingPointError, match="step 8 "):
         loop.fit(recipe, tmp_path / "run")
     bad_steps.clear()
@@ -117,14 +122,23 @@ def test_a_loss_far_above_those_before_it_rings():
 
 
 def test_a_spike_is_logged_with_the_step_and_the_alarm_knows_the_losses_before_a_resume(data_folder, tmp_path, caplog):
-    changes = {"training__steps": 30, "checkpoint__every_steps": 10, "validation__rows": 0, "optimizer__learning_rate": 1e-4}
+    changes = {
+        "training__steps": 30,
+        "checkpoint__every_steps": 10,
+        "validation__sequences": 0,
+        "optimizer__learning_rate": 1e-4,
+    }
     recipe = tiny_recipe(data_folder, "spike", **changes)
     loop.fit(recipe, tmp_path / "run")
     path = Path(tmp_path / "run/metrics.jsonl")
     events = [json.loads(line) for line in path.read_text().splitlines()]
     assert not any("loss_spike" in event for event in events)
     # A resume behind losses that were far lower: the first loss of its own is a spike beside them.
-    path.write_text("".join(json.dumps(event | ({"loss": event["loss"] / 10} if "loss" in event else {})) + "\n" for event in events))
+    path.write_text(
+        "".join(
+            json.dumps(event | ({"loss": event["loss"] / 10} if "loss" in event else {})) + "\n" for event in events
+        )
+    )
     shutil.rmtree(tmp_path / "run/step_00000030")
     loop.fit(recipe, tmp_path / "run")
     rang = [event["step"] for event in map(json.loads, path.read_text().splitlines()) if event.get("loss_spike")]
@@ -151,7 +165,14 @@ def test_rows_that_cannot_be_read_end_the_run_by_default(damaged, tmp_path):
 
 def test_skipped_rows_are_counted_and_listed_and_every_other_row_is_what_it_was(damaged, data_folder, tmp_path):
     folder, bad = damaged
-    recipe = tiny_recipe(folder, "skips", training__steps=26, checkpoint__every_steps=13, data__on_bad_sample="skip", validation__rows=0)
+    recipe = tiny_recipe(
+        folder,
+        "skips",
+        training__steps=26,
+        checkpoint__every_steps=13,
+        data__on_bad_sample="skip",
+        validation__sequences=0,
+    )
     index = load_index(folder)
     order = Order([index], [1.0], 0, recipe.data.window_shards)
     references, _ = order.references(Cursor.start(1), 26 * 12)  # more than an epoch: it is as long as it was
@@ -159,9 +180,12 @@ def test_skipped_rows_are_counted_and_listed_and_every_other_row_is_what_it_was(
     loop.fit(recipe, tmp_path / "run")
     skipped = commit.read_manifest(listing.latest(str(tmp_path / "run"))).extra["faults"]["skipped_rows"]
     assert sum(skipped.values()) == expected > 20
-    assert {name for finding in skipped for name in (index.splits["train"].shards[number].file for number in bad) if name in finding} == {
-        index.splits["train"].shards[number].file for number in bad
-    }
+    assert {
+        name
+        for finding in skipped
+        for name in (index.splits["train"].shards[number].file for number in bad)
+        if name in finding
+    } == {index.splits["train"].shards[number].file for number in bad}
     # Resumed in its middle, with the list of the first half in the checkpoint.
     shutil.copytree(tmp_path / "run", tmp_path / "cut")
     shutil.rmtree(tmp_path / "cut/step_00000026")
@@ -192,12 +216,14 @@ def test_skipped_rows_come_through_ray_data(ray_session, damaged):
 
     folder, bad = damaged
     index = load_index(folder)
-    share = {"global_batch_rows": 12, "rank": 1, "world_size": 2, "num_steps": 20}
+    share = {"global_batch_size": 12, "rank": 1, "world_size": 2, "num_steps": 20}
     order = Order([index], [1.0], 0, 2)
     references, _ = order.references(Cursor.start(1), 240)
     own = [references[step * 12 + row] for step in range(20) for row in range(6, 12)]
     streamed = [
-        row for rows, _ in ray_data_stream([Source(path=folder)], order, Cursor.start(1), on_bad_sample="skip", **share) for row in rows
+        row
+        for rows, _ in ray_data_stream([Source(path=folder)], order, Cursor.start(1), on_bad_sample="skip", **share)
+        for row in rows
     ]
     assert [bool(row.finding) for row in streamed] == [one.shard in bad for one in own]
     assert any(row.finding for row in streamed) and len(read_split(folder, "held_out")) > 0

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_recipe
-from victim import group
+from helpers.victim import group
 
 from dlm_ray.checkpoint import commit, listing
 from dlm_ray.config.errors import DamageError
@@ -19,7 +19,9 @@ KINDS = ("flip", "flip", "truncate", "delete")
 def checkpoint(data_folder, tmp_path_factory):
     """The last checkpoint of a run on two ranks, with its optimizer and averages, and a tensor of several chunks beside it."""
     run_dir = tmp_path_factory.mktemp("damage") / "run"
-    recipe = tiny_recipe(data_folder, "damage", model__architecture__width=64, training__steps=4, checkpoint__every_steps=4)
+    recipe = tiny_recipe(
+        data_folder, "damage", model__architecture__width=64, training__steps=4, checkpoint__every_steps=4
+    )
     assert group(recipe, run_dir, 2) == [0, 0]
     return Path(listing.latest(str(run_dir)))
 
@@ -55,12 +57,16 @@ def check(number, checkpoint, tmp_path):
     damage(victim, kind, rng)
     with pytest.raises(DamageError) as failure:
         commit.load(str(copy), blank(manifest))
-    findings = commit.verify(str(copy))
-    assert findings, f"{kind} of {victim.relative_to(copy)} was not found by verify"
-    for said in (str(failure.value), findings[0]):
+    bad_sequences = commit.verify(str(copy))
+    assert bad_sequences, f"{kind} of {victim.relative_to(copy)} was not found by verify"
+    for said in (str(failure.value), bad_sequences[0]):
         speaks_of_all = victim.name == "manifest.json" or "the index of all tensors" in said
-        assert str(victim) in said or ("manifest.json" in said and speaks_of_all), f"{kind} of {victim.relative_to(copy)}: {said}"
-        assert speaks_of_all or any(name in said for name in manifest.arrays), f"{kind} of {victim.relative_to(copy)}: {said}"
+        assert str(victim) in said or ("manifest.json" in said and speaks_of_all), (
+            f"{kind} of {victim.relative_to(copy)}: {said}"
+        )
+        assert speaks_of_all or any(name in said for name in manifest.arrays), (
+            f"{kind} of {victim.relative_to(copy)}: {said}"
+        )
 
 
 def test_nothing_lies_in_a_checkpoint_that_is_not_needed(checkpoint):
@@ -90,7 +96,9 @@ def test_a_run_does_not_go_on_from_a_damaged_checkpoint(checkpoint, data_folder,
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 4
     victim.write_bytes(content)
-    recipe = tiny_recipe(data_folder, "damage", model__architecture__width=64, training__steps=4, checkpoint__every_steps=4)
+    recipe = tiny_recipe(
+        data_folder, "damage", model__architecture__width=64, training__steps=4, checkpoint__every_steps=4
+    )
     assert group(recipe, tmp_path / "run", 2) == [1, 1]
     said = [(tmp_path / f"run.error{rank}").read_text() for rank in (0, 1)]
     assert any(str(victim) in one for one in said), said

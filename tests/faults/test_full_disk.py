@@ -38,10 +38,14 @@ def full_at_save(monkeypatch):
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
-def test_a_full_disk_stops_the_run_and_the_checkpoint_before_is_what_it_goes_on_from(full_at_save, data_folder, tmp_path, asynchronous):
+def test_a_full_disk_stops_the_run_and_the_checkpoint_before_is_what_it_goes_on_from(
+    full_at_save, data_folder, tmp_path, asynchronous
+):
     recipe = tiny_recipe(data_folder, "full", training__steps=12, checkpoint__asynchronous=asynchronous)
     full_at_save(2)
-    with pytest.raises(DamageError, match=r"step_00000008: \S+: no space left .*File too large.* the checkpoint before is intact"):
+    with pytest.raises(
+        DamageError, match=r"step_00000008: \S+: no space left .*File too large.* the checkpoint before is intact"
+    ):
         loop.fit(recipe, tmp_path / "run")
     assert listing.committed_steps(str(tmp_path / "run")) == [4] and not (tmp_path / "run/step_00000008").exists()
     assert commit.verify(listing.latest(str(tmp_path / "run"))) == []
@@ -89,7 +93,8 @@ def small_disk(tmp_path):
 def test_room_is_looked_for_before_anything_is_written(small_disk):
     commit.save(str(small_disk / "step_00000001"), {"a": torch.randn(2**18)}, FIELDS)
     with pytest.raises(
-        DamageError, match=r"no space left for a checkpoint of 9 MiB, the disk has 7 MiB free; free some, or lower checkpoint.keep_last"
+        DamageError,
+        match=r"no space left for a checkpoint of 9 MiB, the disk has 7 MiB free; free some, or lower checkpoint.keep_last",
     ):
         commit.save(str(small_disk / "step_00000002"), {"a": torch.randn(2**21)}, FIELDS)
     assert listing.committed_steps(str(small_disk)) == [1] and commit.verify(str(small_disk / "step_00000001")) == []

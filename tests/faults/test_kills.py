@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_recipe
-from victim import MOMENTS, group, seeded
+from helpers.victim import MOMENTS, group, seeded
 
 from dlm_ray.checkpoint import commit, listing
 

@@ -43,7 +43,9 @@ def test_a_driver_that_is_killed_and_one_that_is_asked_to_stop_change_nothing(ra
     """SIGKILL, at once the same command; SIGTERM, exit code 75, the same command: the bits of a run that was left alone."""
     import ray
 
-    recipe = tiny_recipe(data_folder, "driven", training__steps=400, checkpoint__every_steps=20, validation__every_steps=200)
+    recipe = tiny_recipe(
+        data_folder, "driven", training__steps=400, checkpoint__every_steps=20, validation__every_steps=200
+    )
     (tmp_path / "recipe.yaml").write_text(dump(recipe))
     command = [sys.executable, "-m", "dlm_ray", "train", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path)]
     environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
@@ -79,7 +81,12 @@ def test_a_file_stops_two_workers_together(ray_session, data_folder, tmp_path):
     from dlm_ray.runtime.train import fit
 
     recipe = tiny_recipe(
-        data_folder, "filed", training__steps=2000, checkpoint__every_steps=1000, parallelism__workers=2, validation__rows=0
+        data_folder,
+        "filed",
+        training__steps=2000,
+        checkpoint__every_steps=1000,
+        parallelism__workers=2,
+        validation__sequences=0,
     )
     told = []
 
@@ -104,12 +111,12 @@ def test_machines_that_go_and_come_are_lost_and_taken_up_again(ray_session, data
         data_folder,
         "elastic",
         training__steps=6000,
-        training__global_batch_rows=4,
-        training__micro_batch_rows=2,
+        training__global_batch_size=4,
+        training__micro_batch_size=2,
         checkpoint__every_steps=25,
-        validation__rows=0,
+        validation__sequences=0,
         tracking__log_every_steps=5,
-        parallelism__workers={"min": 1, "max": 2, "look_every_seconds": 1},
+        parallelism__workers={"min": 1, "max": 2, "resize_check_seconds": 1},
         parallelism__cpus_per_worker=4,
     )
     machines = [machine(ray)]
@@ -160,9 +167,19 @@ def machine(ray):
     """A machine of 4 CPUs that joins the session's cluster, as a process of its own."""
     address = ray.get_runtime_context().gcs_address
     before = len([node for node in ray.nodes() if node["Alive"]])
-    command = ["start", f"--address={address}", "--num-cpus=4", "--block", "--disable-usage-stats", "--object-store-memory=100000000"]
+    command = [
+        "start",
+        f"--address={address}",
+        "--num-cpus=4",
+        "--block",
+        "--disable-usage-stats",
+        "--object-store-memory=100000000",
+    ]
     process = subprocess.Popen(
-        [str(Path(sys.executable).with_name("ray")), *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        [str(Path(sys.executable).with_name("ray")), *command],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
     wait_for(lambda: len([node for node in ray.nodes() if node["Alive"]]) > before, process)
     return _Machine(process)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_recipe
-from victim import Death, group
+from helpers.victim import Death, group
 
 from dlm_ray.checkpoint import commit, listing
 from dlm_ray.config.errors import Stopped, UserError
@@ -41,19 +41,25 @@ def assert_same_run(one, other):
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
-def test_sigterm_to_one_rank_commits_on_all_and_the_run_that_goes_on_is_the_run_that_was_not_asked(data_folder, tmp_path):
+def test_sigterm_to_one_rank_commits_on_all_and_the_run_that_goes_on_is_the_run_that_was_not_asked(
+    data_folder, tmp_path
+):
     recipe = tiny_recipe(data_folder, "asked", training__steps=12)
     assert group(recipe, tmp_path / "whole", 2) == [0, 0]
     request = Death("step", number=6, share=0.5, rank=1, marker=str(tmp_path / "marker"), signal=signal.SIGTERM)
     assert group(recipe, tmp_path / "asked", 2, death=request) == [75, 75]
-    assert listing.committed_steps(str(tmp_path / "asked"))[-1] == 6  # the step that was running, at no multiple of checkpoint.every_steps
+    assert (
+        listing.committed_steps(str(tmp_path / "asked"))[-1] == 6
+    )  # the step that was running, at no multiple of checkpoint.every_steps
     assert group(recipe, tmp_path / "asked", 2) == [0, 0]
     assert_same_run(tmp_path / "whole", tmp_path / "asked")
 
 
 def test_the_command_without_ray_exits_with_75_and_goes_on_when_it_is_typed_again(data_folder, tmp_path):
     """The whole command as a person types it, and SIGTERM as a cluster sends it."""
-    recipe = tiny_recipe(data_folder, "typed", training__steps=200, checkpoint__every_steps=200, validation__every_steps=200)
+    recipe = tiny_recipe(
+        data_folder, "typed", training__steps=200, checkpoint__every_steps=200, validation__every_steps=200
+    )
     (tmp_path / "recipe.yaml").write_text(dump(recipe))
     command = [sys.executable, "-m", "dlm_ray.training", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -109,11 +115,15 @@ def test_a_machine_that_leaves_is_one_more_checkpoint_and_no_end(data_folder, tm
 
 def test_two_workers_one_two_and_three_are_one_run(data_folder, tmp_path):
     """The same rows and masks at every step as one process alone; every row once an epoch; losses equal but for the order of sums."""
-    recipe = tiny_recipe(data_folder, "resized", training__steps=40, checkpoint__every_steps=10, validation__every_steps=40)
+    recipe = tiny_recipe(
+        data_folder, "resized", training__steps=40, checkpoint__every_steps=10, validation__every_steps=40
+    )
     assert group(recipe, tmp_path / "alone", 1, watch=str(tmp_path / "watched-alone")) == [0]
     for stage, (num_ranks, stop_at) in enumerate([(2, 9), (1, 17), (2, 28), (3, None)]):
         begun = [0, 9, 17, 28][stage]
-        request = stop_at and Death("step", stop_at - begun, 0.0, num_ranks - 1, str(tmp_path / "marker"), signal.SIGTERM)
+        request = stop_at and Death(
+            "step", stop_at - begun, 0.0, num_ranks - 1, str(tmp_path / "marker"), signal.SIGTERM
+        )
         codes = group(recipe, tmp_path / "resized", num_ranks, death=request, watch=str(tmp_path / f"watched-{stage}"))
         assert codes == [75 if stop_at else 0] * num_ranks
     alone, resized = watched(tmp_path, "watched-alone.*"), watched(tmp_path, "watched-[0-9].*")
@@ -146,7 +156,9 @@ def watched(folder, pattern):
 
 
 def order_of(recipe: Recipe):
-    return Order([load_index(source.path) for source in recipe.data.sources], [1.0], recipe.seed, recipe.data.window_shards)
+    return Order(
+        [load_index(source.path) for source in recipe.data.sources], [1.0], recipe.seed, recipe.data.window_shards
+    )
 
 
 def expected_rows(recipe, count):
@@ -172,7 +184,9 @@ def test_a_run_directory_has_one_writer_who_is_named_and_a_dead_one_is_none(data
         [sys.executable, "-c", HOLDER, str(tmp_path / "run")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert holder.stdout.readline() == "held\n"
-    message = rf"belongs to a run that is going on: process {holder.pid} on {os.uname().nodename}, which began at 20\d\d-"
+    message = (
+        rf"belongs to a run that is going on: process {holder.pid} on {os.uname().nodename}, which began at 20\d\d-"
+    )
     with pytest.raises(UserError, match=message):
         loop.fit(recipe, tmp_path / "run")
     # Both of two ranks refuse, though only the first has asked.
@@ -189,7 +203,10 @@ def test_a_writer_that_is_ending_is_waited_for(data_folder, tmp_path):
     )
     assert holder.stdout.readline() == "held\n"
     holder.stdin.close()
-    assert loop.fit(tiny_recipe(data_folder, "patient", training__steps=2), tmp_path / "run", patience_seconds=60)["step"] == 2
+    assert (
+        loop.fit(tiny_recipe(data_folder, "patient", training__steps=2), tmp_path / "run", patience_seconds=60)["step"]
+        == 2
+    )
     holder.wait()
 
 
@@ -205,7 +222,16 @@ def test_a_run_directory_of_another_recipe_is_refused_with_the_difference(data_f
     with pytest.raises(UserError) as refusal:
         loop.fit(tiny_recipe(data_folder, "first", **changes), tmp_path / "run")
     said = str(refusal.value)
-    assert "optimizer.learning_rate: it has 0.003, and the recipe 0.5" in said and "training.steps: it has 4, and the recipe 9" in said
-    assert "ema.decay: it has 0.9, and the recipe null" in said or 'ema: it has {"decay": 0.9}, and the recipe null' in said
+    assert (
+        "optimizer.learning_rate: it has 0.003, and the recipe 0.5" in said
+        and "training.steps: it has 4, and the recipe 9" in said
+    )
+    assert (
+        "ema.decay: it has 0.9, and the recipe null" in said
+        or 'ema: it has {"decay": 0.9}, and the recipe null' in said
+    )
     assert "checkpoint" not in said.partition("\n")[2] and "max_skipped" not in said
-    assert guards.data_identity([load_index(data_folder)]) == commit.read_manifest(listing.latest(str(tmp_path / "run"))).extra["data"]
+    assert (
+        guards.data_identity([load_index(data_folder)])
+        == commit.read_manifest(listing.latest(str(tmp_path / "run"))).extra["data"]
+    )

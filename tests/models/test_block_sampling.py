@@ -5,14 +5,22 @@ import math
 import numpy as np
 import pytest
 import torch
-from recomputing import Recomputing
+from helpers.recomputing import Recomputing
 from test_families import LENGTH, VOCAB, build, stock
 
 from dlm_ray.config.recipe import FAMILIES
 from dlm_ray.diffusion.draws import SAMPLING, generator
 from dlm_ray.diffusion.samplers.blocks import BlockSampler, write
 from dlm_ray.diffusion.samplers.requests import Request, Stops, unigram_entropy_nats
-from dlm_ray.diffusion.samplers.rules import Ancestral, Confidence, EntropyBounded, Factor, FirstHitting, LeftToRight, Threshold
+from dlm_ray.diffusion.samplers.rules import (
+    Ancestral,
+    Confidence,
+    EntropyBounded,
+    Factor,
+    FirstHitting,
+    LeftToRight,
+    Threshold,
+)
 from dlm_ray.diffusion.schedules import Polynomial
 from dlm_ray.diffusion.visibility import Visibility
 
@@ -40,7 +48,8 @@ def requests_of(lengths, **options):
     random = np.random.default_rng(5)
     prompts = [[0, *random.integers(1, VOCAB, n - 1).tolist()] for n, _ in lengths]
     return [
-        Request(prompt, length, number=i, seed=3, **options) for i, (prompt, (_, length)) in enumerate(zip(prompts, lengths, strict=True))
+        Request(prompt, length, number=i, seed=3, **options)
+        for i, (prompt, (_, length)) in enumerate(zip(prompts, lengths, strict=True))
     ]
 
 
@@ -118,7 +127,14 @@ def test_blocks_of_one_token_with_shift_are_autoregressive_decoding(mask_id):
         probs = model(torch.tensor([ids])).logits[0, -1, :num_words].softmax(-1)
         uniform = generator(seed, SAMPLING, position, number).random()
         ids.append(int((probs.cumsum(0) / probs.sum() <= uniform).sum()))
-    written = write(denoiser, [Request(ids[:3], 12, number, seed)], LeftToRight(), block_tokens=1, context_tokens=LENGTH, num_steps=1)
+    written = write(
+        denoiser,
+        [Request(ids[:3], 12, number, seed)],
+        LeftToRight(),
+        block_tokens=1,
+        context_tokens=LENGTH,
+        num_steps=1,
+    )
     assert written.texts[0].ids == ids[3:]
     assert (written.num_denoising_calls, written.num_cache_calls) == (0, 12)
 
@@ -126,7 +142,14 @@ def test_blocks_of_one_token_with_shift_are_autoregressive_decoding(mask_id):
 @pytest.mark.parametrize(("shift", "calls_a_block"), [(False, 4), (True, 3)])
 def test_first_hitting_calls_the_network_once_a_token(shift, calls_a_block):
     """L - 1 calls, as the start token is given. With shift the row before a block predicts its first position, whenever that is chosen: one less."""
-    written = write(denoiser_of("gpt2", shift), requests_of([(1, 19)]), FirstHitting(), block_tokens=4, context_tokens=LENGTH, num_steps=1)
+    written = write(
+        denoiser_of("gpt2", shift),
+        requests_of([(1, 19)]),
+        FirstHitting(),
+        block_tokens=4,
+        context_tokens=LENGTH,
+        num_steps=1,
+    )
     [text] = written.texts
     assert text.num_denoising_calls == written.num_denoising_calls == 3 + 4 * calls_a_block
     assert text.num_cache_calls == written.num_cache_calls == 4  # the last of 5 blocks is not read by anybody
@@ -142,8 +165,12 @@ def test_caching_ancestral_calls_the_network_only_where_a_coin_falls():
     p = 1 - (1 - 1 / num_steps) ** block_tokens
     # Steps exclude each other, so that the variance is below that of independent ones.
     assert abs(calls - num_blocks * num_steps * p) < 4.5 * math.sqrt(num_blocks * num_steps * p * (1 - p))
-    many = write(denoiser_of("gpt2", shift=False), requests[:1], Ancestral(Polynomial()), **{**sampler, "num_steps": 3000})
-    assert 15 <= many.texts[0].num_denoising_calls <= 16  # one token a call but for coincidences, and nothing for the other steps
+    many = write(
+        denoiser_of("gpt2", shift=False), requests[:1], Ancestral(Polynomial()), **{**sampler, "num_steps": 3000}
+    )
+    assert (
+        15 <= many.texts[0].num_denoising_calls <= 16
+    )  # one token a call but for coincidences, and nothing for the other steps
 
 
 def test_threshold_1_is_confidence_with_one_token_a_call():
@@ -163,7 +190,11 @@ def test_the_rest_of_a_prompt_stays_and_blocks_lie_at_multiples_of_their_size():
     request = requests_of([(6, 7)])
     options = {"block_tokens": 4, "context_tokens": LENGTH, "num_steps": 4}
     write(
-        denoiser_of("llama"), request, Threshold(1.0), on_step=lambda done, blocks, canvas: seen.append((done, blocks, canvas)), **options
+        denoiser_of("llama"),
+        request,
+        Threshold(1.0),
+        on_step=lambda done, blocks, canvas: seen.append((done, blocks, canvas)),
+        **options,
     )
     first = [canvas for done, _, canvas in seen if done == 0]
     assert all(canvas.ids[0, :2].tolist() == request[0].prompt[4:] for canvas in first)
@@ -174,7 +205,11 @@ def test_the_rest_of_a_prompt_stays_and_blocks_lie_at_multiples_of_their_size():
 def test_beyond_the_context_the_last_half_is_encoded_again_behind_a_start_token(monkeypatch):
     denoiser, passes = denoiser_of("llama"), []
     run = denoiser.hidden
-    monkeypatch.setattr(denoiser, "hidden", lambda ids, *others: passes.append((ids.tolist(), others[1].lengths[:1])) or run(ids, *others))
+    monkeypatch.setattr(
+        denoiser,
+        "hidden",
+        lambda ids, *others: passes.append((ids.tolist(), others[1].lengths[:1])) or run(ids, *others),
+    )
     options = {"block_tokens": 8, "context_tokens": LENGTH, "num_steps": 1}
     [text] = write(denoiser, [Request([9, 1, 2], 5 * LENGTH, 0, 1)], FirstHitting(), **options).texts
     ids = [9, 1, 2, *text.ids]
@@ -206,7 +241,10 @@ def test_first_hitting_by_hand(shift):
         random = generator(seed, SAMPLING, start // block, number)
         while denoiser.mask_id in ids:
             for_tokens, for_positions = random.random((2, block))
-            position = max((n for n in range(start, start + block) if ids[n] == denoiser.mask_id), key=lambda n: for_positions[n - start])
+            position = max(
+                (n for n in range(start, start + block) if ids[n] == denoiser.mask_id),
+                key=lambda n: for_positions[n - start],
+            )
             row = denoiser.hidden(torch.tensor([ids]), visibility)[0, position - shift]
             probs = denoiser.reduce_logits(row[None], lambda logits: logits.double().softmax(-1))[0]
             ids[position] = int((probs.cumsum(0) / probs.sum() <= for_tokens[position - start]).sum())

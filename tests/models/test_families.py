@@ -24,7 +24,13 @@ VOCAB, LENGTH = 61, 24
 def architecture(family, tied=False):
     grouped = None if family == "gpt2" else 2
     return Architecture(
-        family=family, width=32, num_layers=2, num_heads=4, num_key_value_heads=grouped, max_positions=LENGTH, tie_embeddings=tied
+        family=family,
+        width=32,
+        num_layers=2,
+        num_heads=4,
+        num_key_value_heads=grouped,
+        max_positions=LENGTH,
+        tie_embeddings=tied,
     )
 
 
@@ -144,7 +150,9 @@ def test_logits_in_chunks_are_the_same_numbers_and_gradients(monkeypatch):
         denoiser, _ = build("llama")
         rows = torch.randn(10, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
         targets = torch.arange(10)
-        denoiser.reduce_logits(rows, lambda logits, target: F.cross_entropy(logits, target, reduction="none"), targets).sum().backward()
+        denoiser.reduce_logits(
+            rows, lambda logits, target: F.cross_entropy(logits, target, reduction="none"), targets
+        ).sum().backward()
         results.append((rows.grad, denoiser.network.lm_head.weight.grad))
     for one, two in zip(*results, strict=True):
         assert torch.allclose(one, two, atol=1e-6)
@@ -157,7 +165,13 @@ def test_rows_know_about_the_shift():
 
 
 def test_sliding_windows_are_overridden_and_other_families_refused():
-    fields = {"model_type": "mistral", "sliding_window": 4, "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
+    fields = {
+        "model_type": "mistral",
+        "sliding_window": 4,
+        "hidden_size": 32,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 2,
+    }
     assert families.read_config(fields).sliding_window is None
     with pytest.raises(UserError, match="'bloom' is not supported; supported families are gpt2"):
         families.read_config(json.loads('{"model_type": "bloom"}'))

@@ -33,7 +33,9 @@ def images(count, seed):
 
 
 def test_masked_diffusion_learns_images_and_draws_them():
-    config = families.scratch_config(Architecture(width=64, num_layers=3, num_heads=4, max_positions=64), LEVELS + 1, 0, 0)
+    config = families.scratch_config(
+        Architecture(width=64, num_layers=3, num_heads=4, max_positions=64), LEVELS + 1, 0, 0
+    )
     denoiser = parallel.build(config, LEVELS, shift=False)
     parallel.materialize(denoiser, torch.device("cpu"))
     parallel.initialize(denoiser, 0)
@@ -51,7 +53,9 @@ def test_masked_diffusion_learns_images_and_draws_them():
     # 2 levels, a place and a size are 10.4 bits of 64 pixels; pixels alone are 2 bits each.
     assert 1.8 < bounds[0] < 3.0 and np.mean(bounds[-20:]) < 1.0
     num_samples = 32
-    empty = Canvas(torch.zeros(num_samples, SIDE * SIDE, dtype=torch.long), torch.ones(num_samples, SIDE * SIDE, dtype=torch.bool))
+    empty = Canvas(
+        torch.zeros(num_samples, SIDE * SIDE, dtype=torch.long), torch.ones(num_samples, SIDE * SIDE, dtype=torch.bool)
+    )
     drawn = sample(denoiser, empty, Ancestral(Polynomial()), FULL, num_steps=64, seed=0).ids
     levels = np.array([len(set(image.tolist())) for image in drawn])
     shuffled = np.array([len(set(image.tolist())) for image in torch.randint(0, LEVELS, drawn.shape)])

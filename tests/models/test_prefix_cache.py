@@ -44,15 +44,18 @@ def write(sampler, requests):
 def test_texts_are_those_without_it(shift, block_tokens, fixed_shapes):
     denoiser = denoiser_of("llama", shift)
     requests = [Request(prompt, 9, number, 3) for number, prompt in enumerate(prompts_of(24))]
-    samplers = [sampler_of(denoiser, block_tokens=block_tokens, prefix_bytes=size, fixed_shapes=fixed_shapes) for size in (0, 2**20)]
+    samplers = [
+        sampler_of(denoiser, block_tokens=block_tokens, prefix_bytes=size, fixed_shapes=fixed_shapes)
+        for size in (0, 2**20)
+    ]
     without, with_it = (write(sampler, requests) for sampler in samplers)
     assert [text.ids for text in with_it] == [text.ids for text in without]
-    assert sum(text.num_found_tokens for text in with_it) > 4 * len(SHARED)
+    assert sum(text.num_cached_tokens for text in with_it) > 4 * len(SHARED)
     for one, other in zip(with_it, without, strict=True):
         assert one.num_cache_calls <= other.num_cache_calls
     for text in with_it:
-        assert 0 <= text.num_found_tokens <= len(text.request.prompt) // block_tokens * block_tokens
-    assert all(text.num_found_tokens == 0 for text in without)
+        assert 0 <= text.num_cached_tokens <= len(text.request.prompt) // block_tokens * block_tokens
+    assert all(text.num_cached_tokens == 0 for text in without)
 
 
 @torch.no_grad()
@@ -63,7 +66,7 @@ def test_a_shared_prompt_costs_one_call_for_everybody():
     assert sampler.num_cache_calls == 1
     sampler.add([Request(SHARED[:12], 4, 3)])
     assert sampler.num_cache_calls == 1
-    assert [slot.text.num_found_tokens for slot in sampler._slots] == [0, 12, 12, 12]
+    assert [slot.text.num_cached_tokens for slot in sampler._slots] == [0, 12, 12, 12]
     assert [slot.text.num_cache_calls for slot in sampler._slots] == [1, 0, 0, 0]
 
 
@@ -77,7 +80,7 @@ def test_with_fixed_shapes_keys_and_values_have_the_bits_of_a_slot_that_found_no
         used.add([Request(prompt, 3, number)])
     fresh.add([Request([0, 5, 6], 3, 2)])
     fresh.add([Request(longer, 3, 1)])
-    assert used._slots[1].text.num_found_tokens == 12
+    assert used._slots[1].text.num_cached_tokens == 12
     assert torch.equal(used.cache.save(1, 0, 20), fresh.cache.save(1, 0, 20))
     assert torch.equal(used.cache.last_rows[1], fresh.cache.last_rows[1])
     for sampler in (fresh, used):
@@ -93,5 +96,7 @@ def test_texts_beyond_the_context_and_little_room_change_nothing():
     write(one_piece, [Request(SHARED[:4], 1)])
     room = one_piece._encoder.prefixes.num_bytes
     tight = sampler_of(denoiser, prefix_bytes=2 * room)
-    assert [text.ids for text in write(tight, requests)] == [text.ids for text in write(sampler_of(denoiser, prefix_bytes=0), requests)]
+    assert [text.ids for text in write(tight, requests)] == [
+        text.ids for text in write(sampler_of(denoiser, prefix_bytes=0), requests)
+    ]
     assert 0 < tight._encoder.prefixes.num_bytes <= 2 * room

@@ -42,7 +42,9 @@ def test_the_same_blocks_give_the_same_page():
 
 
 def test_labels_in_each_others_way_keep_their_order_and_stand_apart():
-    figure = curves({"worse": [(0, 1.0), (1, 0.502)], "best": [(0, 1.0), (1, 0.5)], "far": [(0, 1.0), (1, 0.9)]}, "x", "y")
+    figure = curves(
+        {"worse": [(0, 1.0), (1, 0.502)], "best": [(0, 1.0), (1, 0.5)], "far": [(0, 1.0), (1, 0.9)]}, "x", "y"
+    )
     figure.canvas.draw()
     boxes = {text.get_text(): text.get_window_extent() for text in figure.axes[0].texts}
     assert boxes["best"].y1 <= boxes["worse"].y0 and boxes["worse"].y1 <= boxes["far"].y0

@@ -17,7 +17,7 @@ def test_a_build_into_s3_from_relative_paths_is_the_build_on_the_disk(ray_sessio
     monkeypatch.setattr("dlm_ray.data.sources.PART_BYTES", 4000)
     (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in make_documents(20)))
     monkeypatch.chdir(tmp_path)
-    options = {"train_tokenizer_vocab": 300, "row_tokens": 32, "held_out": 0.2}
+    options = {"train_tokenizer_vocab": 300, "sequence_length": 32, "held_out": 0.2}
     here, there = (build(["in.jsonl"], out, **options) for out in ("out", f"{s3}/built"))
     assert here == there == load_index(f"{s3}/built")
     shards = [shard.file for split in there.splits.values() for shard in split.shards]

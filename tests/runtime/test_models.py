@@ -6,20 +6,17 @@ import shutil
 import sys
 import threading
 import weakref
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-
-sys.path.append(str(Path(__file__).parent.parent / "serving"))
-import service  # noqa: E402
+from helpers import service  # noqa: E402
 
 from dlm_ray.config.errors import UserError  # noqa: E402
 from dlm_ray.config.server import Server  # noqa: E402
-from dlm_ray.serving.app import build  # noqa: E402
-from dlm_ray.serving.loading import load  # noqa: E402
+from dlm_ray.generation.loading import load  # noqa: E402
+from dlm_ray.serving.http.app import build  # noqa: E402
+from dlm_ray.serving.model_pool import ModelPool  # noqa: E402
 from dlm_ray.serving.pinning import pinned  # noqa: E402
-from dlm_ray.serving.residents import Residents  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -34,13 +31,15 @@ def residents(runs, monkeypatch):
     from ray.serve import multiplex
 
     # The cache tells Serve's controller what it holds; here is none.
-    monkeypatch.setattr(multiplex, "_get_internal_replica_context", lambda: SimpleNamespace(app_name="", deployment="", replica_id=""))
+    monkeypatch.setattr(
+        multiplex, "_get_internal_replica_context", lambda: SimpleNamespace(app_name="", deployment="", replica_id="")
+    )
     monkeypatch.setattr(multiplex._ModelMultiplexWrapper, "_push_model_ids_info", lambda self: None)
 
     def made(*names, **parts):
         models = [{"checkpoint": str(runs / name)} for name in names]
         server = pinned(Server(models=models, limits={"output_tokens": 5000}, **parts))
-        own = Residents(server, serve.multiplexed(max_num_models_per_replica=server.models_at_once))
+        own = ModelPool(server, serve.multiplexed(max_num_models_per_replica=server.models_at_once))
         return build(server, own, [], 100), own
 
     return made
@@ -106,7 +105,9 @@ def test_a_model_makes_room_after_its_texts_have_ended_and_its_memory_is_free(re
         assert engines() == before + 1
         weights = weakref.ref(next(own._hosts["block8"].model.denoiser.parameters()))
         async with service.client(app) as http:
-            long = asyncio.ensure_future(http.post("/v1/completions", json=body("block8", max_tokens=400, temperature=0)))
+            long = asyncio.ensure_future(
+                http.post("/v1/completions", json=body("block8", max_tokens=400, temperature=0))
+            )
             while not own._hosts["block8"].engine.num_active:
                 await asyncio.sleep(0.01)
             other = await http.post("/v1/completions", json=body("ar"))
@@ -115,7 +116,9 @@ def test_a_model_makes_room_after_its_texts_have_ended_and_its_memory_is_free(re
             assert engines() == before + 1
             gc.collect()
             assert weights() is None
-            mixed = await asyncio.gather(*(http.post("/v1/completions", json=body(name)) for name in ["block8", "ar"] * 3))
+            mixed = await asyncio.gather(
+                *(http.post("/v1/completions", json=body(name)) for name in ["block8", "ar"] * 3)
+            )
             return other, [answer.json()["choices"][0]["text"] for answer in mixed]
 
     other, mixed = asyncio.run(run())
@@ -131,7 +134,9 @@ def test_who_waits_for_room_has_a_deadline_and_what_has_gone_is_said(residents, 
         await own.load()
         shutil.rmtree(runs / "passing")
         async with service.client(app) as http:
-            long = asyncio.ensure_future(http.post("/v1/completions", json=body("block8", max_tokens=2000, temperature=0)))
+            long = asyncio.ensure_future(
+                http.post("/v1/completions", json=body("block8", max_tokens=2000, temperature=0))
+            )
             while not own._hosts["block8"].engine.num_active:
                 await asyncio.sleep(0.01)
             late = await http.post("/v1/completions", json=body("passing", timeout_seconds=0.2))
@@ -142,7 +147,11 @@ def test_who_waits_for_room_has_a_deadline_and_what_has_gone_is_said(residents, 
     long, late, gone, after = asyncio.run(run())
     assert long == after.status_code == 200
     assert late.status_code == 408 and "within 0.2 seconds" in late.json()["error"]["message"]
-    assert gone.status_code == 503 and gone.json()["error"]["code"] == "model_unavailable" and "retry-after" in gone.headers
+    assert (
+        gone.status_code == 503
+        and gone.json()["error"]["code"] == "model_unavailable"
+        and "retry-after" in gone.headers
+    )
 
 
 def test_an_engine_that_has_died_is_said_and_one_that_made_room_is_not(residents):

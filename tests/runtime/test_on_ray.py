@@ -36,7 +36,7 @@ def test_ray_data_streams_the_rows_that_this_process_would_read(ray_session, dat
     monkeypatch.setattr("dlm_ray.data.reading._READ_AHEAD_ROWS", 16)
     monkeypatch.setattr("dlm_ray.runtime.stream._SPAN_ITEMS", 3)
     index = load_index(data_folder)
-    share = {"global_batch_rows": 7, "rank": 1, "world_size": 2, "num_steps": 30}
+    share = {"global_batch_size": 7, "rank": 1, "world_size": 2, "num_steps": 30}
     cursor = Cursor(12, (12,))
     expected = list(iterate_rows(ShardReader([data_folder], [index]), Order([index], [1.0], 0, 2), cursor, **share))
     streamed = list(ray_data_stream([Source(path=data_folder)], Order([index], [1.0], 0, 2), cursor, **share))
@@ -44,7 +44,11 @@ def test_ray_data_streams_the_rows_that_this_process_would_read(ray_session, dat
     for (rows, at), (expected_rows, expected_at) in zip(streamed, expected, strict=True):
         assert at == expected_at and len(rows) == len(expected_rows)
         for one, two in zip(rows, expected_rows, strict=True):
-            assert (one.input_ids == two.input_ids).all() and (one.document_ids == two.document_ids).all() and one.part == two.part
+            assert (
+                (one.input_ids == two.input_ids).all()
+                and (one.document_ids == two.document_ids).all()
+                and one.part == two.part
+            )
 
 
 def test_a_damaged_shard_is_named_through_the_stream(ray_session, data_folder, tmp_path):
@@ -56,7 +60,7 @@ def test_a_damaged_shard_is_named_through_the_stream(ray_session, data_folder, t
     for shard in index.splits["train"].shards:
         content = (folder / shard.file).read_bytes()
         (folder / shard.file).write_bytes(content[:-1] + b"x")
-    share = {"global_batch_rows": 7, "rank": 0, "world_size": 1, "num_steps": 3}
+    share = {"global_batch_size": 7, "rank": 0, "world_size": 1, "num_steps": 3}
     with pytest.raises(DamageError, match=r"train-\d+-\d+.tar is damaged: expected sha256"):
         list(ray_data_stream([Source(path=str(folder))], Order([index], [1.0], 0, 2), Cursor.start(1), **share))
 
@@ -66,9 +70,14 @@ def test_a_build_is_reproducible_and_goes_on_where_it_was_interrupted(ray_sessio
 
     monkeypatch.setattr("dlm_ray.data.sources.PART_BYTES", 4000)
     (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in make_documents(40)))
-    options = {"train_tokenizer_vocab": 300, "row_tokens": 32, "held_out": 0.2}
+    options = {"train_tokenizer_vocab": 300, "sequence_length": 32, "held_out": 0.2}
     steps = []
-    index = build([str(tmp_path / "in.jsonl")], str(tmp_path / "out"), progress=lambda done, total: steps.append((done, total)), **options)
+    index = build(
+        [str(tmp_path / "in.jsonl")],
+        str(tmp_path / "out"),
+        progress=lambda done, total: steps.append((done, total)),
+        **options,
+    )
     num_parts = steps[-1][1]
     assert steps[-1] == (num_parts, num_parts) and num_parts > 3
     content = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.tar")}
@@ -81,8 +90,8 @@ def test_a_build_is_reproducible_and_goes_on_where_it_was_interrupted(ray_sessio
     assert build([str(tmp_path / "in.jsonl")], str(tmp_path / "out"), **options) == index
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.tar")} == content
     assert (tmp_path / "out/parts/00000.json").stat().st_mtime_ns == untouched
-    with pytest.raises(UserError, match="row_tokens was 32, asked 64"):
-        build([str(tmp_path / "in.jsonl")], str(tmp_path / "out"), **{**options, "row_tokens": 64})
+    with pytest.raises(UserError, match="sequence_length was 32, asked 64"):
+        build([str(tmp_path / "in.jsonl")], str(tmp_path / "out"), **{**options, "sequence_length": 64})
     (tmp_path / "empty.txt").write_text("")
     with pytest.raises(UserError, match="no text in"):
         build([str(tmp_path / "empty.txt")], str(tmp_path / "none"), **options)
@@ -99,13 +108,20 @@ def test_more_workers_than_cpus_are_refused_before_anything_starts(ray_session, 
         fit(tiny_recipe(data_folder, parallelism__workers=9), tmp_path)
 
 
-def test_two_workers_take_the_same_steps_as_one_process_and_a_killed_one_changes_nothing(ray_session, data_folder, tmp_path):
+def test_two_workers_take_the_same_steps_as_one_process_and_a_killed_one_changes_nothing(
+    ray_session, data_folder, tmp_path
+):
     """A run on two workers loses one of them by SIGKILL in its middle: it ends as the run that was left alone, bit for bit."""
     from dlm_ray.runtime.train import fit
 
     def recipe(name):
         return tiny_recipe(
-            data_folder, name, parallelism__workers=2, training__steps=40, checkpoint__every_steps=8, validation__every_steps=20
+            data_folder,
+            name,
+            parallelism__workers=2,
+            training__steps=40,
+            checkpoint__every_steps=8,
+            validation__every_steps=20,
         )
 
     whole = fit(recipe("whole"), tmp_path)
@@ -135,16 +151,22 @@ def test_two_workers_take_the_same_steps_as_one_process_and_a_killed_one_changes
     assert again.already_finished and again.checkpoint == whole.checkpoint
 
 
-def test_an_objective_with_parameters_of_its_own_runs_on_two_workers_as_in_one_process(ray_session, data_folder, tmp_path):
+def test_an_objective_with_parameters_of_its_own_runs_on_two_workers_as_in_one_process(
+    ray_session, data_folder, tmp_path
+):
     """GenMD4: its exponents are whole on both workers and move together, as one process moves them."""
     from dlm_ray.runtime.train import fit
 
-    recipe = tiny_recipe(data_folder, "genmd4", objective__name="genmd4", parallelism__workers=2, optimizer__learning_rate=0.01)
+    recipe = tiny_recipe(
+        data_folder, "genmd4", objective__name="genmd4", parallelism__workers=2, optimizer__learning_rate=0.01
+    )
     two = fit(recipe, tmp_path)
     loop.fit(recipe, tmp_path / "alone")
     alone = losses(tmp_path / "alone")
     assert all(alone[step] == pytest.approx(loss, rel=1e-4) for step, loss in losses(two.run_dir).items())
-    theta = [commit.read_tensor(listing.latest(str(path)), "objective.theta") for path in (two.run_dir, tmp_path / "alone")]
+    theta = [
+        commit.read_tensor(listing.latest(str(path)), "objective.theta") for path in (two.run_dir, tmp_path / "alone")
+    ]
     assert torch.allclose(*theta, atol=2e-4) and theta[0].std() > 1e-3
 
 

@@ -5,7 +5,6 @@ import os
 import re
 import signal
 import socket
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -16,9 +15,7 @@ import httpx
 import openai
 import pytest
 import yaml
-
-sys.path.append(str(Path(__file__).parent.parent / "serving"))
-import service  # noqa: E402
+from helpers import service  # noqa: E402
 
 from dlm_ray.config.errors import UserError  # noqa: E402
 from dlm_ray.config.server import Server  # noqa: E402
@@ -34,7 +31,7 @@ def served(ray_session, data_folder, tmp_path_factory):
     from ray import serve
     from ray.serve.exceptions import RayServeException
 
-    from dlm_ray.runtime import serve as runtime
+    from dlm_ray.runtime.serve import deploy as runtime
 
     folder = service.train(data_folder, tmp_path_factory.mktemp("served"), "block8")
     with socket.socket() as probe:
@@ -52,7 +49,9 @@ def served(ray_session, data_folder, tmp_path_factory):
         )
 
     def redeploy(count):
-        serve.run(runtime.application(server(count).model_dump(mode="json")), name=runtime.APPLICATION, route_prefix="/")
+        serve.run(
+            runtime.application(server(count).model_dump(mode="json")), name=runtime.APPLICATION, route_prefix="/"
+        )
 
     url = runtime.start(server(1))
     with pytest.raises(UserError, match="cannot be listened at"):
@@ -68,14 +67,18 @@ def test_openais_client_gets_the_same_text_alone_streamed_and_among_31_others(se
     asked = {"model": "tiny", "prompt": "the model", "max_tokens": 30, "seed": 7}
     whole = own.completions.create(**asked)
     # It may write its end before.
-    assert (whole.usage.completion_tokens == 30) == (whole.choices[0].finish_reason == "length") and whole.usage.network_calls[
-        "denoising"
-    ] > 0
+    assert (whole.usage.completion_tokens == 30) == (
+        whole.choices[0].finish_reason == "length"
+    ) and whole.usage.network_calls["denoising"] > 0
     chunks = list(own.completions.create(**asked, stream=True))
     assert "".join(chunk.choices[0].text for chunk in chunks) == whole.choices[0].text and len(chunks) > 2
 
     def other(number):
-        return own.completions.create(model="tiny", prompt="a row " * (number % 3), max_tokens=10 + number, seed=number).choices[0].text
+        return (
+            own.completions.create(model="tiny", prompt="a row " * (number % 3), max_tokens=10 + number, seed=number)
+            .choices[0]
+            .text
+        )
 
     with ThreadPoolExecutor(32) as clients:
         others = [clients.submit(other, number) for number in range(31)]
@@ -140,7 +143,9 @@ def test_a_replica_killed_under_load_costs_no_whole_answer_and_ends_streams_with
         return "finished"
 
     with ThreadPoolExecutor(16) as clients:
-        streams = [clients.submit(streamed, number) for number in range(10)]  # so many that not all of them miss the one that is killed
+        streams = [
+            clients.submit(streamed, number) for number in range(10)
+        ]  # so many that not all of them miss the one that is killed
         asking = [clients.submit(whole, number) for number in range(6)]
         wait_for(2)
         os.kill(engines[0].pid, signal.SIGKILL)
@@ -154,7 +159,7 @@ def test_a_replica_killed_under_load_costs_no_whole_answer_and_ends_streams_with
 
 
 def test_the_end_finishes_what_was_accepted(served):
-    from dlm_ray.runtime import serve as runtime
+    from dlm_ray.runtime.serve import deploy as runtime
 
     url, _, _ = served
 
@@ -179,7 +184,7 @@ def test_what_is_rendered_of_a_shipped_file_is_a_config_that_serve_deploys(file,
     from ray.serve.schema import HTTPOptionsSchema, ServeApplicationSchema, ServeDeploySchema
 
     from dlm_ray.config.server_file import load_server
-    from dlm_ray.runtime import serve as runtime
+    from dlm_ray.runtime.serve import deploy as runtime
 
     _, _, checkpoint = served
     server = load_server(str(file))
@@ -187,7 +192,9 @@ def test_what_is_rendered_of_a_shipped_file_is_a_config_that_serve_deploys(file,
     server = load_server(str(file), [*(f"{key}={checkpoint}" for key in own), "http.api_keys_file=null"])
     plain = runtime.rendered(server)
     # Serve's schema says nothing of keys that it does not know.
-    assert set(plain) <= set(ServeDeploySchema.model_fields) and set(plain["http_options"]) <= set(HTTPOptionsSchema.model_fields)
+    assert set(plain) <= set(ServeDeploySchema.model_fields) and set(plain["http_options"]) <= set(
+        HTTPOptionsSchema.model_fields
+    )
     assert all(set(one) <= set(ServeApplicationSchema.model_fields) for one in plain["applications"])
     config = ServeDeploySchema.model_validate(yaml.safe_load(yaml.safe_dump(plain)))
     [one] = config.applications
@@ -201,9 +208,11 @@ def test_what_is_rendered_of_a_shipped_file_is_a_config_that_serve_deploys(file,
 
 
 def test_what_contradicts_itself_or_is_not_there_is_refused_when_serve_builds_it(tmp_path):
-    from dlm_ray.runtime import serve as runtime
+    from dlm_ray.runtime.serve import deploy as runtime
 
     with pytest.raises(UserError, match="replicas.models=2, and there are 1 to hold"):
         runtime.application({"checkpoint": "x", "replicas": {"models": 2}})
-    with pytest.raises(UserError, match=r"models.0.checkpoint=.*neither a checkpoint of ours .*nor a Hugging Face folder"):
+    with pytest.raises(
+        UserError, match=r"models.0.checkpoint=.*neither a checkpoint of ours .*nor a Hugging Face folder"
+    ):
         runtime.application({"models": [{"checkpoint": str(tmp_path)}]})

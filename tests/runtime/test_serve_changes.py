@@ -7,15 +7,12 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
 import httpx
 import openai
 import pytest
 from conftest import tiny_recipe
-
-sys.path.append(str(Path(__file__).parent.parent / "serving"))
-import service  # noqa: E402
+from helpers import service  # noqa: E402
 
 from dlm_ray.config.errors import UserError  # noqa: E402
 from dlm_ray.config.server import Server  # noqa: E402
@@ -27,7 +24,12 @@ pytestmark = pytest.mark.ray
 @pytest.fixture(scope="module")
 def runs(data_folder, tmp_path_factory):
     folder = service.train(data_folder, tmp_path_factory.mktemp("served"), "block8", "ar")
-    blocks = {"objective__name": "block", "objective__block_tokens": 8, "objective__shift": False, "training__steps": 60}
+    blocks = {
+        "objective__name": "block",
+        "objective__block_tokens": 8,
+        "objective__shift": False,
+        "training__steps": 60,
+    }
     loop.fit(tiny_recipe(data_folder, "longer", **blocks), folder / "longer")
     shutil.copytree(folder / "longer", folder / "damaged")
     for file in (folder / "damaged").rglob("step_*/*/d/*"):
@@ -40,7 +42,7 @@ def served(ray_session, runs):
     """(url, settings) of one replica of one model; `settings(**parts)` are the same with other parts."""
     from ray.serve.exceptions import RayServeException
 
-    from dlm_ray.runtime import serve as runtime
+    from dlm_ray.runtime.serve import deploy as runtime
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -96,7 +98,7 @@ def engines():
 
 
 def test_another_checkpoint_takes_over_under_load_with_one_replica_and_no_request_fails(served, runs):
-    from dlm_ray.runtime import serve as runtime
+    from dlm_ray.runtime.serve import deploy as runtime
 
     url, settings = served
     [before] = httpx.get(f"{url}/v1/models").json()["data"]
@@ -110,7 +112,10 @@ def test_another_checkpoint_takes_over_under_load_with_one_replica_and_no_reques
         service.until(lambda: sum(asked > finished for asked, _ in answers) > 6)
         ends = [chunk.choices[0].finish_reason for chunk in long if chunk.choices[0].finish_reason]
     [after] = httpx.get(f"{url}/v1/models").json()["data"]
-    assert (before["checkpoint"]["name"], after["checkpoint"]["name"]) == ("block8/step_00000015", "longer/step_00000060")
+    assert (before["checkpoint"]["name"], after["checkpoint"]["name"]) == (
+        "block8/step_00000015",
+        "longer/step_00000060",
+    )
     old, new = answers[0][1], answers[-1][1]
     assert {text for _, text in answers} == {old, new} and old != new
     assert {text for asked, text in answers if asked > finished} == {new}
@@ -119,7 +124,7 @@ def test_another_checkpoint_takes_over_under_load_with_one_replica_and_no_reques
 
 @pytest.mark.slow
 def test_a_checkpoint_that_cannot_be_loaded_leaves_the_old_one_serving(served, runs):
-    from dlm_ray.runtime import serve as runtime
+    from dlm_ray.runtime.serve import deploy as runtime
 
     url, settings = served
     [before] = httpx.get(f"{url}/v1/models").json()["data"]
@@ -139,10 +144,16 @@ def test_a_checkpoint_that_cannot_be_loaded_leaves_the_old_one_serving(served, r
 
 
 def test_load_brings_a_second_replica_and_idleness_takes_it_away(served, runs):
-    from dlm_ray.runtime import serve as runtime
+    from dlm_ray.runtime.serve import deploy as runtime
 
     url, settings = served
-    scaling = {"min_replicas": 1, "max_replicas": 2, "target_requests": 3, "upscale_delay_seconds": 1, "downscale_delay_seconds": 2}
+    scaling = {
+        "min_replicas": 1,
+        "max_replicas": 2,
+        "target_requests": 3,
+        "upscale_delay_seconds": 1,
+        "downscale_delay_seconds": 2,
+    }
     runtime.replace(settings(engine={"slots": 2}, replicas={"cpus": 0.2, "autoscaling": scaling}))
     assert len(engines()) == 1
     with asked_all_the_time(url) as answers:
@@ -155,7 +166,7 @@ def test_load_brings_a_second_replica_and_idleness_takes_it_away(served, runs):
 def test_a_replica_whose_engine_has_died_is_replaced(served):
     import ray
 
-    from dlm_ray.runtime import serve as runtime
+    from dlm_ray.runtime.serve import deploy as runtime
 
     url, settings = served
     models = [{"checkpoint": settings().checkpoint, "name": name} for name in ("tiny", "small")]

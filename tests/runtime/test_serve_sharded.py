@@ -4,14 +4,10 @@ import asyncio
 import os
 import signal
 import socket
-import sys
-from pathlib import Path
 
 import httpx
 import pytest
-
-sys.path.append(str(Path(__file__).parent.parent / "serving"))
-import service  # noqa: E402
+from helpers import service  # noqa: E402
 
 from dlm_ray.config.errors import UserError  # noqa: E402
 from dlm_ray.config.server import Server  # noqa: E402
@@ -24,7 +20,7 @@ def test_two_processes_serve_the_text_of_one_and_end_together(ray_session, data_
     import ray
     from ray.util.state import list_actors, list_placement_groups
 
-    from dlm_ray.runtime import serve as runtime
+    from dlm_ray.runtime.serve import deploy as runtime
 
     own_cluster = ray.get_runtime_context().gcs_address
 

@@ -24,23 +24,29 @@ pytestmark = pytest.mark.ray
 def loaded(folder, data, **fields):
     (folder / "recipe.yaml").write_text(dump(tiny_recipe(data, parallelism__max_failures=0)))
     rates = {"optimizer.learning_rate": {"grid": [3e-3, 1e30]}}
-    asked = {"rows": 12, "draws_per_row": 2, "variance_draws": 2, "variance_rows": 6}
-    sweep = {"name": "s", "recipe": str(folder / "recipe.yaml"), "space": rates, "trials_at_once": 2, "measure": asked, **fields}
+    asked = {"sequences": 12, "draws_per_sequence": 2, "variance_draws": 2, "variance_sequences": 6}
+    sweep = {
+        "name": "s",
+        "recipe": str(folder / "recipe.yaml"),
+        "space": rates,
+        "trials_at_once": 2,
+        "measure": asked,
+        **fields,
+    }
     (folder / "sweep.yaml").write_text(yaml.safe_dump(sweep))
     return load_sweep(str(folder / "sweep.yaml"))
 
 
 def test_trials_run_and_one_that_fails_is_a_row_with_its_reason(ray_session, data_folder, tmp_path):
     import ray
+    from dlm_ray.runtime.sweep.run import sweep
     from ray.util.placement_group import placement_group_table
-
-    from dlm_ray.runtime.sweep import sweep
 
     out = tmp_path / "out"
     with pytest.raises(UserError, match=r"trials_at_once=5 with 1 CPUs a trial do not fit the cluster's 4 CPUs: 4 fit"):
         sweep(loaded(tmp_path, data_folder, trials_at_once=5), tmp_path / "too-many")
     said = []
-    result = sweep(loaded(tmp_path, data_folder), out, say=said.append)
+    result = sweep(loaded(tmp_path, data_folder), out, emit=said.append)
     good, bad = result["trials"]
     assert (good["status"], good["place"], good["step"]) == ("finished", 1, 8)
     assert bad["status"] == "failed" and "FloatingPointError: step 2" in bad["reason"] and bad["place"] is None
@@ -58,23 +64,31 @@ def test_trials_run_and_one_that_fails_is_a_row_with_its_reason(ray_session, dat
     with pytest.raises(UserError, match=r"space.optimizer.learning_rate.grid was \[0.003, 1e\+30\] and is \[0.003\]"):
         sweep(loaded(tmp_path, data_folder, space={"optimizer.learning_rate": {"grid": [3e-3]}}), out, resume=True)
     lines = (out / "trials.jsonl").read_text().splitlines()
-    (out / "trials.jsonl").write_text("".join(line + "\n" for line in lines if json.loads(line)["status"] == "finished") + '{"torn')
+    (out / "trials.jsonl").write_text(
+        "".join(line + "\n" for line in lines if json.loads(line)["status"] == "finished") + '{"torn'
+    )
     again = sweep(loaded(tmp_path, data_folder), out, resume=True)
     assert [one | {"run_dir": ""} for one in again["trials"]] == [one | {"run_dir": ""} for one in result["trials"]]
 
 
 @pytest.mark.slow
 def test_a_trial_whose_worker_is_killed_is_a_row_with_its_reason(ray_session, data_folder, tmp_path):
-    from dlm_ray.runtime.sweep import sweep
+    from dlm_ray.runtime.sweep.run import sweep
 
     def kill():
-        while not (notes := [path for path in (tmp_path / "out/trials/0001").glob("*/writer.lock") if "process" in path.read_text()]):
+        while not (
+            notes := [
+                path for path in (tmp_path / "out/trials/0001").glob("*/writer.lock") if "process" in path.read_text()
+            ]
+        ):
             time.sleep(0.05)
         os.kill(int(notes[0].read_text().split()[1]), signal.SIGKILL)
 
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
-    whole, killed = sweep(loaded(tmp_path, data_folder, space={"training.steps": {"grid": [8, 2000]}}), tmp_path / "out")["trials"]
+    whole, killed = sweep(
+        loaded(tmp_path, data_folder, space={"training.steps": {"grid": [8, 2000]}}), tmp_path / "out"
+    )["trials"]
     killer.join()
     assert (whole["status"], whole["place"]) == ("finished", 1)
     assert (killed["status"], killed["place"]) == ("failed", None) and "worker" in killed["reason"]
@@ -82,8 +96,9 @@ def test_a_trial_whose_worker_is_killed_is_a_row_with_its_reason(ray_session, da
 
 @pytest.mark.slow
 def test_the_worse_member_of_a_population_goes_on_as_a_copy_of_the_better_one(ray_session, data_folder, tmp_path):
+    from dlm_ray.runtime.sweep.run import sweep
+
     from dlm_ray.checkpoint import commit
-    from dlm_ray.runtime.sweep import sweep
 
     asked = {
         "space": {"optimizer.learning_rate": {"loguniform": [1e-8, 1e-2]}},
@@ -91,12 +106,14 @@ def test_the_worse_member_of_a_population_goes_on_as_a_copy_of_the_better_one(ra
         "scheduler": {"name": "pbt", "every_steps": 4, "quantile": 0.5, "resample_probability": 0.0},
     }
     said = []
-    members = sweep(loaded(tmp_path, data_folder, **asked), tmp_path / "out", say=said.append)["trials"]
+    members = sweep(loaded(tmp_path, data_folder, **asked), tmp_path / "out", emit=said.append)["trials"]
     [copy] = [one for one in members if one["clones"]]
     [donor] = [one for one in members if not one["clones"]]
     [clone] = copy["clones"]
     assert {one["status"] for one in members} == {"finished"} and (clone["from"], clone["step"]) == (donor["number"], 4)
-    assert any(f"trial {copy['number']} went on as a copy of trial {donor['number']} at step 4" in line for line in said)
+    assert any(
+        f"trial {copy['number']} went on as a copy of trial {donor['number']} at step 4" in line for line in said
+    )
     steps = [json.loads(line) for line in (Path(copy["run_dir"]) / "metrics.jsonl").read_text().splitlines()]
     logged = {line["step"]: line["loss"] for line in steps if "loss" in line}
     theirs = [json.loads(line) for line in (Path(donor["run_dir"]) / "metrics.jsonl").read_text().splitlines()]
@@ -108,7 +125,17 @@ def test_the_worse_member_of_a_population_goes_on_as_a_copy_of_the_better_one(ra
 
 
 def command(folder, out, *more):
-    arguments = [sys.executable, "-m", "dlm_ray", "sweep", str(folder / "sweep.yaml"), "--out", str(out), "--json", *more]
+    arguments = [
+        sys.executable,
+        "-m",
+        "dlm_ray",
+        "sweep",
+        str(folder / "sweep.yaml"),
+        "--out",
+        str(out),
+        "--json",
+        *more,
+    ]
     return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

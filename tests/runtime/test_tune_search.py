@@ -1,7 +1,8 @@
 """Optuna over a conditional space: what it suggests is of the space, and it learns from trials of an earlier call."""
 
+from dlm_ray.runtime.sweep.search import Listed, Tpe
+
 from dlm_ray.config.sweep import Sweep
-from dlm_ray.runtime.tune_search import Listed, Tpe
 
 SPACE = {
     "objective.block_tokens": {"grid": [4, 16]},
@@ -35,7 +36,10 @@ def test_suggestions_are_of_the_space_and_come_to_its_good_part():
 
 def test_it_goes_on_from_what_an_earlier_call_had_learned():
     before = suggestions(Tpe(SWEEP, [], [], 0), 20)
-    begun = (20, {"objective.block_tokens": 4, "objective.clip": {"beta": 0.5, "omega": 1.0}, "optimizer.learning_rate": 0.004})
+    begun = (
+        20,
+        {"objective.block_tokens": 4, "objective.clip": {"beta": 0.5, "omega": 1.0}, "optimizer.learning_rate": 0.004},
+    )
     ended = [(one["settings"], bound(one["settings"])) for one in before] + [
         ({"objective.block_tokens": 16, "optimizer.learning_rate": 0.1}, None)
     ]

@@ -7,10 +7,10 @@ from conftest import tiny_recipe
 
 from dlm_ray.config.errors import UserError
 from dlm_ray.config.server import Engine as Settings
+from dlm_ray.generation.loading import load
+from dlm_ray.generation.sampling import resolve_sampling
 from dlm_ray.serving.engine import Engine
 from dlm_ray.serving.jobs import Job, TextStream
-from dlm_ray.serving.loading import load
-from dlm_ray.serving.options import choose
 from dlm_ray.training import loop
 
 
@@ -21,17 +21,34 @@ def runs(data_folder, tmp_path_factory):
     loop.fit(tiny_recipe(data_folder, "whole", training__steps=10), folder / "whole")
     loop.fit(tiny_recipe(data_folder, "sedd", objective__name="sedd", training__steps=4), folder / "sedd")
     recipe = tiny_recipe(
-        data_folder, "block8", objective__name="block", objective__block_tokens=8, objective__shift=False, training__steps=20
+        data_folder,
+        "block8",
+        objective__name="block",
+        objective__block_tokens=8,
+        objective__shift=False,
+        training__steps=20,
     )
     loop.fit(recipe, folder / "block8")
     return folder
 
 
-def job(model, prompt="the model", length=12, *, suffix=None, is_shown=False, stops=(), deadline=None, number=0, request="r", **options):
+def job(
+    model,
+    prompt="the model",
+    length=12,
+    *,
+    suffix=None,
+    stream_canvas=False,
+    stops=(),
+    deadline=None,
+    number=0,
+    request="r",
+    **options,
+):
     ids = [model.tokenizer_identity.start_id, *model.encode(prompt)]
-    chosen = choose(options, model.sampled_as(), length)
+    chosen = resolve_sampling(options, model.sampled_as(), length)
     after = None if suffix is None else model.encode(suffix)
-    return Job(request, ids, length, chosen, after, options.get("seed", 0), number, stops, is_shown, deadline)
+    return Job(request, ids, length, chosen, after, options.get("seed", 0), number, stops, stream_canvas, deadline)
 
 
 def finish(engine, now=0.0, texts=None):
@@ -106,7 +123,10 @@ def test_a_deadline_ends_what_runs_and_what_waits(runs):
     for one in (running, waiting, patient):
         engine.submit([one])
     assert not [update for update in engine.tick(9.0) if update.finish_reason]
-    assert {(update.job, update.finish_reason) for update in engine.tick(12.0)} >= {(running, "deadline"), (waiting, "deadline")}
+    assert {(update.job, update.finish_reason) for update in engine.tick(12.0)} >= {
+        (running, "deadline"),
+        (waiting, "deadline"),
+    }
     _, updates = finish(engine, 13.0)
     assert [(update.job, update.finish_reason) for update in updates if update.finish_reason] == [(patient, "length")]
 
@@ -119,9 +139,11 @@ def test_what_prompts_begin_with_is_found_by_others_and_never_by_another_checkpo
         assert len(job(model, prompt).prompt) > 16
         for seed in range(3):
             asked = job(model, prompt, seed=seed)
-            (text, updates), (expected, others) = ([engine.submit([asked]), finish(engine)][1] for engine in (kept, nothing_kept))
+            (text, updates), (expected, others) = (
+                [engine.submit([asked]), finish(engine)][1] for engine in (kept, nothing_kept)
+            )
             assert text == expected
-            assert (updates[-1].num_found_tokens > 0) == (seed > 0) and others[-1].num_found_tokens == 0
+            assert (updates[-1].num_cached_tokens > 0) == (seed > 0) and others[-1].num_cached_tokens == 0
             assert others[-1].num_cache_calls - updates[-1].num_cache_calls == (seed > 0)
 
 
@@ -133,7 +155,9 @@ def test_of_a_text_that_is_not_streamed_nothing_is_said_before_its_end(runs, nam
     engine.submit([streamed])
     whole = finish(engine)[0][streamed]
     middle = whole[len(whole) // 2 : len(whole) // 2 + 3]
-    quiet, stopped = (replace(job(model, length=20, seed=5, stops=stops), is_streamed=False) for stops in ((), (middle,)))
+    quiet, stopped = (
+        replace(job(model, length=20, seed=5, stops=stops), is_streamed=False) for stops in ((), (middle,))
+    )
     engine.submit([quiet, stopped])
     _, updates = finish(engine)
     assert {update.job: (update.text, update.finish_reason) for update in updates} == {
@@ -162,7 +186,7 @@ def test_a_stop_text_ends_a_text_before_it_and_nothing_is_ever_taken_back(runs, 
 def test_the_canvas_is_told_position_by_position_with_how_sure_the_model_was(runs, name):
     model = load(runs / name)
     engine = Engine(model, Settings(slots=2))
-    shown = job(model, length=12, seed=5, is_shown=True, rule="first_hitting")
+    shown = job(model, length=12, seed=5, stream_canvas=True, rule="first_hitting")
     engine.submit([shown])
     texts, updates = finish(engine)
     canvases = [update.canvas for update in updates if update.canvas]
@@ -195,14 +219,18 @@ def test_sizes_of_blocks_beside_the_trained_one_have_slots_of_their_own(runs):
     texts, updates = finish(engine)
     with pytest.warns(UserWarning, match="not trained for"):
         assert texts[by_blocks] == model.sample("the model", length_tokens=40, block_tokens=8, rule="first_hitting")[0]
-    with pytest.raises(UserError, match="engine.block_tokens=5: this checkpoint is sampled by divisors of its context of 32"):
+    with pytest.raises(
+        UserError, match="engine.block_tokens=5: this checkpoint is sampled by divisors of its context of 32"
+    ):
         Engine(model, Settings(block_tokens=(5,)))
 
 
 def test_characters_come_whole_and_what_may_be_a_stop_is_held_back():
     letters = {1: b"a", 2: b"\xe2", 3: b"\x82", 4: b"\xac", 5: b"b", 6: b"c"}
     stream = TextStream(lambda ids: b"".join(letters[i] for i in ids).decode(errors="replace"), ("bcb",))
-    said = [stream.push(ids, False) for ids in ([1], [1, 2], [1, 2, 3], [1, 2, 3, 4], [1, 2, 3, 4, 5], [1, 2, 3, 4, 5, 6])]
+    said = [
+        stream.push(ids, False) for ids in ([1], [1, 2], [1, 2, 3], [1, 2, 3, 4], [1, 2, 3, 4, 5], [1, 2, 3, 4, 5, 6])
+    ]
     assert said == ["a", "", "", "\u20ac", "", ""]
     assert stream.push([1, 2, 3, 4, 5, 6, 1], False) == "bca" and not stream.is_stopped
     assert stream.push([1, 2, 3, 4, 5, 6, 1, 5, 6, 5], False) == "" and stream.is_stopped

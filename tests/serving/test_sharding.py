@@ -8,25 +8,30 @@ import signal
 import time
 
 import pytest
-import service
 import torch
 from conftest import tiny_recipe
+from helpers import service
 from test_engine import finish, job
 from torch.distributed.tensor import DTensor
 
 from dlm_ray.checkpoint.export import export
 from dlm_ray.config.server import Engine as Settings
 from dlm_ray.config.server import Server
+from dlm_ray.generation.loading import load, load_network
 from dlm_ray.serving import sharding
 from dlm_ray.serving.engine import Engine
-from dlm_ray.serving.host import Host
-from dlm_ray.serving.loading import load, load_network
+from dlm_ray.serving.worker import EngineWorker
 from dlm_ray.training import loop
 
 # Both processes are forks of one that has imported what takes long, and has no threads.
 APART = multiprocessing.get_context("forkserver")
 APART.set_forkserver_preload(
-    ["dlm_ray.serving.host", "dlm_ray.training.loop", "transformers.models.llama.modeling_llama", "torch.distributed.fsdp"]
+    [
+        "dlm_ray.serving.worker",
+        "dlm_ray.training.loop",
+        "transformers.models.llama.modeling_llama",
+        "torch.distributed.fsdp",
+    ]
 )
 CPU = torch.device("cpu")
 
@@ -92,7 +97,9 @@ def write_on_two(group, checkpoints):
         # Between calls nothing is gathered.
         parameters = list(model.denoiser.parameters())
         assert all(isinstance(parameter, DTensor) for parameter in parameters)
-        own, whole = (sum(tensor.nbytes for tensor in tensors) for tensors in ([one.to_local() for one in parameters], parameters))
+        own, whole = (
+            sum(tensor.nbytes for tensor in tensors) for tensors in ([one.to_local() for one in parameters], parameters)
+        )
         assert own / whole < 0.51
         leader.stop()
     return written
@@ -104,12 +111,14 @@ def test_texts_are_those_of_one_process_with_half_the_parameters_each_and_a_stop
         written = result.recv()
         follower.join(timeout=30)
         assert follower.exitcode == 0
-    assert written == [write(load(checkpoint), batch_invariant=checkpoint.name == "block8") for checkpoint in checkpoints]
+    assert written == [
+        write(load(checkpoint), batch_invariant=checkpoint.name == "block8") for checkpoint in checkpoints
+    ]
 
 
 def lose_the_follower(group, checkpoint, pid):
     """Seconds until a request is answered after the follower has died, the answers before and after, and what `check` says then."""
-    host = Host(Server(checkpoint=str(checkpoint)), group)
+    host = EngineWorker(Server(checkpoint=str(checkpoint)), group)
 
     async def ask():
         task = {
@@ -120,7 +129,15 @@ def lose_the_follower(group, checkpoint, pid):
             "lengths": [12],
             "length_field": "max_tokens",
         }
-        task |= {"n": 1, "seed": 1, "stops": [], "options": {}, "is_streamed": False, "is_shown": False, "timeout_seconds": None}
+        task |= {
+            "n": 1,
+            "seed": 1,
+            "stops": [],
+            "options": {},
+            "is_streamed": False,
+            "stream_canvas": False,
+            "timeout_seconds": None,
+        }
         return [event async for events in host.generate(task) for event in events]
 
     before = asyncio.run(ask())

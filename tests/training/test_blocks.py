@@ -15,7 +15,7 @@ from dlm_ray.checkpoint.export import export
 from dlm_ray.config.errors import UserError
 from dlm_ray.diffusion.absorbing import Clip
 from dlm_ray.diffusion.objectives import Autoregressive, Block
-from dlm_ray.training import curriculum, loop, start
+from dlm_ray.training import curriculum, loop, setup
 
 
 def lines_of(run_dir):
@@ -35,7 +35,16 @@ def test_block_sizes_come_in_order_and_end_at_the_objectives(data_folder, tmp_pa
     assert [curriculum.block_tokens(recipe, step) for step in range(8)] == [1, 1, 32, 32, 32, 4, 4, 4]
     assert curriculum.block_tokens(recipe, None) == 4
     metrics = loop.fit(recipe, tmp_path / "run")
-    assert [line["block_tokens"] for line in lines_of(tmp_path / "run") if "loss" in line] == [1, 1, 32, 32, 32, 4, 4, 4]
+    assert [line["block_tokens"] for line in lines_of(tmp_path / "run") if "loss" in line] == [
+        1,
+        1,
+        32,
+        32,
+        32,
+        4,
+        4,
+        4,
+    ]
     capabilities = commit.read_manifest(metrics["checkpoint"]).capabilities
     assert (capabilities["canvas"], capabilities["block_tokens"], capabilities["infill"]) == ("blocks", 4, False)
 
@@ -51,7 +60,12 @@ def test_the_future_within_a_block_is_annealed(data_folder):
 def test_adapting_an_ar_model_at_blocks_of_one_continues_it(data_folder, tmp_path):
     """With shift and every token masked, the first step of the adaptation is the AR model's own next step, to the last bit."""
     loop.fit(tiny_recipe(data_folder, "base", objective__name="autoregressive"), tmp_path / "base")
-    common = {"model__architecture": None, "model__base": str(tmp_path / "base"), "training__steps": 2, "validation__rows": 0}
+    common = {
+        "model__architecture": None,
+        "model__base": str(tmp_path / "base"),
+        "training__steps": 2,
+        "validation__sequences": 0,
+    }
     loop.fit(tiny_recipe(data_folder, "ar", objective__name="autoregressive", **common), tmp_path / "ar")
     loop.fit(block(data_folder, "one", 1, objective__mask_sampler="count", **common), tmp_path / "one")
     ar, one = ([line["loss"] for line in lines_of(tmp_path / name) if "loss" in line] for name in ("ar", "one"))
@@ -65,7 +79,7 @@ def test_the_clip_search_replaces_the_clip_and_a_resumed_run_keeps_it(data_folde
         data_folder,
         training__steps=12,
         checkpoint__every_steps=6,
-        curriculum__clip_search={"every_steps": 4, "rows": 6, "draws": 2},
+        curriculum__clip_search={"every_steps": 4, "sequences": 6, "draws": 2},
     )
     metrics = loop.fit(recipe, tmp_path / "run")
     found = [(line["step"], line["clip_search"]) for line in lines_of(tmp_path / "run") if "clip_search" in line]
@@ -97,27 +111,35 @@ def test_the_search_changes_the_draws_of_the_steps_behind_it(data_folder):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"block_tokens": 5}, "objective.block_tokens=5 does not divide the rows' 32 tokens; allowed are 1, 2, 4, 8, 16, 32"),
-        ({"curriculum__block_sizes": [{"block_tokens": 12, "steps": 1}]}, "curriculum.block_sizes.0.block_tokens=12 does not divide"),
+        (
+            {"block_tokens": 5},
+            "objective.block_tokens=5 does not divide the rows' 32 tokens; allowed are 1, 2, 4, 8, 16, 32",
+        ),
+        (
+            {"curriculum__block_sizes": [{"block_tokens": 12, "steps": 1}]},
+            "curriculum.block_sizes.0.block_tokens=12 does not divide",
+        ),
     ],
 )
 def test_blocks_have_to_tile_a_row(data_folder, changes, message):
     recipe = block(data_folder, **changes)
-    network = start.Network({"vocab_size": 30, "hidden_size": 8}, 29, True, False)
+    network = setup.Network({"vocab_size": 30, "hidden_size": 8}, 29, True, False)
     with pytest.raises(UserError) as error:
-        start.build_objective(recipe, network, 32)
+        setup.build_objective(recipe, network, 32)
     assert message in str(error.value)
 
 
 def test_a_loaded_or_exported_checkpoint_knows_its_block_size(data_folder, tmp_path):
-    metrics = loop.fit(block(data_folder, training__steps=2, validation__rows=0), tmp_path / "run")
+    metrics = loop.fit(block(data_folder, training__steps=2, validation__sequences=0), tmp_path / "run")
     assert dlm_ray.load(tmp_path / "run").objective.block_tokens == 4
     exported = dlm_ray.load(export(metrics["checkpoint"], str(tmp_path / "exported")))
     assert exported.objective.block_tokens == 4
-    ours = dlm_ray.load(tmp_path / "run").bits_per_byte(data_folder, max_rows=4)["bits_per_byte"]
-    assert exported.bits_per_byte(data_folder, max_rows=4)["bits_per_byte"] == pytest.approx(ours)
+    ours = dlm_ray.load(tmp_path / "run").bits_per_byte(data_folder, max_sequences=4)["bits_per_byte"]
+    assert exported.bits_per_byte(data_folder, max_sequences=4)["bits_per_byte"] == pytest.approx(ours)
     # A run that starts from it and is of another kind says what it is.
-    changed = tiny_recipe(data_folder, "ar", model__architecture=None, model__base=str(tmp_path / "run"), objective__name="autoregressive")
+    changed = tiny_recipe(
+        data_folder, "ar", model__architecture=None, model__base=str(tmp_path / "run"), objective__name="autoregressive"
+    )
     loop.fit(changed, tmp_path / "ar")
     assert isinstance(dlm_ray.load(tmp_path / "ar").objective, Autoregressive)
     assert "block_tokens" not in commit.read_manifest(listing.latest(str(tmp_path / "ar"))).model["config"]

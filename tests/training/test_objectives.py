@@ -31,12 +31,20 @@ OBJECTIVES = {
     "block": {"objective__name": "block", "objective__block_tokens": 4},
     "block-one-to-row-to-eight": {
         "objective": {"name": "block", "block_tokens": 8, "shift": False},
-        "curriculum__block_sizes": [{"block_tokens": 1, "steps": 4}, {"block_tokens": 32, "steps": 3}, {"block_tokens": 16, "steps": 3}],
+        "curriculum__block_sizes": [
+            {"block_tokens": 1, "steps": 4},
+            {"block_tokens": 32, "steps": 3},
+            {"block_tokens": 16, "steps": 3},
+        ],
         "curriculum__annealing": {"pattern": "bernoulli", "steps": 6},
     },
     "block-search": {
-        "objective": {"name": "block", "block_tokens": 4, "clip": {"beta": 0.001, "omega": 1.0, "weight": "paper", "enforce": "counts"}},
-        "curriculum__clip_search": {"every_steps": 6, "rows": 6, "draws": 2},
+        "objective": {
+            "name": "block",
+            "block_tokens": 4,
+            "clip": {"beta": 0.001, "omega": 1.0, "weight": "paper", "enforce": "counts"},
+        },
+        "curriculum__clip_search": {"every_steps": 6, "sequences": 6, "draws": 2},
     },
     "genmd4": {"objective__name": "genmd4"},
     "genmd4-scalar": {"objective__name": "genmd4", "objective__exponents": "scalar"},
@@ -44,7 +52,11 @@ OBJECTIVES = {
     "d3pm": {"objective__name": "d3pm"},
     "tauldr-one": {"objective__name": "tauldr"},
     "tauldr-all": {"objective__name": "tauldr", "objective__estimator": "all_masked"},
-    "ssd_lm": {"objective__name": "ssd_lm", "objective__shift": False, "objective__simplex": {"block_tokens": 5, "num_timesteps": 100}},
+    "ssd_lm": {
+        "objective__name": "ssd_lm",
+        "objective__shift": False,
+        "objective__simplex": {"block_tokens": 5, "num_timesteps": 100},
+    },
 }
 
 
@@ -60,7 +72,11 @@ def tensors(run_dir):
 
 def test_a_head_of_zeros_begins_at_ln_v_a_token(data_folder, tmp_path):
     """Exactly, where every row's weights sum to its tokens: counted masks."""
-    head = {"model__architecture__zero_head": True, "model__architecture__tie_embeddings": False, "objective__mask_sampler": "count"}
+    head = {
+        "model__architecture__zero_head": True,
+        "model__architecture__tie_embeddings": False,
+        "objective__mask_sampler": "count",
+    }
     loop.fit(tiny_recipe(data_folder, "zeros", training__steps=2, optimizer__warmup_steps=0, **head), tmp_path / "run")
     vocab = commit.read_manifest(listing.latest(str(tmp_path / "run"))).tokenizer["vocab_size"]
     assert curve(tmp_path / "run")[0]["loss"] == pytest.approx(math.log(vocab), rel=1e-5)
@@ -79,7 +95,9 @@ class Overflows(Masked):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_by_name_and_leaves_the_last_checkpoint_good(data_folder, tmp_path):
-    recipe = tiny_recipe(data_folder, "bad", objective__name=f"{__name__}:Overflows", training__steps=16, checkpoint__every_steps=4)
+    recipe = tiny_recipe(
+        data_folder, "bad", objective__name=f"{__name__}:Overflows", training__steps=16, checkpoint__every_steps=4
+    )
     message = r"step 6 \(rows 60 to 71 of the run's order\) of objective test_objectives:Overflows: loss inf, gradient norm nan, not finite"
     with pytest.raises(FloatingPointError, match=message):
         loop.fit(recipe, tmp_path / "run")
@@ -90,7 +108,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_by_name_and_leaves_the_last_che
 
 def _fit_on_a_rank(rank, port, recipes, out):
     """What torchrun would start."""
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
     for recipe in recipes:
@@ -119,7 +139,9 @@ def test_two_ranks_are_one_process_also_with_own_parameters_and_a_frozen_teacher
         for one, two in zip(curve(tmp_path / "one" / recipe.name), curve(tmp_path / "two" / recipe.name), strict=True):
             assert one["loss"] == pytest.approx(two["loss"], rel=2e-4), recipe.name
     assert not any("teacher" in name for name in tensors(tmp_path / "one/aligned"))
-    clips = [commit.read_manifest(listing.latest(str(tmp_path / ranks / "block"))).extra["clip"] for ranks in ("one", "two")]
+    clips = [
+        commit.read_manifest(listing.latest(str(tmp_path / ranks / "block"))).extra["clip"] for ranks in ("one", "two")
+    ]
     assert clips[0] == clips[1] and clips[0] is not None
 
 
@@ -128,7 +150,11 @@ def test_alignment_pulls_the_states_towards_the_frozen_model(data_folder, tmp_pa
     loop.fit(tiny_recipe(data_folder, "base", objective__name="autoregressive", training__steps=30), tmp_path / "base")
     logged = {}
     for weight in (0.001, 30.0):
-        changes = {"model__architecture": None, "model__base": str(tmp_path / "base"), "objective__alignment_weight": weight}
+        changes = {
+            "model__architecture": None,
+            "model__base": str(tmp_path / "base"),
+            "objective__alignment_weight": weight,
+        }
         loop.fit(tiny_recipe(data_folder, f"aligned-{weight}", training__steps=30, **changes), tmp_path / str(weight))
         logged[weight] = [line["alignment"] / weight for line in curve(tmp_path / str(weight))]
     assert logged[0.001][0] == pytest.approx(logged[30.0][0], rel=1e-4)  # the same first step
@@ -143,7 +169,12 @@ def test_alignment_pulls_the_states_towards_the_frozen_model(data_folder, tmp_pa
 def trained(request, data_folder, tmp_path_factory):
     """A run of 16 steps with a checkpoint at 8."""
     recipe = tiny_recipe(
-        data_folder, request.param, training__steps=16, checkpoint__every_steps=8, validation__every_steps=8, **OBJECTIVES[request.param]
+        data_folder,
+        request.param,
+        training__steps=16,
+        checkpoint__every_steps=8,
+        validation__every_steps=8,
+        **OBJECTIVES[request.param],
     )
     run_dir = tmp_path_factory.mktemp("objectives") / request.param
     return recipe, run_dir, loop.fit(recipe, run_dir)
@@ -153,7 +184,9 @@ def test_it_trains_and_its_validation_falls(trained):
     recipe, run_dir, metrics = trained
     name = "block_nll" if recipe.objective.name == "ssd_lm" else "nats_per_token"
     lines = [
-        json.loads(line)["validation"][name] for line in Path(run_dir, "metrics.jsonl").read_text().splitlines() if "validation" in line
+        json.loads(line)["validation"][name]
+        for line in Path(run_dir, "metrics.jsonl").read_text().splitlines()
+        if "validation" in line
     ]
     assert lines[-1] < lines[0]
     assert metrics["step"] == 16
@@ -172,7 +205,7 @@ def test_it_resumes_bit_for_bit(trained, tmp_path):
 
 def test_how_a_batch_is_cut_does_not_change_it(trained, tmp_path):
     recipe, run_dir, _ = trained
-    cut = recipe.model_copy(update={"training": recipe.training.model_copy(update={"micro_batch_rows": 4, "steps": 2})})
+    cut = recipe.model_copy(update={"training": recipe.training.model_copy(update={"micro_batch_size": 4, "steps": 2})})
     loop.fit(cut, tmp_path / "run")
     for one, other in zip(curve(tmp_path / "run"), curve(run_dir), strict=False):
         assert one["loss"] == pytest.approx(other["loss"], rel=2e-4, abs=1e-4)
@@ -197,7 +230,7 @@ def test_it_is_scored_by_a_bound_over_the_full_range_or_not_at_all(trained, data
             model.score(data_folder)
         assert commit.read_manifest(metrics["checkpoint"]).capabilities["likelihood"] == "none"
     else:
-        scored = model.bits_per_byte(data_folder, draws_per_row=4)
+        scored = model.bits_per_byte(data_folder, draws_per_sequence=4)
         assert scored["is_bound"] and 1.0 < scored["bits_per_byte"] < 6.0
 
 

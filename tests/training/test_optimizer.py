@@ -16,18 +16,20 @@ def rates(num_steps=100, **fields):
 
 
 def test_warm_up_is_linear_and_reaches_the_rate():
-    assert rates(warmup_steps=10, rate="constant")[:11] == pytest.approx([0.1 * (i + 1) for i in range(10)] + [1.0])
+    assert rates(warmup_steps=10, lr_schedule="constant")[:11] == pytest.approx(
+        [0.1 * (i + 1) for i in range(10)] + [1.0]
+    )
 
 
 def test_cosine_falls_to_the_final_ratio():
-    values = rates(warmup_steps=10, rate="cosine", final_ratio=0.1)
+    values = rates(warmup_steps=10, lr_schedule="cosine", min_lr_ratio=0.1)
     assert values[10] == 1.0
     assert values[55] == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 45 / 90)))
     assert values[-1] == pytest.approx(0.1, abs=1e-3)
 
 
 def test_warmup_stable_decay_is_flat_and_then_linear():
-    values = rates(warmup_steps=10, rate="warmup_stable_decay", decay_steps=20)
+    values = rates(warmup_steps=10, lr_schedule="warmup_stable_decay", decay_steps=20)
     assert values[10:80] == [1.0] * 70 and values[80] == 1.0
     assert values[90] == pytest.approx(0.5) and values[99] == pytest.approx(0.05)
 

@@ -42,7 +42,9 @@ def test_an_autoregressive_run_learns(base):
     assert curve[60] < curve[1] - 1.0
     assert metrics["validation"]["nats_per_token"] < curve[1] - 0.5 and metrics["validated_step"] == 60
     events = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    assert [event["step"] for event in events if "validation" in event] == list(range(4, 61, 4))  # each said once, of its own step
+    assert [event["step"] for event in events if "validation" in event] == list(
+        range(4, 61, 4)
+    )  # each said once, of its own step
     assert metrics["checkpoint"] == listing.latest(str(run_dir))
 
 
@@ -55,7 +57,11 @@ def test_adaptation_starts_from_the_base_and_anneals(base, data_folder, tmp_path
         curriculum__annealing={"pattern": "bernoulli", "steps": 4},
     )
     metrics = loop.fit(recipe, tmp_path / "run")
-    visible = [json.loads(line)["visible_future"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines() if '"loss"' in line]
+    visible = [
+        json.loads(line)["annealing_ratio"]
+        for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+        if '"loss"' in line
+    ]
     assert visible == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0]
     assert len(metrics["validation"]["nll_by_t"]) == 5
     manifest = commit.read_manifest(metrics["checkpoint"])
@@ -77,7 +83,7 @@ def test_an_interrupted_run_is_the_run_that_was_not_bit_for_bit(data_folder, tmp
 
 def test_accumulation_changes_no_mask_and_the_loss_by_rounding_only(data_folder, tmp_path):
     for micro in (12, 3):
-        loop.fit(tiny_recipe(data_folder, training__micro_batch_rows=micro), tmp_path / f"m{micro}")
+        loop.fit(tiny_recipe(data_folder, training__micro_batch_size=micro), tmp_path / f"m{micro}")
     whole, parts = losses(tmp_path / "m12"), losses(tmp_path / "m3")
     assert all(parts[step] == pytest.approx(whole[step], rel=2e-5) for step in whole)
 
@@ -85,10 +91,16 @@ def test_accumulation_changes_no_mask_and_the_loss_by_rounding_only(data_folder,
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
 @pytest.mark.parametrize("micro", [1, 2, 4])
 def test_draws_of_a_global_batch_do_not_depend_on_workers_or_micro_batches(data_folder, world_size, micro):
-    recipe = tiny_recipe(data_folder, training__global_batch_rows=7, training__micro_batch_rows=micro)
+    recipe = tiny_recipe(data_folder, training__global_batch_size=7, training__micro_batch_size=micro)
     objective, rows = Masked(), read_split(data_folder, "train", 7)
     [whole] = micro_batches(
-        tiny_recipe(data_folder, training__global_batch_rows=7, training__micro_batch_rows=7), objective, rows, 5, 0, 1, torch.device("cpu")
+        tiny_recipe(data_folder, training__global_batch_size=7, training__micro_batch_size=7),
+        objective,
+        rows,
+        5,
+        0,
+        1,
+        torch.device("cpu"),
     )
     masks, ids, counts = [], [], 0
     for rank, share in enumerate(np.array_split(np.arange(7), world_size)):
@@ -138,7 +150,10 @@ def test_compiled_layers_train_alike(data_folder, tmp_path):
 
 def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_saved(data_folder, tmp_path):
     with pytest.raises(FloatingPointError, match="the last checkpoint is good"):
-        loop.fit(tiny_recipe(data_folder, "explodes", optimizer__learning_rate=1e30, optimizer__warmup_steps=0), tmp_path / "run")
+        loop.fit(
+            tiny_recipe(data_folder, "explodes", optimizer__learning_rate=1e30, optimizer__warmup_steps=0),
+            tmp_path / "run",
+        )
     latest = listing.latest(str(tmp_path / "run"))
     assert latest is None or commit.verify(latest) == []
 
@@ -152,7 +167,9 @@ def test_a_damaged_checkpoint_and_other_data_are_refused(data_folder, base, tmp_
         loop.fit(tiny_recipe(other), tmp_path / "run")
     with pytest.raises(UserError, match="was made with tokenizer"):
         loop.fit(tiny_recipe(other, model__architecture=None, model__base=str(base[0])), tmp_path / "new")
-    victim = max(Path(listing.latest(str(tmp_path / "run"))).glob("ocdbt.process_0/d/*"), key=lambda path: path.stat().st_size)
+    victim = max(
+        Path(listing.latest(str(tmp_path / "run"))).glob("ocdbt.process_0/d/*"), key=lambda path: path.stat().st_size
+    )
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 4
     victim.write_bytes(content)

@@ -17,7 +17,10 @@ def tensors(directory):
 def test_training_goes_on_while_a_checkpoint_is_written_which_holds_its_own_step(data_folder, tmp_path, monkeypatch):
     """The write of step 4 begins when step 6 has been taken: without a copy it would hold that, without a thread it would never begin."""
     recipe = tiny_recipe(data_folder, "behind", training__steps=8, checkpoint__every_steps=4, checkpoint__keep_last=9)
-    loop.fit(recipe.model_copy(update={"checkpoint": recipe.checkpoint.model_copy(update={"asynchronous": False})}), tmp_path / "waits")
+    loop.fit(
+        recipe.model_copy(update={"checkpoint": recipe.checkpoint.model_copy(update={"asynchronous": False})}),
+        tmp_path / "waits",
+    )
 
     two_more, written_after = threading.Event(), []
     taken, step, write = [], loop.train_step, commit._write_blocks
@@ -43,7 +46,9 @@ def test_training_goes_on_while_a_checkpoint_is_written_which_holds_its_own_step
         assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_a_run_that_fails_while_a_checkpoint_is_written_leaves_it_whole_or_not_at_all(data_folder, tmp_path, monkeypatch):
+def test_a_run_that_fails_while_a_checkpoint_is_written_leaves_it_whole_or_not_at_all(
+    data_folder, tmp_path, monkeypatch
+):
     """And nothing is written behind its back once it has ended."""
     step, taken = loop.train_step, []
 

@@ -36,7 +36,9 @@ def find(name: str) -> Any:
         return BY_NAME[name]
     module_name, colon, class_name = name.partition(":")
     if not colon:
-        raise ValueError(f"objective.name={name!r}; allowed are {', '.join(BY_NAME)}, or package.module:Class for one of your own")
+        raise ValueError(
+            f"objective.name={name!r}; allowed are {', '.join(BY_NAME)}, or package.module:Class for one of your own"
+        )
     try:
         return getattr(importlib.import_module(module_name), class_name)
     except (ImportError, AttributeError) as error:

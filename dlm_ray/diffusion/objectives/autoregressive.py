@@ -16,13 +16,15 @@ class Autoregressive(nn.Module):
 
     is_causal = True
     likelihood = "exact"
-    draws_per_row = 1
+    draws_per_sequence = 1
 
     def draw(self, key: DrawKey, x_0: np.ndarray, maskable: np.ndarray) -> Draw:
         """Nothing is masked and everything is scored, at weight 1."""
         return exact_draw(maskable)
 
-    def evaluation_draw(self, seed: int, keys: Sequence[tuple[int, int]], t: np.ndarray, x_0: np.ndarray, maskable: np.ndarray) -> Draw:
+    def evaluation_draw(
+        self, seed: int, keys: Sequence[tuple[int, int]], t: np.ndarray, x_0: np.ndarray, maskable: np.ndarray
+    ) -> Draw:
         """The same: there is nothing to draw."""
         return exact_draw(maskable)
 

@@ -20,15 +20,15 @@ from torch import Tensor
 from dlm_ray.diffusion.absorbing import Absorbing, Process
 from dlm_ray.diffusion.denoiser import Batch, Denoiser, nll_of
 from dlm_ray.diffusion.draws import BLOCK_TIME, Draw, DrawKey, generator
+from dlm_ray.diffusion.objectives.auxiliary import AuxiliaryLosses
 from dlm_ray.diffusion.objectives.masked import Masked
-from dlm_ray.diffusion.objectives.terms import Terms
 
 
 class Block(Masked):
     """The bound of block diffusion, with a time of its own for every block.
 
     Args:
-        process, normalize_by, draws_per_row, terms: as in `Masked`.
+        process, normalize_by, draws_per_sequence, terms: as in `Masked`.
         block_tokens: K, at which the bound is evaluated; a step may train at another (`DrawKey.block_tokens`).
         context: what a block sees in training of the blocks before it: `clean` x_0, or `noisy` x_t (one pass over x_t; BD3-LM's ablation). The
             bound is always with x_0, which is what a sampler has.
@@ -39,14 +39,14 @@ class Block(Masked):
         self,
         process: Process | None = None,
         normalize_by: str = "all_tokens",
-        draws_per_row: int = 1,
-        terms: Terms | None = None,
+        draws_per_sequence: int = 1,
+        terms: AuxiliaryLosses | None = None,
         *,
         block_tokens: int,
         context: Literal["clean", "noisy"] = "clean",
         passes: Literal["one", "two"] = "one",
     ):
-        super().__init__(process, normalize_by, draws_per_row, terms)
+        super().__init__(process, normalize_by, draws_per_sequence, terms)
         self.block_tokens, self.context, self.passes = block_tokens, context, passes
         # Counted masks of a block of one leave nothing to chance: what is a bound elsewhere is the likelihood there.
         self.likelihood = "exact" if block_tokens == 1 and isinstance(self.process, Absorbing) else "bound"
@@ -55,7 +55,9 @@ class Block(Masked):
         """The process's, a t for every block."""
         return self.process.draw(replace(key, block_tokens=key.block_tokens or self.block_tokens), maskable)
 
-    def evaluation_draw(self, seed: int, keys: Sequence[tuple[int, int]], t: np.ndarray, x_0: np.ndarray, maskable: np.ndarray) -> Draw:
+    def evaluation_draw(
+        self, seed: int, keys: Sequence[tuple[int, int]], t: np.ndarray, x_0: np.ndarray, maskable: np.ndarray
+    ) -> Draw:
         """Counted masks at times (t + u_b) mod 1, with u_b the row's own for every block: strata over draws stay strata in every block.
 
         Counting integrates over t whatever the schedule is, and at K = 1 nothing is left to chance (specific to the absorbing process).
@@ -86,9 +88,13 @@ class Block(Masked):
             if self.passes == "two":
                 return next(self._rows_of_draws(denoiser, batch, [batch.draw]))
             halves = replace(batch.visibility, block_tokens=block_tokens, half=length)
-            hidden = denoiser.hidden(torch.cat([self.process.inputs(denoiser, batch), batch.x_0], 1), halves)  # [B, 2L, D]
+            hidden = denoiser.hidden(
+                torch.cat([self.process.inputs(denoiser, batch), batch.x_0], 1), halves
+            )  # [B, 2L, D]
             return hidden.flatten(0, 1)[_in_halves(predicting, batch.draw.scored, block_tokens, length)]
-        visibility = batch.visibility if block_tokens == length else replace(batch.visibility, block_tokens=block_tokens)
+        visibility = (
+            batch.visibility if block_tokens == length else replace(batch.visibility, block_tokens=block_tokens)
+        )
         return denoiser.hidden(self.process.inputs(denoiser, batch), visibility).flatten(0, 1)[predicting]
 
     def nll_of_draws(self, denoiser: Denoiser, batch: Batch, draws: Sequence[Draw]) -> list[Tensor]:
@@ -100,10 +106,10 @@ class Block(Masked):
         """[R, D] of each draw: x_t over the keys and values of one pass over x_0."""
         block_tokens, length = _block_tokens(batch), batch.x_0.shape[1]
         halves = replace(batch.visibility, block_tokens=block_tokens, half=length)
-        clean, memory = denoiser.record(batch.x_0, replace(halves, half=None))
+        clean, kv = denoiser.forward_with_kv(batch.x_0, replace(halves, half=None))
         for draw in draws:
             x_t = self.process.inputs(denoiser, replace(batch, draw=draw))
-            hidden = torch.cat([denoiser.hidden(x_t, halves, memory), clean], 1)  # [B, 2L, D]
+            hidden = torch.cat([denoiser.hidden(x_t, halves, kv), clean], 1)  # [B, 2L, D]
             yield hidden.flatten(0, 1)[_in_halves(denoiser.rows_for(draw.scored), draw.scored, block_tokens, length)]
 
 

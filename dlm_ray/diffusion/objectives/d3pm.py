@@ -39,7 +39,9 @@ class D3pm(Masked):
         """The process's t and masks; every maskable position is scored with weight T."""
         masks = self.process.draw(key, maskable)
         scored = np.flatnonzero(maskable)
-        return make_draw(masks.t.numpy(), masks.is_masked.numpy(), scored, np.full(len(scored), float(self.num_timesteps)), maskable)
+        return make_draw(
+            masks.t.numpy(), masks.is_masked.numpy(), scored, np.full(len(scored), float(self.num_timesteps)), maskable
+        )
 
     def forward(self, denoiser: Denoiser, batch: Batch) -> LossSum:
         """The literal sum, and the closed form to log."""
@@ -50,11 +52,15 @@ class D3pm(Masked):
         is_masked = draw.is_masked.flatten()[draw.scored]
         targets = batch.x_0.flatten()[draw.scored]
         hidden = denoiser.hidden(self.process.inputs(denoiser, batch), batch.visibility).flatten(0, 1)
-        kl, nll = denoiser.reduce_logits(hidden[denoiser.rows_for(draw.scored)], self.posterior_kl, targets, is_masked, alpha_s, alpha_t)
+        kl, nll = denoiser.reduce_logits(
+            hidden[denoiser.rows_for(draw.scored)], self.posterior_kl, targets, is_masked, alpha_s, alpha_t
+        )
         closed = draw.weight * nll.detach() * is_masked * (alpha_s - alpha_t) / (1 - alpha_t)
         return LossSum((draw.weight * kl).sum(), by_token={"closed_form": closed.sum()})
 
-    def posterior_kl(self, logits: Tensor, x_0: Tensor, is_masked: Tensor, alpha_s: Tensor, alpha_t: Tensor) -> tuple[Tensor, Tensor]:
+    def posterior_kl(
+        self, logits: Tensor, x_0: Tensor, is_masked: Tensor, alpha_s: Tensor, alpha_t: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """[n, V] logits and [n] x_0, is_masked, alpha_s, alpha_t -> [n] KL over the V tokens and the mask, and [n] -log mu_{x_0}."""
         onehot = torch.nn.functional.one_hot(x_0, logits.shape[1]).to(logits)  # [n, V]
         stays = (alpha_t / alpha_s)[:, None]

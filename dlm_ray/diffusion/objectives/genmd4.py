@@ -39,7 +39,7 @@ class GenMD4(nn.Module):
 
     is_causal = False
     likelihood = "bound"
-    draws_per_row = 2  # rows 2i and 2i+1 are two masks of one text at one time
+    draws_per_sequence = 2  # rows 2i and 2i+1 are two masks of one text at one time
 
     def __init__(self, process: Absorbing, vocab_size: int, scalar: bool = False):
         super().__init__()
@@ -53,14 +53,16 @@ class GenMD4(nn.Module):
 
     def draw(self, key: DrawKey, x_0: np.ndarray, maskable: np.ndarray) -> Draw:
         """Times in [t_1, 1], one for a pair; every token masked with probability t ** w; the masked ones are scored with weight 1 - t_1."""
-        pairs = replace(key, rows=[row // 2 for row in key.rows], global_batch_rows=key.global_batch_rows // 2)
+        pairs = replace(key, rows=[row // 2 for row in key.rows], global_batch_size=key.global_batch_size // 2)
         t, is_masked = self._masks(
             key.seed, MASK, [(key.step, row) for row in key.rows], times(self.process.times, pairs)[:, 0], x_0, maskable
         )
         scored = np.flatnonzero(is_masked)
         return make_draw(t, is_masked, scored, np.full(len(scored), 1 - T_1), maskable)
 
-    def evaluation_draw(self, seed: int, keys: Sequence[tuple[int, int]], t: np.ndarray, x_0: np.ndarray, maskable: np.ndarray) -> Draw:
+    def evaluation_draw(
+        self, seed: int, keys: Sequence[tuple[int, int]], t: np.ndarray, x_0: np.ndarray, maskable: np.ndarray
+    ) -> Draw:
         """One mask for each pair (number of the draw, row), and every maskable position scored: each has a reconstruction term."""
         t, is_masked = self._masks(seed, EVALUATION_MASK, keys, t, x_0, maskable)
         scored = np.flatnonzero(maskable)
@@ -91,7 +93,13 @@ class GenMD4(nn.Module):
         return LossSum(surrogate, {"masked_nll": masked_nll}, {"bound": (losses.sum() + reconstruction).detach()})
 
     def _masks(
-        self, seed: int, stream: int, keys: Sequence[tuple[int, int]], t: np.ndarray, x_0: np.ndarray, maskable: np.ndarray
+        self,
+        seed: int,
+        stream: int,
+        keys: Sequence[tuple[int, int]],
+        t: np.ndarray,
+        x_0: np.ndarray,
+        maskable: np.ndarray,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Times [B] in [t_1, 1) and masks [B, L] by t ** w of every token."""
         exponents = self.exponents.detach().double().cpu().numpy()

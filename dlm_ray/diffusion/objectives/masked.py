@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dlm_ray.diffusion.absorbing import Absorbing, Process
 from dlm_ray.diffusion.denoiser import Batch, Denoiser, LossSum, cross_entropy, nll_of, scored_rows
 from dlm_ray.diffusion.draws import Draw, DrawKey
-from dlm_ray.diffusion.objectives.terms import Terms
+from dlm_ray.diffusion.objectives.auxiliary import AuxiliaryLosses
 
 
 class Masked(nn.Module):
@@ -22,7 +22,7 @@ class Masked(nn.Module):
     Args:
         process: the forward process q(x_t | x_0) with its schedule, times and weights.
         normalize_by: `all_tokens` or `global_masked`.
-        draws_per_row: masks of one row in a batch.
+        draws_per_sequence: masks of one row in a batch.
         terms: what today's systems add to the loss; nothing by default.
     """
 
@@ -30,19 +30,25 @@ class Masked(nn.Module):
     likelihood = "bound"
 
     def __init__(
-        self, process: Process | None = None, normalize_by: str = "all_tokens", draws_per_row: int = 1, terms: Terms | None = None
+        self,
+        process: Process | None = None,
+        normalize_by: str = "all_tokens",
+        draws_per_sequence: int = 1,
+        terms: AuxiliaryLosses | None = None,
     ):
         super().__init__()
         self.process = process or Absorbing()
         self.normalize_by = normalize_by
-        self.draws_per_row = draws_per_row
-        self.terms = terms or Terms()
+        self.draws_per_sequence = draws_per_sequence
+        self.terms = terms or AuxiliaryLosses()
 
     def draw(self, key: DrawKey, x_0: np.ndarray, maskable: np.ndarray) -> Draw:
         """The process's; with the continuous one t in strata, masks by Bernoulli(1 - alpha(t)), weights -alpha'/(1 - alpha)."""
         return self.process.draw(key, maskable)
 
-    def evaluation_draw(self, seed: int, keys: Sequence[tuple[int, int]], t: np.ndarray, x_0: np.ndarray, maskable: np.ndarray) -> Draw:
+    def evaluation_draw(
+        self, seed: int, keys: Sequence[tuple[int, int]], t: np.ndarray, x_0: np.ndarray, maskable: np.ndarray
+    ) -> Draw:
         """The masks of pairs (number of the draw, row) at given times t [B]."""
         return self.process.evaluation_draw(seed, keys, t, maskable)
 
@@ -56,7 +62,9 @@ class Masked(nn.Module):
 
     def rows(self, denoiser: Denoiser, batch: Batch) -> Tensor:
         """[R, D]: the hidden rows that predict the masked positions, after one network call on x_t."""
-        return scored_rows(denoiser, denoiser.hidden(self.process.inputs(denoiser, batch), batch.visibility), batch.draw)
+        return scored_rows(
+            denoiser, denoiser.hidden(self.process.inputs(denoiser, batch), batch.visibility), batch.draw
+        )
 
     def forward(self, denoiser: Denoiser, batch: Batch) -> LossSum:
         """The weighted sum over masked tokens, and the unweighted one to log (comparable between weights and papers)."""
@@ -67,7 +75,9 @@ class Masked(nn.Module):
             nll = nll_of(denoiser, self.rows(denoiser, batch), batch)
         weighted = (batch.draw.weight * nll).sum()
         unweighted = (nll.detach() * batch.draw.is_scored).sum()
-        by_token = {name: value.detach() for name, value in extra.items()} | ({"bound": weighted.detach()} if extra else {})
+        by_token = {name: value.detach() for name, value in extra.items()} | (
+            {"bound": weighted.detach()} if extra else {}
+        )
         return LossSum(weighted + sum(extra.values(), weighted.new_zeros(())), {"masked_nll": unweighted}, by_token)
 
     def _with_terms(self, denoiser: Denoiser, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:

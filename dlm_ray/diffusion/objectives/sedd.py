@@ -32,12 +32,16 @@ class Sedd(Masked):
         """[R] nats each: -ln mu_{x_0}, and the gap Z - 1 - ln Z."""
 
         def score_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-            log_z = log_normaliser(logits, self.vocab_size)  # also what -ln mu is normalised by: one pass over the vocabulary for both
+            log_z = log_normaliser(
+                logits, self.vocab_size
+            )  # also what -ln mu is normalised by: one pass over the vocabulary for both
             nll = log_z + math.log(self.vocab_size) - logits.gather(1, targets[:, None])[:, 0]
             return nll, torch.expm1(log_z) - log_z
 
         hidden = denoiser.hidden(self.process.inputs(denoiser, batch), batch.visibility)
-        return denoiser.reduce_logits(scored_rows(denoiser, hidden, batch.draw), score_entropy, batch.x_0.flatten()[batch.draw.scored])
+        return denoiser.reduce_logits(
+            scored_rows(denoiser, hidden, batch.draw), score_entropy, batch.x_0.flatten()[batch.draw.scored]
+        )
 
     def token_nll(self, denoiser: Denoiser, batch: Batch) -> Tensor:
         """[R] nats: score entropy in units of MD4's weight, of which MD4's loss is a part."""

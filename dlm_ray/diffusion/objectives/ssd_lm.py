@@ -49,7 +49,7 @@ class SsdLm(nn.Module):
 
     is_causal = False
     likelihood = "none"
-    draws_per_row = 1
+    draws_per_sequence = 1
 
     def __init__(
         self,
@@ -82,7 +82,9 @@ class SsdLm(nn.Module):
         """Times on the grid 1/T .. 1, a block that begins anywhere behind the first token, the seed of the row's noise."""
         return self._draw(key.seed, MASK, [(key.step, row) for row in key.rows], times(self.times, key)[:, 0], maskable)
 
-    def evaluation_draw(self, seed: int, keys: Sequence[tuple[int, int]], t: np.ndarray, x_0: np.ndarray, maskable: np.ndarray) -> Draw:
+    def evaluation_draw(
+        self, seed: int, keys: Sequence[tuple[int, int]], t: np.ndarray, x_0: np.ndarray, maskable: np.ndarray
+    ) -> Draw:
         """The same for pairs (number of the draw, row) at given times."""
         return self._draw(seed, EVALUATION_MASK, keys, t, maskable)
 
@@ -99,9 +101,15 @@ class SsdLm(nn.Module):
         noise = torch.stack([self.noise(seed, tokens.device) for seed in draw.noise_seeds])  # [B, K, V]
         w_t = self.noised(tokens, draw.t, noise)
         embedded = denoiser.embed(batch.x_0)  # [B, L, D]
-        inputs = embedded.scatter(1, block[..., None].expand(-1, -1, embedded.shape[2]), self.embed(w_t, draw.t).to(embedded.dtype))
+        inputs = embedded.scatter(
+            1, block[..., None].expand(-1, -1, embedded.shape[2]), self.embed(w_t, draw.t).to(embedded.dtype)
+        )
         behind = torch.arange(num_positions, device=start.device) >= start[:, None] + self.block_tokens
-        groups = batch.visibility.document_ids if batch.visibility.document_ids is not None else torch.zeros_like(behind, dtype=torch.int32)
+        groups = (
+            batch.visibility.document_ids
+            if batch.visibility.document_ids is not None
+            else torch.zeros_like(behind, dtype=torch.int32)
+        )
         # What lies behind the block is kept apart, as another document would be.
         visibility = Visibility("bidirectional", document_ids=torch.where(behind, -2, groups))
         return score(denoiser, inputs, replace(batch, visibility=visibility))
@@ -112,7 +120,9 @@ class SsdLm(nn.Module):
 
     def simplex(self, tokens: Tensor) -> Tensor:
         """[...] ids -> [..., V]: +K at the token, -K elsewhere."""
-        corner = torch.full((*tokens.shape, self.vocab_size), -self.scale, device=tokens.device, dtype=self.time_slope.dtype)
+        corner = torch.full(
+            (*tokens.shape, self.vocab_size), -self.scale, device=tokens.device, dtype=self.time_slope.dtype
+        )
         return corner.scatter(-1, tokens[..., None], self.scale)
 
     def noised(self, tokens: Tensor, t: Tensor, noise: Tensor) -> Tensor:
@@ -127,15 +137,26 @@ class SsdLm(nn.Module):
     def noise(self, seed: int, device: torch.device) -> Tensor:
         """[K, V] standard normal numbers of one row, made on the device: they are too many for the host."""
         generator_ = torch.Generator(device).manual_seed(seed)
-        return torch.randn(self.block_tokens, self.vocab_size, generator=generator_, device=device, dtype=self.time_slope.dtype)
+        return torch.randn(
+            self.block_tokens, self.vocab_size, generator=generator_, device=device, dtype=self.time_slope.dtype
+        )
 
-    def _draw(self, seed: int, stream: int, keys: Sequence[tuple[int, int]], t: np.ndarray, maskable: np.ndarray) -> Draw:
+    def _draw(
+        self, seed: int, stream: int, keys: Sequence[tuple[int, int]], t: np.ndarray, maskable: np.ndarray
+    ) -> Draw:
         num_positions = maskable.shape[1]
         assert self.block_tokens < num_positions, "a block is shorter than the row"
-        starts = np.array([generator(seed, stream, step, row).integers(1, num_positions - self.block_tokens + 1) for step, row in keys])
+        starts = np.array(
+            [
+                generator(seed, stream, step, row).integers(1, num_positions - self.block_tokens + 1)
+                for step, row in keys
+            ]
+        )
         place = np.arange(num_positions)
         is_block = (place >= starts[:, None]) & (place < starts[:, None] + self.block_tokens)
         scored = np.flatnonzero(is_block & maskable)
         t = np.minimum(np.floor(t * self.num_timesteps) + 1, self.num_timesteps) / self.num_timesteps
-        seeds = [int(generator(seed, NOISE, step, row).integers(2**62)) + (stream == EVALUATION_MASK) for step, row in keys]
+        seeds = [
+            int(generator(seed, NOISE, step, row).integers(2**62)) + (stream == EVALUATION_MASK) for step, row in keys
+        ]
         return replace(make_draw(t, is_block, scored, np.ones(len(scored)), maskable), noise_seeds=tuple(seeds))

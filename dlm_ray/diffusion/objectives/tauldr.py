@@ -25,7 +25,13 @@ _LATEST = 1 - 2.0**-24
 class TauLDR(Masked):
     """One jump from x_t, then masked cross-entropy; evaluated by MD4's form of the same bound, which varies less."""
 
-    def __init__(self, process: Absorbing, *arguments: Any, estimator: Literal["one_token", "all_masked"] = "one_token", **options: Any):
+    def __init__(
+        self,
+        process: Absorbing,
+        *arguments: Any,
+        estimator: Literal["one_token", "all_masked"] = "one_token",
+        **options: Any,
+    ):
         super().__init__(process, *arguments, **options)
         self.schedule, self.estimator = process.schedule, estimator
 
@@ -37,7 +43,8 @@ class TauLDR(Masked):
         num_unmasked = unmasked.sum(1)
         rows = np.flatnonzero(num_unmasked)
         place = np.array(
-            [generator(key.seed, JUMP, key.step, key.rows[row]).integers(num_unmasked[row]) for row in rows.tolist()], dtype=np.int64
+            [generator(key.seed, JUMP, key.step, key.rows[row]).integers(num_unmasked[row]) for row in rows.tolist()],
+            dtype=np.int64,
         )
         jumped = np.zeros_like(is_masked)
         jumped[rows, [np.flatnonzero(unmasked[row])[i] for row, i in zip(rows, place, strict=True)]] = True
@@ -52,6 +59,9 @@ class TauLDR(Masked):
         if self.estimator == "one_token":
             chosen, weight = jumped, rate * num_unmasked
         else:
-            chosen, weight = is_masked & (num_unmasked > 0)[:, None], rate * num_unmasked / np.maximum(1, is_masked.sum(1))
+            chosen, weight = (
+                is_masked & (num_unmasked > 0)[:, None],
+                rate * num_unmasked / np.maximum(1, is_masked.sum(1)),
+            )
         scored = np.flatnonzero(chosen)
         return make_draw(t.numpy(), is_masked, scored, weight[scored // maskable.shape[1]], maskable)

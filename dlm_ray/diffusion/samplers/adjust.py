@@ -49,11 +49,15 @@ def pattern(allowed: Mapping[int, Iterable[int]]) -> Adjust:
     sets = [torch.tensor(sorted(allowed[position]), dtype=torch.long) for position in positions_of]
     for position, ids in zip(positions_of, sets, strict=True):
         if not len(ids):
-            raise ValueError(f"the pattern allows no token at position {position}; give it one, or leave the position out")
+            raise ValueError(
+                f"the pattern allows no token at position {position}; give it one, or leave the position out"
+            )
 
     def adjust(logits: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
         for position, ids in zip(positions_of, sets, strict=True):
-            only = torch.full(logits.shape[1:], float("-inf"), device=logits.device).index_fill(0, ids.to(logits.device), 0.0)
+            only = torch.full(logits.shape[1:], float("-inf"), device=logits.device).index_fill(
+                0, ids.to(logits.device), 0.0
+            )
             logits = torch.where((positions == position)[:, None], logits + only, logits)
         return logits
 

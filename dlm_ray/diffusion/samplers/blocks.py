@@ -18,17 +18,17 @@ from dlm_ray.diffusion.denoiser import Denoiser
 from dlm_ray.diffusion.samplers.adjust import Adjust
 from dlm_ray.diffusion.samplers.drawing import nothing_allowed
 from dlm_ray.diffusion.samplers.encoder import Encoder
-from dlm_ray.diffusion.samplers.requests import Progress, Request, Way, Written
-from dlm_ray.diffusion.samplers.rules import Canvas, Choosing
-from dlm_ray.diffusion.samplers.slots import Slot, State, by_way, draw_by_way, num_steps, times, window
+from dlm_ray.diffusion.samplers.requests import GenerationOutput, Request, SamplingParams, SequenceState
+from dlm_ray.diffusion.samplers.rules import Canvas, SelectionRule
+from dlm_ray.diffusion.samplers.slots import Slot, SlotState, by_params, draw_by_params, num_steps, times, window
 from dlm_ray.diffusion.visibility import Visibility
 
 
 @dataclass(frozen=True)
-class WrittenBlocks:
+class GenerationBatch:
     """Finished requests, in the order in which they were asked for, and what the batch cost."""
 
-    texts: list[Written]
+    texts: list[GenerationOutput]
     num_denoising_calls: int
     """Network calls that denoised somebody's block; they may have committed others'."""
     num_cache_calls: int
@@ -56,7 +56,7 @@ class BlockSampler:
     def __init__(
         self,
         denoiser: Denoiser,
-        rule: Choosing,
+        rule: SelectionRule,
         *,
         block_tokens: int,
         capacity_tokens: int,
@@ -69,12 +69,14 @@ class BlockSampler:
         fixed_shapes: bool = False,
         prefix_bytes: int = 0,
     ):
-        assert capacity_tokens % block_tokens == 0 and capacity_tokens >= 2 * block_tokens, f"{capacity_tokens} positions in blocks"
+        assert capacity_tokens % block_tokens == 0 and capacity_tokens >= 2 * block_tokens, (
+            f"{capacity_tokens} positions in blocks"
+        )
         self.denoiser, self.adjust, self.fixed_shapes = denoiser, adjust, fixed_shapes
-        self.way = Way(rule, num_steps, grid, temperature, top_p)
+        self.params = SamplingParams(rule, num_steps, grid, temperature, top_p)
         self.block_tokens, self.capacity_tokens = block_tokens, capacity_tokens
         self.cache = denoiser.new_cache(num_slots, capacity_tokens, fixed_shapes=fixed_shapes)
-        self.finished: list[Written] = []
+        self.finished: list[GenerationOutput] = []
         self.num_denoising_calls = self.num_blocks = self._num_committing_calls = 0
         self._visibility = Visibility("bidirectional", block_tokens=block_tokens)
         self._encoder = Encoder(
@@ -92,11 +94,15 @@ class BlockSampler:
         self._slots: list[Slot] = []  # those in use
         shape = (num_slots, block_tokens)
         self._ids = torch.zeros(shape, dtype=torch.int64)
-        self._is_masked, self._is_open, self._wanted, self._again = (torch.zeros(shape, dtype=torch.bool) for _ in range(4))
+        self._is_masked, self._is_open, self._wanted, self._again = (
+            torch.zeros(shape, dtype=torch.bool) for _ in range(4)
+        )
         self._step = torch.zeros(num_slots, dtype=torch.int64)
         self._confidence = torch.zeros(shape, dtype=torch.float64)
-        width = window(self.way, block_tokens)
-        self._numbers = torch.zeros(num_slots, width, 2, block_tokens, dtype=torch.float64)  # for tokens, and for positions
+        width = window(self.params, block_tokens)
+        self._numbers = torch.zeros(
+            num_slots, width, 2, block_tokens, dtype=torch.float64
+        )  # for tokens, and for positions
 
     @property
     def num_active(self) -> int:
@@ -113,16 +119,20 @@ class BlockSampler:
         first = self.num_active
         for request in requests:
             assert 0 < len(request.prompt) < self.capacity_tokens, "a prompt has a start token and leaves room"
-            text = Progress(request, list(request.prompt))
+            text = SequenceState(request, list(request.prompt))
             for candidate in range(request.candidates):
-                self._slots.append(Slot(text, candidate, request.random(0, candidate), request.way or self.way))
+                self._slots.append(Slot(text, candidate, request.random(0, candidate), request.params or self.params))
         assert self.num_active <= len(self._ids), f"{self.num_active} requests in {len(self._ids)} slots"
         slots = range(first, self.num_active)
-        more = max(window(self._slots[slot].way, self.block_tokens) for slot in slots) - self._numbers.shape[1]
+        more = max(window(self._slots[slot].params, self.block_tokens) for slot in slots) - self._numbers.shape[1]
         if more > 0:
             self._numbers = torch.nn.functional.pad(self._numbers, (0, 0, 0, 0, 0, more))
         whole = [len(self._slots[slot].text.ids) // self.block_tokens * self.block_tokens for slot in slots]
-        self._encode(first, [self._slots[slot].text.ids[:length] for slot, length in zip(slots, whole, strict=True)], are_prompts=True)
+        self._encode(
+            first,
+            [self._slots[slot].text.ids[:length] for slot, length in zip(slots, whole, strict=True)],
+            are_prompts=True,
+        )
         for slot, length in zip(slots, whole, strict=True):
             self._slots[slot].text.num_encoded = length
             self._begin(slot)
@@ -131,10 +141,10 @@ class BlockSampler:
         """Gives back the slots of a request that nobody waits for any more; it is never in `finished`."""
         for slot in self._slots:
             if slot.text.request is request:
-                slot.state = State.LEAVING
+                slot.state = SlotState.LEAVING
         self._leave()
 
-    def under_way(self) -> Iterator[tuple[Progress, Tensor, Tensor, Tensor]]:
+    def running(self) -> Iterator[tuple[SequenceState, Tensor, Tensor, Tensor]]:
         """Every text in a slot; and of the block it is at, ids [K], where they are masked [K] and the confidence of the others [K]."""
         for number, slot in enumerate(self._slots):
             if slot.candidate == 0:
@@ -145,10 +155,15 @@ class BlockSampler:
         self._look()
         if not self.num_active:
             return
-        asking, committing = ([i for i, own in enumerate(self._slots) if own.state is state] for state in (State.ASKING, State.COMMITTING))
+        asking, committing = (
+            [i for i, own in enumerate(self._slots) if own.state is state]
+            for state in (SlotState.NEEDS_FORWARD, SlotState.COMMITTING)
+        )
         num = len(self._ids) if self.fixed_shapes else self.num_active
         mask_id = self.denoiser.mask_id
-        assert mask_id is not None or not asking, "without a mask token, every position is predicted by the row before it"
+        assert mask_id is not None or not asking, (
+            "without a mask token, every position is predicted by the row before it"
+        )
         x_t = self._ids[:num] if mask_id is None else self._ids[:num].masked_fill(self._is_masked[:num], mask_id)
         hidden = self.denoiser.hidden(x_t.to(self.cache.last_rows.device), self._visibility, self.cache)  # [A, K, D]
         if asking:
@@ -175,24 +190,28 @@ class BlockSampler:
         given = text.ids[text.num_encoded :]
         self._ids[slot, : len(given)] = torch.tensor(given, dtype=torch.int64)
         self._is_masked[slot] = self._is_open[slot] = torch.arange(self.block_tokens) >= len(given)
-        self._slots[slot].state = State.LOOKING
+        self._slots[slot].state = SlotState.ADVANCING
         self._again[slot] = False
         self._confidence[slot] = 0.0
         self._step[slot] = 0
-        self._slots[slot].random = text.request.random(text.num_encoded // self.block_tokens, self._slots[slot].candidate)
+        self._slots[slot].random = text.request.random(
+            text.num_encoded // self.block_tokens, self._slots[slot].candidate
+        )
         self._refill(slot)
 
     def _refill(self, slot: int) -> None:
         own = self._slots[slot]
-        width = window(own.way, self.block_tokens)
+        width = window(own.params, self.block_tokens)
         self._numbers[slot, :width] = torch.from_numpy(own.random.random((width, 2, self.block_tokens)))
 
     def _encode(self, first: int, rows: list[list[int]], *, are_prompts: bool) -> None:
         """Whole blocks of clean text into the empty slots from `first` on."""
-        for slot, cost in zip(self._slots[first:], self._encoder.encode(first, rows, are_prompts=are_prompts), strict=False):
+        for slot, cost in zip(
+            self._slots[first:], self._encoder.encode(first, rows, are_prompts=are_prompts), strict=False
+        ):
             if slot.candidate == 0:
                 slot.text.num_cache_calls += cost.num_calls
-                slot.text.num_found_tokens += cost.num_found_tokens
+                slot.text.num_cached_tokens += cost.num_cached_tokens
 
     def _encode_again(self, full: list[int]) -> None:
         """Half the context in the place of all of it; the keys of what stays are made without those of what goes."""
@@ -209,55 +228,65 @@ class BlockSampler:
     def _look(self) -> None:
         """Takes every slot to its next network call: over steps that want nothing, and over what the last committed row predicts."""
         while True:
-            looking = [slot for slot, state in enumerate(self._slots) if state.state is State.LOOKING]
+            looking = [slot for slot, state in enumerate(self._slots) if state.state is SlotState.ADVANCING]
             if not looking:
                 return
-            for way, places in by_way([self._slots[slot] for slot in looking]):
-                self._find_step(way, [looking[place] for place in places])
+            for params, places in by_params([self._slots[slot] for slot in looking]):
+                self._find_step(params, [looking[place] for place in places])
             asks_network = (self._wanted[looking] & (self._row_of > 0)).any(1).tolist()
-            free = [slot for slot, asks in zip(looking, asks_network, strict=True) if self._slots[slot].state is State.ASKING and not asks]
+            free = [
+                slot
+                for slot, asks in zip(looking, asks_network, strict=True)
+                if self._slots[slot].state is SlotState.NEEDS_FORWARD and not asks
+            ]
             if free:
                 self._reveal(free, self.cache.last_rows[free][:, None], len(self._ids))
             self._leave()
 
-    def _find_step(self, way: Way, slots: list[int]) -> None:
+    def _find_step(self, params: SamplingParams, slots: list[int]) -> None:
         """Moves each slot to its next step that wants something; the canvas is the same up to it, so a window of steps is one batch."""
-        index, rule, width = torch.tensor(slots), way.rule, window(way, self.block_tokens)
-        last = num_steps(way, self.block_tokens)
+        index, rule, width = torch.tensor(slots), params.rule, window(params, self.block_tokens)
+        last = num_steps(params, self.block_tokens)
         now = self._step[index]  # [S]
         if not rule.is_timed:  # every step of such a rule wants something
-            self._wanted[index] = rule.wanted(self._canvas(index), *times(way, now), self._numbers[index, now, 1])
+            self._wanted[index] = rule.wanted(self._canvas(index), *times(params, now), self._numbers[index, now, 1])
             for slot in slots:
-                self._slots[slot].state = State.ASKING
+                self._slots[slot].state = SlotState.NEEDS_FORWARD
             return
         steps = (now - now % width)[:, None] + torch.arange(width)  # [S, W]
         is_next = (steps >= now[:, None]) & (steps < last)
-        t, s = times(way, steps.flatten())
+        t, s = times(params, steps.flatten())
         uniform = self._numbers[index[:, None], steps % width, 1].flatten(0, 1)  # [S * W, K]
         canvas = self._canvas(index.repeat_interleave(width))
         shape = (*steps.shape, self.block_tokens)
         wanted = rule.wanted(canvas, t, s, uniform).view(shape) & is_next[:, :, None]
-        again = rule.remasked(canvas, t, s, uniform).view(shape) & is_next[:, :, None] if rule.remasks else wanted & False
+        again = (
+            rule.remasked(canvas, t, s, uniform).view(shape) & is_next[:, :, None] if rule.remasks else wanted & False
+        )
         acts = (wanted | again).any(-1)
         is_found, at = acts.any(1), acts.int().argmax(1)
         rows = torch.arange(len(slots))
         self._wanted[index], self._again[index] = wanted[rows, at], again[rows, at]
-        self._move(way, slots, torch.where(is_found, steps[rows, at], steps[:, -1] + 1))
+        self._move(params, slots, torch.where(is_found, steps[rows, at], steps[:, -1] + 1))
         wants = wanted[rows, at].any(-1)
         for slot, found, asks in zip(slots, is_found.tolist(), wants.tolist(), strict=True):
             if asks:
-                self._slots[slot].state = State.ASKING
+                self._slots[slot].state = SlotState.NEEDS_FORWARD
             elif found:  # masks again, and asks for nothing
                 self._is_masked[slot] |= self._again[slot]
-                self._move(way, [slot], self._step[slot : slot + 1] + 1)
+                self._move(params, [slot], self._step[slot : slot + 1] + 1)
             elif self._step[slot] >= last:
                 self._finish_block(slot)
 
-    def _move(self, way: Way, slots: list[int], step: Tensor) -> None:
+    def _move(self, params: SamplingParams, slots: list[int], step: Tensor) -> None:
         """To a step [S] within the window of random numbers, or to the first of the next."""
         before, self._step[slots] = self._step[slots], step
-        if way.rule.is_timed:
-            is_next = (step != before) & (step % window(way, self.block_tokens) == 0) & (step < num_steps(way, self.block_tokens))
+        if params.rule.is_timed:
+            is_next = (
+                (step != before)
+                & (step % window(params, self.block_tokens) == 0)
+                & (step < num_steps(params, self.block_tokens))
+            )
             for place in is_next.nonzero()[:, 0].tolist():
                 self._refill(slots[place])
 
@@ -273,14 +302,16 @@ class BlockSampler:
             fixed_rows: so many rows of logits with fixed shapes.
         """
         index, step = torch.tensor(slots), self._step[slots]
-        ways = by_way([self._slots[slot] for slot in slots])
+        ways = by_params([self._slots[slot] for slot in slots])
         wanted = self._wanted[index]  # [S, K]
         which, position = wanted.nonzero(as_tuple=True)  # [n]
-        width = torch.tensor([window(self._slots[slot].way, self.block_tokens) for slot in slots])
+        width = torch.tensor([window(self._slots[slot].params, self.block_tokens) for slot in slots])
         proposed, ranked = self._propose(
             rows.flatten(0, 1)[(which * rows.shape[1] + self._row_of[position]).to(rows.device)],
             self._numbers[index[which], (step % width)[which], 0, position],
-            [self._slots[slots[number]] for number in which.tolist()] if self.adjust is not None or len(ways) > 1 else [],
+            [self._slots[slots[number]] for number in which.tolist()]
+            if self.adjust is not None or len(ways) > 1
+            else [],
             ways[0][0],
             position,
             fixed_rows,
@@ -291,32 +322,43 @@ class BlockSampler:
         tokens = torch.zeros_like(canvas.ids)
         tokens[wanted] = proposed
         chosen, is_over = torch.zeros_like(wanted), torch.ones(len(slots), dtype=torch.bool)
-        for way, places in ways:
+        for params, places in ways:
             part = Canvas(canvas.ids[places], canvas.is_masked[places], canvas.is_open[places])
-            chosen[places] = way.rule.chosen(part, wanted[places], confidence[places], *times(way, step[places]))
-            self._move(way, [slots[place] for place in places], step[places] + 1)
-            if way.rule.remasks:
-                is_over[places] = step[places] + 1 >= num_steps(way, self.block_tokens)
+            chosen[places] = params.rule.chosen(part, wanted[places], confidence[places], *times(params, step[places]))
+            self._move(params, [slots[place] for place in places], step[places] + 1)
+            if params.rule.remasks:
+                is_over[places] = step[places] + 1 >= num_steps(params, self.block_tokens)
         self._ids[index] = torch.where(chosen, tokens, canvas.ids)
         self._confidence[index] = torch.where(chosen, confidence, self._confidence[index])
         is_masked = (canvas.is_masked & ~chosen) | self._again[index]
         self._is_masked[index] = is_masked
         for slot, finished in zip(slots, (~is_masked.any(1) & is_over).tolist(), strict=True):
-            self._slots[slot].state = State.LOOKING
+            self._slots[slot].state = SlotState.ADVANCING
             if finished:
                 self._finish_block(slot)
 
     def _propose(
-        self, rows: Tensor, uniform: Tensor, slots: list[Slot], way: Way, position: Tensor, fixed_rows: int
+        self,
+        rows: Tensor,
+        uniform: Tensor,
+        slots: list[Slot],
+        params: SamplingParams,
+        position: Tensor,
+        fixed_rows: int,
     ) -> tuple[Tensor, Tensor]:
         """Tokens [n] and confidence [n] on the host, for hidden rows [n, D] on the device, of `slots` [n] or all of one `way`."""
         device, adjust, num_rows = rows.device, self.adjust, len(rows)
-        ways = list(dict.fromkeys(slot.way for slot in slots)) or [way]
-        number = torch.tensor([ways.index(slot.way) for slot in slots] if len(ways) > 1 else [0] * num_rows, device=device)
+        ways = list(dict.fromkeys(slot.params for slot in slots)) or [params]
+        number = torch.tensor(
+            [ways.index(slot.params) for slot in slots] if len(ways) > 1 else [0] * num_rows, device=device
+        )
         arguments = [uniform.to(device), number]
         if adjust is not None:
             absolute = position + torch.tensor([slot.text.num_encoded for slot in slots])
-            arguments += [torch.tensor([slot.text.request.number for slot in slots], device=device), absolute.to(device)]
+            arguments += [
+                torch.tensor([slot.text.request.number for slot in slots], device=device),
+                absolute.to(device),
+            ]
         if self.fixed_shapes:  # rows of nobody, of no way
             missing = (0, fixed_rows - num_rows)
             rows = torch.nn.functional.pad(rows, (0, 0, *missing))
@@ -325,7 +367,7 @@ class BlockSampler:
         def draw(logits: Tensor, uniform: Tensor, number: Tensor, *places: Tensor) -> Tensor:
             if adjust is not None:
                 logits = adjust(logits, *places)
-            return draw_by_way(logits, uniform, number, ways)
+            return draw_by_params(logits, uniform, number, ways)
 
         tokens, confidence = self.denoiser.reduce_logits(rows, draw, *arguments)[:num_rows].cpu().unbind(1)
         if adjust is not None and bool((tokens < 0).any()):
@@ -334,10 +376,12 @@ class BlockSampler:
 
     def _finish_block(self, slot: int) -> None:
         """Adds a clean block to its text, once all candidates for it are clean: then one is kept, by all of them."""
-        self._slots[slot].state = State.CLEAN
+        self._slots[slot].state = SlotState.CLEAN
         text = self._slots[slot].text
-        group = [slot] if text.request.candidates == 1 else [i for i, other in enumerate(self._slots) if other.text is text]
-        if any(self._slots[i].state is not State.CLEAN for i in group):
+        group = (
+            [slot] if text.request.candidates == 1 else [i for i, other in enumerate(self._slots) if other.text is text]
+        )
+        if any(self._slots[i].state is not SlotState.CLEAN for i in group):
             return
         given = len(text.ids) - text.num_encoded
         written = [ids[given:] for ids in self._ids[group].tolist()]
@@ -350,18 +394,27 @@ class BlockSampler:
         text.take(written[best])
         self.num_blocks += 1
         for i in group:
-            self._slots[i].state = State.LEAVING if text.stopped_by else State.COMMITTING
+            self._slots[i].state = SlotState.LEAVING if text.stopped_by else SlotState.COMMITTING
 
     def _leave(self) -> None:
         """Finished requests go, and the last slot in use takes the place of each."""
-        for slot in [i for i, state in enumerate(self._slots) if state.state is State.LEAVING][::-1]:
+        for slot in [i for i, state in enumerate(self._slots) if state.state is SlotState.LEAVING][::-1]:
             text = self._slots[slot].text
             if self._slots[slot].candidate == 0 and text.stopped_by is not None:
                 self.finished.append(text.written())
             last = self.num_active - 1
             if slot != last:
                 self.cache.fork(last, slot)
-                own = (self._ids, self._is_masked, self._is_open, self._wanted, self._again, self._confidence, self._step, self._numbers)
+                own = (
+                    self._ids,
+                    self._is_masked,
+                    self._is_open,
+                    self._wanted,
+                    self._again,
+                    self._confidence,
+                    self._step,
+                    self._numbers,
+                )
                 for tensor in own:
                     tensor[slot] = tensor[last]
             self._slots[slot] = self._slots[last]
@@ -373,13 +426,13 @@ class BlockSampler:
 def write(
     denoiser: Denoiser,
     requests: Sequence[Request],
-    rule: Choosing,
+    rule: SelectionRule,
     *,
     block_tokens: int,
     context_tokens: int,
     on_step: Callable[[int, int, Canvas], None] | None = None,
     **options: object,
-) -> WrittenBlocks:
+) -> GenerationBatch:
     """Writes all requests in one batch.
 
     Args:
@@ -398,11 +451,13 @@ def write(
         **options,  # type: ignore[arg-type]
     )
     sampler.add(requests)
-    num_blocks = sum(-(-end // block_tokens) - len(own.prompt) // block_tokens for own, end in zip(requests, ends, strict=True))
+    num_blocks = sum(
+        -(-end // block_tokens) - len(own.prompt) // block_tokens for own, end in zip(requests, ends, strict=True)
+    )
     while sampler.num_active:
         sampler.tick()
         if on_step is not None:
             on_step(sampler.num_blocks, num_blocks, sampler._canvas(torch.arange(sampler.num_active)))
     by_request = {id(written.request): written for written in sampler.finished}
     texts = [by_request[id(request)] for request in requests]
-    return WrittenBlocks(texts, sampler.num_denoising_calls, sampler.num_cache_calls)
+    return GenerationBatch(texts, sampler.num_denoising_calls, sampler.num_cache_calls)

@@ -17,7 +17,7 @@ from torch import Tensor
 from dlm_ray.diffusion.denoiser import Denoiser
 from dlm_ray.diffusion.draws import SAMPLING, generator
 from dlm_ray.diffusion.samplers.adjust import Adjust
-from dlm_ray.diffusion.samplers.rules import Canvas, Choosing, Rule
+from dlm_ray.diffusion.samplers.rules import Canvas, Rule, SelectionRule
 from dlm_ray.diffusion.samplers.whole_canvas import Proposals, grid_times
 from dlm_ray.diffusion.visibility import Visibility
 
@@ -42,7 +42,7 @@ class CanvasRequest:
     adjust: Adjust | None = None
     end_id: int | None = None
     """A text is finished when all up to this token is."""
-    is_shown: bool = False
+    stream_canvas: bool = False
     """Whether confidence is wanted where the rule needs none."""
 
 
@@ -60,7 +60,7 @@ class CanvasText:
     """[2, 1, L] of the step."""
     num_denoising_calls: int = 0
     num_cache_calls: int = field(default=0, init=False)
-    num_found_tokens: int = field(default=0, init=False)
+    num_cached_tokens: int = field(default=0, init=False)
     stopped_by: Literal["length", "end"] | None = None
 
     @property
@@ -117,7 +117,9 @@ class CanvasSampler:
         """Takes requests into free slots."""
         for request in requests:
             ids = torch.tensor([[*request.prompt, *[0] * request.length_tokens, *request.suffix]], device=self.device)
-            assert ids.shape[1] <= self.capacity_tokens, f"{ids.shape[1]} positions on a canvas of {self.capacity_tokens}"
+            assert ids.shape[1] <= self.capacity_tokens, (
+                f"{ids.shape[1]} positions on a canvas of {self.capacity_tokens}"
+            )
             is_masked = torch.zeros_like(ids, dtype=torch.bool)
             is_masked[0, len(request.prompt) : len(request.prompt) + request.length_tokens] = True
             confidence = torch.zeros(ids.shape[1], dtype=torch.float64, device=self.device)
@@ -128,7 +130,7 @@ class CanvasSampler:
         """Gives back the slot of a request that nobody waits for any more; it is never in `finished`."""
         self._texts = [text for text in self._texts if text.request is not request]
 
-    def under_way(self) -> Iterator[tuple[CanvasText, Tensor, Tensor, Tensor]]:
+    def running(self) -> Iterator[tuple[CanvasText, Tensor, Tensor, Tensor]]:
         """Every text in a slot; and ids [N], where they are masked [N] and the confidence of the others [N] of what it is to write."""
         for text in self._texts:
             span = text.span
@@ -151,10 +153,12 @@ class CanvasSampler:
         """To the next step that needs the network, over those that want nothing."""
         rule = text.request.rule
         while not self._leaves(text):
-            numbers = generator(text.request.seed, SAMPLING, text.step, text.request.number).random((2, text.canvas.ids.shape[1]))
+            numbers = generator(text.request.seed, SAMPLING, text.step, text.request.number).random(
+                (2, text.canvas.ids.shape[1])
+            )
             text.uniform = torch.from_numpy(np.expand_dims(numbers, 1)).to(self.device)
             t, s = _times(text)
-            if not isinstance(rule, Choosing):
+            if not isinstance(rule, SelectionRule):
                 return
             now, then = (torch.tensor([time], dtype=torch.float64, device=self.device) for time in (t, s))
             if bool(rule.wanted(text.canvas, now, then, text.uniform[1]).any()):
@@ -190,7 +194,7 @@ class CanvasSampler:
             "float64",
             (own.seed, text.step),
             hidden=hidden,
-            is_shown=own.is_shown,
+            stream_canvas=own.stream_canvas,
         )
         text.canvas = own.rule.step(before, proposals, *_times(text), text.uniform[1])
         if proposals.seen is not None:

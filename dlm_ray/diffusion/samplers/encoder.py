@@ -22,7 +22,7 @@ class Encoded:
     """What one text cost."""
 
     num_calls: int = 0
-    num_found_tokens: int = 0
+    num_cached_tokens: int = 0
     """Of its beginning, which no call computed."""
 
 
@@ -66,7 +66,7 @@ class Encoder:
             return costs
         now, later, begun = [], [], set()
         for number in everybody:
-            costs[number].num_found_tokens = found = self._restore(first + number, rows[number])
+            costs[number].num_cached_tokens = found = self._restore(first + number, rows[number])
             beginning = tuple(rows[number][: found + self.prefixes.piece_tokens])
             is_whole = len(beginning) == found + self.prefixes.piece_tokens
             if is_whole and beginning in begun:  # another is about to compute it
@@ -76,7 +76,7 @@ class Encoder:
             begun.add(beginning)
         self._compute(first, rows, now, costs, are_kept=True)
         for number in later:
-            costs[number].num_found_tokens = self._restore(first + number, rows[number])
+            costs[number].num_cached_tokens = self._restore(first + number, rows[number])
         self._compute(first, rows, later, costs, are_kept=True)
         return costs
 
@@ -88,7 +88,9 @@ class Encoder:
             self.cache.restore(slot, [piece.pairs for piece in found], found[-1].last_row)
         return self.cache.lengths[slot]
 
-    def _compute(self, first: int, rows: Sequence[list[int]], numbers: Sequence[int], costs: list[Encoded], *, are_kept: bool) -> None:
+    def _compute(
+        self, first: int, rows: Sequence[list[int]], numbers: Sequence[int], costs: list[Encoded], *, are_kept: bool
+    ) -> None:
         """What the slots of some rows do not have of them yet."""
         own = [(number, self.cache.lengths[first + number]) for number in numbers]
         # Neighbours with as much found share a call.
@@ -104,7 +106,9 @@ class Encoder:
                 hidden = self._call(first + run[0][0], parts, stop - start)
                 for place, (number, _) in enumerate(run):
                     costs[number].num_calls += bool(parts[place])
-                    for end in range(start + self.prefixes.piece_tokens, start + len(parts[place]) + 1, self.prefixes.piece_tokens):
+                    for end in range(
+                        start + self.prefixes.piece_tokens, start + len(parts[place]) + 1, self.prefixes.piece_tokens
+                    ):
                         ends[place][end] = hidden[place, end - start - 1]
                 start = stop
             if are_kept:

@@ -11,7 +11,7 @@ import numpy as np
 
 from dlm_ray.diffusion.draws import SAMPLING, generator
 from dlm_ray.diffusion.samplers.drawing import Ranking
-from dlm_ray.diffusion.samplers.rules import Choosing
+from dlm_ray.diffusion.samplers.rules import SelectionRule
 
 ENTROPY_WINDOW_TOKENS = 256
 LOWEST_ENTROPY_NATS = 4.0
@@ -32,10 +32,10 @@ class Stops:
 
 
 @dataclass(frozen=True)
-class Way:
+class SamplingParams:
     """How a text is denoised; texts of different ways share network calls."""
 
-    rule: Choosing
+    rule: SelectionRule
     """What a step reveals."""
     num_steps: int
     """T of a block, for rules with times."""
@@ -43,13 +43,13 @@ class Way:
     """As in `whole_canvas.sample`."""
     temperature: float = 1.0
     top_p: float = 1.0
-    is_shown: bool = False
+    stream_canvas: bool = False
     """Whether confidence is wanted where the rule needs none."""
 
     @property
     def ranking(self) -> Ranking | None:
         """The confidence that is computed."""
-        return self.rule.confidence or ("probability" if self.is_shown else None)
+        return self.rule.confidence or ("probability" if self.stream_canvas else None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +70,7 @@ class Request:
     """Of the ids of prompt and text up to and with the block."""
     reward_temperature: float = 1.0
     """A candidate is kept with probability softmax(reward / temperature); 0 keeps the best."""
-    way: Way | None = None
+    params: SamplingParams | None = None
     """The sampler's own if not said."""
 
     def random(self, block: int, candidate: int) -> np.random.Generator:
@@ -90,7 +90,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Written:
+class GenerationOutput:
     """A finished request."""
 
     request: Request
@@ -101,12 +101,12 @@ class Written:
     """Network calls in which at least one of its blocks was denoised."""
     num_cache_calls: int
     """Others that it took part in: its prompt, its finished blocks, and what was encoded again beyond the context."""
-    num_found_tokens: int = 0
+    num_cached_tokens: int = 0
     """Of its prompt, the start token included, that was in the cache already."""
 
 
 @dataclass(eq=False)
-class Progress:
+class SequenceState:
     """A request under way."""
 
     request: Request
@@ -116,7 +116,7 @@ class Progress:
     """Ids whose keys are or were in the cache; the current block begins behind them."""
     num_denoising_calls: int = 0
     num_cache_calls: int = 0
-    num_found_tokens: int = 0
+    num_cached_tokens: int = 0
     stopped_by: StoppedBy | None = None
     num_dropped: int = field(default=0)
     """Of the end of the text, when it is finished."""
@@ -131,7 +131,10 @@ class Progress:
         if stops.end_id is not None and stops.end_id in written:
             self._finish("end", len(self.ids) - first - written.index(stops.end_id) - 1)
             return
-        if stops.lowest_entropy_nats is not None and min(len(self.ids), end) - len(self.request.prompt) >= ENTROPY_WINDOW_TOKENS:
+        if (
+            stops.lowest_entropy_nats is not None
+            and min(len(self.ids), end) - len(self.request.prompt) >= ENTROPY_WINDOW_TOKENS
+        ):
             window = self.ids[:end][-ENTROPY_WINDOW_TOKENS:]
             if unigram_entropy_nats(window) < stops.lowest_entropy_nats:
                 self._finish("entropy", max(0, len(self.ids) - end) + ENTROPY_WINDOW_TOKENS)
@@ -142,11 +145,13 @@ class Progress:
     def _finish(self, why: StoppedBy, num_dropped: int) -> None:
         self.stopped_by, self.num_dropped = why, num_dropped
 
-    def written(self) -> Written:
+    def written(self) -> GenerationOutput:
         """The result."""
         assert self.stopped_by is not None, "the request is finished"
         ids = self.ids[len(self.request.prompt) : len(self.ids) - self.num_dropped]
-        return Written(self.request, ids, self.stopped_by, self.num_denoising_calls, self.num_cache_calls, self.num_found_tokens)
+        return GenerationOutput(
+            self.request, ids, self.stopped_by, self.num_denoising_calls, self.num_cache_calls, self.num_cached_tokens
+        )
 
 
 def unigram_entropy_nats(ids: Sequence[int]) -> float:

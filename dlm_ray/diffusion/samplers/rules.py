@@ -1,7 +1,7 @@
 """What one denoising step reveals: a rule takes a canvas from time t to an earlier time s.
 
 A rule asks for tokens at the positions it wants and at no others, so that nobody computes logits that nobody needs. Most rules are
-`Choosing`: they say where they want proposals, then which of them they take, and so they serve the whole canvas and blocks over a cache
+`SelectionRule`: they say where they want proposals, then which of them they take, and so they serve the whole canvas and blocks over a cache
 alike. The others draw token and coin at once, on the whole canvas. Positions are flat indices into the canvas [B, L].
 """
 
@@ -75,7 +75,7 @@ class Rule(Protocol):
         """From time t to s < t; `uniform` [B, L] float64 in [0, 1) is the step's own randomness for choosing positions."""
 
 
-class Choosing:
+class SelectionRule:
     """A rule that wants proposals somewhere and takes some of them. Times t, s are [B] float64: rows may be at different steps."""
 
     confidence: Ranking | None = None
@@ -97,7 +97,9 @@ class Choosing:
 
     def step(self, canvas: Canvas, propose: Propose, t: float, s: float, uniform: Tensor) -> Canvas:
         """On the whole canvas; no network call if nothing is wanted."""
-        now, then = (torch.full(canvas.ids.shape[:1], time, dtype=torch.float64, device=canvas.ids.device) for time in (t, s))
+        now, then = (
+            torch.full(canvas.ids.shape[:1], time, dtype=torch.float64, device=canvas.ids.device) for time in (t, s)
+        )
         wanted = self.wanted(canvas, now, then, uniform)
         again = self.remasked(canvas, now, then, uniform) if self.remasks else None
         positions = wanted.flatten().nonzero()[:, 0]
@@ -112,7 +114,7 @@ class Choosing:
 
 
 @dataclass(frozen=True)
-class Ancestral(Choosing):
+class Ancestral(SelectionRule):
     """q(x_s | x_t, x_0 = prediction): every masked token is revealed with probability (alpha_s - alpha_t) / (1 - alpha_t) (MD4, Eq. 2).
 
     With `joint`, coin and token are one draw over V + 1 outcomes, MD4's Algorithm 2: the same law in honest arithmetic, and another one
@@ -196,7 +198,7 @@ class Tweedie:
 
 
 @dataclass(frozen=True)
-class Confidence(Choosing):
+class Confidence(SelectionRule):
     """Of each row, the proposals ranked highest are revealed, as many as the schedule expects (DiffuLLaMA, section 3.4).
 
     Ranked by probability, or by the `margin` between the two most probable tokens (top-k margin, arXiv 2502.06768).
@@ -221,7 +223,7 @@ class Confidence(Choosing):
 
 
 @dataclass(frozen=True)
-class LeftToRight(Choosing):
+class LeftToRight(SelectionRule):
     """The first masked position of each row: how an autoregressive model writes."""
 
     is_timed = False
@@ -232,7 +234,7 @@ class LeftToRight(Choosing):
 
 
 @dataclass(frozen=True)
-class FirstHitting(Choosing):
+class FirstHitting(SelectionRule):
     """One uniformly chosen masked position of each row: the first-hitting sampler (BD3-LM, section 5.2; arXiv 2409.02908).
 
     The next token to be revealed is uniform among the masked ones whatever the schedule, and a network that is not told t does not ask when: the
@@ -247,7 +249,7 @@ class FirstHitting(Choosing):
         return canvas.is_masked & (torch.arange(uniform.shape[1], device=uniform.device) == largest)
 
 
-class _Adaptive(Choosing):
+class _Adaptive(SelectionRule):
     """How many are revealed depends on how sure the model is; at least one."""
 
     is_timed = False

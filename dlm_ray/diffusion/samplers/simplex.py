@@ -17,7 +17,7 @@ from dlm_ray.diffusion.draws import SAMPLING, generator
 from dlm_ray.diffusion.objectives.ssd_lm import SsdLm, alpha_bar
 from dlm_ray.diffusion.samplers.drawing import draw_tokens, nucleus
 from dlm_ray.diffusion.samplers.rules import Canvas
-from dlm_ray.diffusion.samplers.whole_canvas import Sampled
+from dlm_ray.diffusion.samplers.whole_canvas import SamplingTarget
 from dlm_ray.diffusion.visibility import Visibility
 
 Projection = Literal["greedy", "sampled", "multi_hot"]
@@ -40,7 +40,7 @@ def sample_blocks(
     control_weight: float = 0.0,
     seed: int = 0,
     on_step: Callable[[int, int, Canvas], None] | None = None,
-) -> Sampled:
+) -> SamplingTarget:
     """Writes the masked tail of `canvas` in blocks of the trained length, `num_steps` network calls each.
 
     Args:
@@ -56,7 +56,9 @@ def sample_blocks(
     """
     num_rows, num_positions = canvas.ids.shape
     first = int((~canvas.is_masked[0]).sum())
-    assert bool((canvas.is_masked == (torch.arange(num_positions, device=canvas.ids.device) >= first)).all()), "the tail is what is masked"
+    assert bool((canvas.is_masked == (torch.arange(num_positions, device=canvas.ids.device) >= first)).all()), (
+        "the tail is what is masked"
+    )
     num_blocks = -(-(num_positions - first) // objective.block_tokens)
     device, num_calls = canvas.ids.device, 0
     visibility = Visibility("bidirectional")
@@ -91,13 +93,21 @@ def sample_blocks(
                 w = w + (1 - then).sqrt() * objective.scale * _normal(random, objective, device)
             if on_step is not None:
                 on_step(block * num_steps + num_steps - step + 1, num_blocks * num_steps, canvas)
-        written = torch.arange(start, start + length, device=device) + num_positions * torch.arange(num_rows, device=device)[:, None]
+        written = (
+            torch.arange(start, start + length, device=device)
+            + num_positions * torch.arange(num_rows, device=device)[:, None]
+        )
         canvas = canvas.revealed(written.flatten(), tokens[:, :length].flatten())
-    return Sampled(canvas.ids, num_calls)
+    return SamplingTarget(canvas.ids, num_calls)
 
 
 def project(
-    objective: SsdLm, logits: Tensor, projection: Projection, uniform: Tensor, temperature: float = 1.0, top_p: float = 1.0
+    objective: SsdLm,
+    logits: Tensor,
+    projection: Projection,
+    uniform: Tensor,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """[B, K, V] logits -> [B, K] tokens, and the corner [B, K, V] of the simplex: +K at what the projection takes, -K elsewhere.
 
@@ -122,5 +132,8 @@ def steered(logits: Tensor, control: Control, weight: float) -> Tensor:
 
 def _normal(random: list, objective: SsdLm, device: torch.device) -> Tensor:
     """[B, K, V] standard normal numbers, each row's its own."""
-    numbers = [torch.from_numpy(own.standard_normal((objective.block_tokens, objective.vocab_size), dtype="float32")) for own in random]
+    numbers = [
+        torch.from_numpy(own.standard_normal((objective.block_tokens, objective.vocab_size), dtype="float32"))
+        for own in random
+    ]
     return torch.stack(numbers).to(device, objective.time_slope.dtype)

@@ -12,18 +12,18 @@ import torch
 from torch import Tensor
 
 from dlm_ray.diffusion.samplers.drawing import draw_tokens
-from dlm_ray.diffusion.samplers.requests import Progress, Way
+from dlm_ray.diffusion.samplers.requests import SamplingParams, SequenceState
 from dlm_ray.diffusion.samplers.whole_canvas import grid_times
 
 # Steps of a block whose random numbers are made at once, and which are looked through at once for one that wants something.
 LOOK_AHEAD_STEPS = 128
 
 
-class State(enum.Enum):
+class SlotState(enum.Enum):
     """What a slot waits for."""
 
-    LOOKING = "its next step is not known yet"
-    ASKING = "wants proposals that need a network call"
+    ADVANCING = "its next step is not known yet"
+    NEEDS_FORWARD = "wants proposals that need a network call"
     CLEAN = "its block is finished; other candidates for it are not"
     COMMITTING = "its block is finished and belongs into the cache"
     LEAVING = "its text is finished"
@@ -33,47 +33,51 @@ class State(enum.Enum):
 class Slot:
     """One candidate of one text."""
 
-    text: Progress
+    text: SequenceState
     candidate: int
     random: np.random.Generator
     """Of the current block."""
-    way: Way
-    state: State = State.LOOKING
+    params: SamplingParams
+    state: SlotState = SlotState.ADVANCING
 
 
-def by_way(slots: Sequence[Slot]) -> list[tuple[Way, list[int]]]:
+def by_params(slots: Sequence[Slot]) -> list[tuple[SamplingParams, list[int]]]:
     """The ways of some slots, each with its places among them: a rule serves its slots in one batch."""
-    places: dict[Way, list[int]] = {}
+    places: dict[SamplingParams, list[int]] = {}
     for place, slot in enumerate(slots):
-        places.setdefault(slot.way, []).append(place)
+        places.setdefault(slot.params, []).append(place)
     return list(places.items())
 
 
-def num_steps(way: Way, block_tokens: int) -> int:
+def num_steps(params: SamplingParams, block_tokens: int) -> int:
     """Steps of a block; a rule without times takes one a position at most."""
-    return way.num_steps if way.rule.is_timed else block_tokens
+    return params.num_steps if params.rule.is_timed else block_tokens
 
 
-def window(way: Way, block_tokens: int) -> int:
+def window(params: SamplingParams, block_tokens: int) -> int:
     """Steps whose random numbers lie ready."""
-    return min(way.num_steps, LOOK_AHEAD_STEPS) if way.rule.is_timed else block_tokens
+    return min(params.num_steps, LOOK_AHEAD_STEPS) if params.rule.is_timed else block_tokens
 
 
-def times(way: Way, step: Tensor) -> tuple[Tensor, Tensor]:
+def times(params: SamplingParams, step: Tensor) -> tuple[Tensor, Tensor]:
     """The times t, s [n] of steps [n]; of a rule without times, any."""
-    grid = _grid(way.grid, way.num_steps)
-    return grid[step.clamp(max=way.num_steps)], grid[(step + 1).clamp(max=way.num_steps)]
+    grid = _grid(params.grid, params.num_steps)
+    return grid[step.clamp(max=params.num_steps)], grid[(step + 1).clamp(max=params.num_steps)]
 
 
-def draw_by_way(logits: Tensor, uniform: Tensor, number: Tensor, ways: Sequence[Way]) -> Tensor:
+def draw_by_params(logits: Tensor, uniform: Tensor, number: Tensor, ways: Sequence[SamplingParams]) -> Tensor:
     """Tokens and confidence [n, 2] of logits [n, V], each row by the way of its `number` [n]; rows of number -1 are nobody's, whatever they get.
 
     Tokens are float64, too, which holds them exactly: one tensor to bring back from the device.
     """
     drawn = torch.zeros(len(logits), 2, dtype=torch.float64, device=logits.device)
-    for each, way in enumerate(ways):
-        own = (number == each).nonzero()[:, 0] if len(ways) > 1 else slice(None)  # looking at `number` would wait for the device
-        drawn[own] = torch.stack(draw_tokens(logits[own], uniform[own], way.temperature, way.top_p, way.ranking), 1)
+    for each, params in enumerate(ways):
+        own = (
+            (number == each).nonzero()[:, 0] if len(ways) > 1 else slice(None)
+        )  # looking at `number` would wait for the device
+        drawn[own] = torch.stack(
+            draw_tokens(logits[own], uniform[own], params.temperature, params.top_p, params.ranking), 1
+        )
     return drawn
 
 

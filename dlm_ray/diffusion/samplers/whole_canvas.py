@@ -15,7 +15,14 @@ from torch import Tensor
 from dlm_ray.diffusion.denoiser import Denoiser
 from dlm_ray.diffusion.draws import GUMBEL, SAMPLING, generator
 from dlm_ray.diffusion.samplers.adjust import Adjust
-from dlm_ray.diffusion.samplers.drawing import Ranking, confidence_in, draw_or_stay, draw_tokens, nothing_allowed, probabilities
+from dlm_ray.diffusion.samplers.drawing import (
+    Ranking,
+    confidence_in,
+    draw_or_stay,
+    draw_tokens,
+    nothing_allowed,
+    probabilities,
+)
 from dlm_ray.diffusion.samplers.rules import Canvas, Reveal, Rule
 from dlm_ray.diffusion.visibility import Visibility
 
@@ -23,7 +30,7 @@ Noise = Literal["float64", "float32_gumbel"]
 
 
 @dataclass(frozen=True)
-class Sampled:
+class SamplingTarget:
     """A finished canvas, and what it cost."""
 
     ids: Tensor
@@ -56,7 +63,7 @@ def sample(
     noise: Noise = "float64",
     seed: int = 0,
     on_step: Callable[[int, int, Canvas], None] | None = None,
-) -> Sampled:
+) -> SamplingTarget:
     """Reveals every masked position of `canvas`, in `num_steps` steps from t = 1 to 0 or in as many as an untimed rule takes.
 
     A row's numbers depend on (seed, row, step) alone, never on its neighbours.
@@ -87,14 +94,16 @@ def sample(
             break
         t, s = (times[step], times[step + 1]) if rule.is_timed else (1.0, 0.0)
         uniform = _uniform(seed, step, shape, canvas.ids.device)  # [2, B, L]
-        proposals = Proposals(denoiser, canvas, visibility, uniform[0].flatten(), temperature, top_p, adjust, noise, (seed, step))
+        proposals = Proposals(
+            denoiser, canvas, visibility, uniform[0].flatten(), temperature, top_p, adjust, noise, (seed, step)
+        )
         canvas = rule.step(canvas, proposals, t, s, uniform[1])
         num_calls += proposals.num_calls
         if on_step is not None:
             done = (step + 1, num_steps) if rule.is_timed else (num_open - int(canvas.is_masked.sum(1).max()), num_open)
             on_step(*done, canvas)
     assert not bool(canvas.is_masked.any()), "a rule reveals every position by time 0"
-    return Sampled(canvas.ids, num_calls)
+    return SamplingTarget(canvas.ids, num_calls)
 
 
 @dataclass
@@ -116,12 +125,12 @@ class Proposals:
     hidden: Tensor | None = None
     """[B, L, D] of a call that was made already, for others too."""
     seen: tuple[Tensor, Tensor] | None = None
-    """Positions [N] and log-probabilities [N] of the last tokens that were proposed; kept if `is_shown`."""
-    is_shown: bool = False
+    """Positions [N] and log-probabilities [N] of the last tokens that were proposed; kept if `stream_canvas`."""
+    stream_canvas: bool = False
 
     def __call__(self, positions: Tensor, confidence: Ranking | None = "probability") -> tuple[Tensor, Tensor]:
         """Tokens and the model's confidence in them."""
-        if self.is_shown:
+        if self.stream_canvas:
             proposed = self._proposed(positions, confidence or "probability")
             self.seen = positions, proposed[1]
             return proposed
@@ -160,7 +169,11 @@ class Proposals:
 
     def _adjusted(self, logits: Tensor, positions: Tensor) -> Tensor:
         num_positions = self.canvas.ids.shape[1]
-        return logits if self.adjust is None else self.adjust(logits, positions // num_positions, positions % num_positions)
+        return (
+            logits
+            if self.adjust is None
+            else self.adjust(logits, positions // num_positions, positions % num_positions)
+        )
 
     def _reduce(self, positions: Tensor, draw: Callable[..., tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         self.num_calls += 1
@@ -177,7 +190,10 @@ class Proposals:
     def _gumbel(self, positions: Tensor, num_outcomes: int) -> Tensor:
         """[n, outcomes] float32 Gumbel numbers, of every position its own."""
         seed, step = self.key
-        uniform = [generator(seed, GUMBEL, step, position).random(num_outcomes, dtype=np.float32) for position in positions.tolist()]
+        uniform = [
+            generator(seed, GUMBEL, step, position).random(num_outcomes, dtype=np.float32)
+            for position in positions.tolist()
+        ]
         numbers = torch.from_numpy(np.stack(uniform)).clamp(min=torch.finfo(torch.float32).tiny)
         return (-torch.log(-torch.log(numbers))).to(positions.device)
 

@@ -1,0 +1,76 @@
+"""`dlm-ray checkpoint` and `dlm-ray export`: list, verify and prune checkpoints; write one as a Hugging Face folder."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dlm_ray.cli.arguments import Json, Weights
+from dlm_ray.cli.console import print_message, show_result
+from dlm_ray.config.errors import DamageError
+
+checkpoint_app = typer.Typer(no_args_is_help=True, help="List, verify and prune the checkpoints of a run.")
+
+
+def export(
+    checkpoint: Annotated[str, typer.Argument(help="A step directory, or a run directory (its last step).")],
+    folder: Annotated[Path, typer.Argument(help="A folder that is not there yet.")],
+    weights: Weights = None,
+    as_json: Json = False,
+) -> None:
+    """A Hugging Face folder that stock transformers opens."""
+    from dlm_ray.checkpoint.export import export as run
+
+    written = run(checkpoint, str(folder), weights=weights)
+    show_result({"folder": str(written)}, as_json, lambda: print_message(f"exported to {written}"))
+
+
+@checkpoint_app.command("list")
+def checkpoint_list(path: Annotated[str, typer.Argument(help="A run directory.")], as_json: Json = False) -> None:
+    """The committed steps of a run."""
+    from dlm_ray.checkpoint.listing import committed_steps
+
+    steps = committed_steps(path)
+    show_result({"steps": steps}, as_json, lambda: sys.stdout.write("".join(f"{step}\n" for step in steps)))
+
+
+@checkpoint_app.command("verify")
+def checkpoint_verify(
+    path: Annotated[str, typer.Argument(help="A step directory, or a run directory (its last step).")],
+    as_json: Json = False,
+) -> None:
+    """Reads every chunk of a checkpoint; exit code 1 if anything is wrong."""
+    from dlm_ray.checkpoint.commit import verify
+    from dlm_ray.checkpoint.weights import our_checkpoint
+
+    directory = our_checkpoint(path) or path
+    findings = verify(directory)
+    show_result(
+        {"directory": directory, "findings": findings},
+        as_json,
+        lambda: None if findings else print_message(f"{directory}: every chunk is good"),
+    )
+    if findings:
+        raise DamageError("\n".join(findings))
+
+
+@checkpoint_app.command("prune")
+def checkpoint_prune(
+    path: Annotated[str, typer.Argument(help="A run directory.")],
+    keep_last: Annotated[int, typer.Option(help="The last so many committed steps stay.", min=1)] = 1,
+    keep_best: Annotated[int, typer.Option(help="So do those with the fewest held-out nats a token.", min=0)] = 0,
+    keep_every: Annotated[int, typer.Option(help="And every step that is a multiple of it; 0 for none.", min=0)] = 0,
+    as_json: Json = False,
+) -> None:
+    """Removes committed steps but the last ones, the best ones and regular ones."""
+    from dlm_ray.checkpoint.listing import prune
+
+    removed = prune(path, keep_last, keep_best=keep_best, keep_every_steps=keep_every)
+    show_result(
+        {"removed": removed},
+        as_json,
+        lambda: print_message(f"removed steps {removed}" if removed else "nothing to remove"),
+    )

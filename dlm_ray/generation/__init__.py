@@ -1,0 +1,1 @@
+"""A loaded model with its tokenizer: load, sample, infill, score."""

@@ -1,0 +1,264 @@
+"""Where a run starts from: which network the recipe means, and the numbers it begins with."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+from dlm_ray.checkpoint import commit, huggingface, weights
+from dlm_ray.config.errors import UserError
+from dlm_ray.config.objective import Simplex
+from dlm_ray.config.recipe import Recipe
+from dlm_ray.data.tokenizer import TokenizerIdentity, identity, load_tokenizer
+from dlm_ray.diffusion import objectives, schedules
+from dlm_ray.diffusion.absorbing import Absorbing, Clip
+from dlm_ray.diffusion.objectives.auxiliary import AuxiliaryLosses
+from dlm_ray.models import families, parallel
+from dlm_ray.models.denoiser import HuggingFaceDenoiser
+from dlm_ray.training.step import TrainModule
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Network:
+    """What network a run trains, and what a checkpoint's manifest says of it."""
+
+    config: dict[str, Any]
+    """The Hugging Face configuration, the mask token's embedding row included."""
+    mask_id: int | None
+    shift: bool
+    is_causal: bool
+    base: str | None = None
+    """Folder, checkpoint or hub name whose weights the run starts from; None from scratch or on resume."""
+    base_has_mask_row: bool = False
+
+    @property
+    def vocab_size(self) -> int:
+        """V: tokens that a logit is computed for; a mask row at the end has none."""
+        rows: int = self.config["vocab_size"]
+        return rows - (self.mask_id == rows - 1)
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return int(self.config.get("hidden_size") or self.config["n_embd"])
+
+    def as_manifest(self) -> dict[str, Any]:
+        """The part of it that a checkpoint keeps."""
+        return {"config": self.config, "mask_id": self.mask_id, "shift": self.shift, "is_causal": self.is_causal}
+
+    @classmethod
+    def from_manifest(cls, fields: dict[str, Any]) -> Network:
+        """The network of a checkpoint."""
+        return cls(
+            config=fields["config"], mask_id=fields["mask_id"], shift=fields["shift"], is_causal=fields["is_causal"]
+        )
+
+
+def resolve(recipe: Recipe, is_causal: bool, tokenizer: TokenizerIdentity) -> Network:
+    """The network that the recipe means, on data of this tokenizer.
+
+    Raises:
+        UserError: if the base was made with another tokenizer, has too few embedding rows, or is of an unknown family.
+    """
+    if recipe.model.architecture is not None:
+        mask_id = None if is_causal else _mask_id(recipe, tokenizer.vocab_size)
+        rows = tokenizer.vocab_size + (mask_id == tokenizer.vocab_size)
+        config = families.scratch_config(recipe.model.architecture, rows, tokenizer.start_id, tokenizer.end_id)
+        shift = recipe.objective.shift
+        return Network(_finished(config, recipe, is_causal, mask_id), mask_id, shift, is_causal)
+    assert recipe.model.base is not None, "a recipe has a base or an architecture"
+    base = recipe.model.base
+    fields, base_mask_id, base_identity = describe_base(base)
+    if base_identity.sha256 != tokenizer.sha256:
+        raise UserError(
+            f"model.base={base} was made with tokenizer {base_identity.name} (sha256 {base_identity.sha256[:12]}) and data.sources with "
+            f"{tokenizer.name} ({tokenizer.sha256[:12]}); build the data with `dlm-ray data build --tokenizer {base}`, or change model.base"
+        )
+    config = families.read_config(fields)
+    if config.vocab_size < tokenizer.vocab_size:
+        raise UserError(
+            f"model.base={base} has {config.vocab_size} embedding rows and its tokenizer {tokenizer.vocab_size} tokens; choose another model.base"
+        )
+    mask_id = base_mask_id
+    if mask_id is None and not is_causal:
+        mask_id = _mask_id(recipe, config.vocab_size)
+    appended = base_mask_id is None and mask_id == config.vocab_size
+    config.vocab_size += appended
+    shift = recipe.objective.shift
+    return Network(
+        _finished(config, recipe, is_causal, mask_id),
+        mask_id,
+        shift,
+        is_causal,
+        base=base,
+        base_has_mask_row=not appended,
+    )
+
+
+def is_causal(recipe: Recipe) -> bool:
+    """Whether the recipe's objective keeps attention causal.
+
+    Raises:
+        UserError: if there is no such objective.
+    """
+    try:
+        return bool(objectives.find(recipe.objective.name).is_causal)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def build_objective(recipe: Recipe, network: Network, sequence_length: int) -> Any:
+    """The objective of the recipe for a network of this vocabulary and width, on rows of so many tokens.
+
+    Raises:
+        UserError: if a row is too short for it.
+    """
+    asked = recipe.objective
+    kind = objectives.find(asked.name)
+    if asked.name == "autoregressive":
+        return kind()
+    if asked.name == "ssd_lm":
+        simplex = asked.simplex or Simplex()
+        if simplex.block_tokens >= sequence_length - 1:
+            raise UserError(
+                f"objective.simplex.block_tokens={simplex.block_tokens} leaves no context in rows of {sequence_length} tokens; make it smaller, or "
+                "build the data with longer --sequence-length"
+            )
+        return kind(network.vocab_size, network.width, **simplex.model_dump(), times=asked.times)
+    _check_blocks(recipe, sequence_length)
+    process = Absorbing(
+        schedule=schedules.build(**asked.schedule.model_dump()),
+        times=asked.times,
+        mask_sampler=asked.mask_sampler,
+        num_timesteps=asked.num_timesteps or (1000 if asked.name == "d3pm" else None),
+        clip=Clip(**asked.clip.model_dump()) if asked.clip else None,
+        weight=asked.weight,
+        complementary=asked.complementary,
+        context_weights=asked.context_weights,
+    )
+    if process.clip is not None:
+        log.info(
+            "clip [%g, %g]: every weight is multiplied with %g",
+            process.clip.beta,
+            process.clip.omega,
+            process.clip.constant,
+        )
+    if asked.name == "genmd4":
+        return kind(process, network.vocab_size, scalar=asked.exponents == "scalar")
+    terms = AuxiliaryLosses(asked.confidence_weight, asked.autoregressive_weight, asked.alignment_weight)
+    own: dict[str, dict[str, Any]] = {
+        "sedd": {"vocab_size": network.vocab_size},
+        "d3pm": {"epsilon": asked.posterior_epsilon},
+        "tauldr": {"estimator": asked.estimator},
+        "block": {"block_tokens": asked.block_tokens, "context": asked.context},
+    }
+    return kind(process, asked.normalize_by, asked.draws_per_sequence, terms, **own.get(asked.name, {}))
+
+
+def _check_blocks(recipe: Recipe, sequence_length: int) -> None:
+    """Blocks have to tile a row."""
+    sizes = {"objective.block_tokens": recipe.objective.block_tokens or sequence_length}
+    sizes |= {
+        f"curriculum.block_sizes.{i}.block_tokens": stage.block_tokens
+        for i, stage in enumerate(recipe.curriculum.block_sizes)
+    }
+    for key, size in sizes.items():
+        if sequence_length % size:
+            allowed = ", ".join(
+                str(number) for number in range(1, sequence_length + 1) if sequence_length % number == 0
+            )
+            raise UserError(
+                f"{key}={size} does not divide the rows' {sequence_length} tokens; allowed are {allowed}, or build the data with another --sequence-length"
+            )
+
+
+def build(
+    recipe: Recipe, network: Network, objective: Any, mesh: DeviceMesh, device: torch.device
+) -> tuple[TrainModule, HuggingFaceDenoiser]:
+    """The sharded root, and the denoiser in it, with memory but without numbers."""
+    denoiser = parallel.build(
+        families.read_config(network.config),
+        network.mask_id,
+        network.shift,
+        recipe.model.attention,
+        remat=recipe.model.activation_checkpointing,
+        compiled=recipe.model.compile,
+    )
+    root = TrainModule(denoiser, objective.to(device))
+    parallel.shard(root, denoiser, mesh, recipe.training.precision, replicated=set(objective.parameters()))
+    parallel.materialize(denoiser, device)
+    return root, denoiser
+
+
+def init_weights(recipe: Recipe, network: Network, denoiser: HuggingFaceDenoiser, objective: Any) -> None:
+    """The numbers of a fresh run: from scratch, or the base's, with a new row for the mask token where it has none.
+
+    The new row is the mean of the embeddings plus N(0, 1/D) noise (DiffuGPT); its norm is logged.
+    """
+    if network.base is None:
+        architecture = recipe.model.architecture
+        parallel.initialize(denoiser, recipe.seed, zero_head=architecture is not None and architecture.zero_head)
+    else:
+        extra_rows = set() if network.base_has_mask_row else denoiser.vocabulary_names()
+        load_base_weights(network.base, denoiser, extra_rows=extra_rows, seed=recipe.seed)
+    if hasattr(objective, "start_from"):
+        objective.start_from(parallel.full(denoiser.embedding))
+
+
+def load_base_weights(base: str, denoiser: HuggingFaceDenoiser, *, extra_rows: set[str], seed: int) -> None:
+    """The numbers of a checkpoint of ours, a Hugging Face folder or a hub name; names in `extra_rows` get a row more than it has."""
+    tensors = dict(denoiser.network.named_parameters())
+    checkpoint = weights.our_checkpoint(base)
+    if checkpoint is None:
+        folder = huggingface.resolve_folder(base)
+        norms = huggingface.load_safetensors(
+            folder, tensors, optional={"lm_head.weight"}, extra_rows=extra_rows, seed=seed
+        )
+    else:
+        norms = weights.load_weights(checkpoint, tensors, extra_rows=extra_rows, seed=seed)
+    for name, norm in norms.items():
+        log.info("new row of %s for the mask token: norm %.3f", name, norm)
+
+
+def describe_base(base: str) -> tuple[dict[str, Any], int | None, TokenizerIdentity]:
+    """Configuration, mask id and tokenizer identity of a base."""
+    checkpoint = weights.our_checkpoint(base)
+    if checkpoint is not None:
+        manifest = commit.read_manifest(checkpoint)
+        return manifest.model["config"], manifest.model["mask_id"], TokenizerIdentity(**manifest.tokenizer)
+    folder = huggingface.resolve_folder(base)
+    fields = json.loads((Path(folder) / "config.json").read_text())
+    return fields, fields.get("mask_token_id"), identity(load_tokenizer(str(folder)))
+
+
+def _mask_id(recipe: Recipe, vocab_size: int) -> int:
+    """The id that the recipe asks for: a new row at the end, or an existing one."""
+    asked = recipe.model.mask_token
+    if asked == "new":
+        return vocab_size
+    if asked >= vocab_size:
+        raise UserError(
+            f"model.mask_token={asked} is not below the vocabulary's {vocab_size} rows; give an id below it, or `new`"
+        )
+    return asked
+
+
+def _finished(config: Any, recipe: Recipe, is_causal: bool, mask_id: int | None) -> dict[str, Any]:
+    """The configuration as a checkpoint and an export carry it: stock transformers reads `is_causal`, we read the rest."""
+    fields = config.to_dict()
+    for unwanted in ("dtype", "_name_or_path", "block_tokens"):
+        fields.pop(unwanted, None)
+    fields["is_causal"] = is_causal
+    if mask_id is not None:
+        fields |= {"mask_token_id": mask_id, "shift": recipe.objective.shift}
+    if recipe.objective.block_tokens is not None:
+        fields["block_tokens"] = recipe.objective.block_tokens
+    return fields

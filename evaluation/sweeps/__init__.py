@@ -1,0 +1,1 @@
+"""What a sweep measures, how it ranks trials, and its report."""

@@ -1,0 +1,83 @@
+"""What tests of the service share: small checkpoints, and the application in this process, over ASGI or on a port of loopback."""
+
+import asyncio
+import contextlib
+import socket
+import threading
+import time
+
+import httpx
+from conftest import tiny_recipe
+
+from dlm_ray.config.server import Server
+from dlm_ray.serving.http.app import build
+from dlm_ray.serving.worker import EngineWorker
+from dlm_ray.training import loop
+
+
+def train(data_folder, folder, *names):
+    """Checkpoints of a few steps."""
+    own = {
+        "ar": {"objective__name": "autoregressive"},
+        "whole": {},
+        "block8": {"objective__name": "block", "objective__block_tokens": 8, "objective__shift": False},
+    }
+    for name in names:
+        loop.fit(tiny_recipe(data_folder, name, training__steps=15, **own[name]), folder / name)
+    return folder
+
+
+class Local:
+    """A host as the application's backend."""
+
+    def __init__(self, host):
+        self.host, self.generate = host, host.generate
+
+    async def describe(self):
+        return [self.host.describe()]
+
+    async def score(self, model, *asked):
+        return await self.host.score(*asked)
+
+
+@contextlib.contextmanager
+def hosted(checkpoint, keys=(), capacity_texts=96, **parts):
+    """(host, application) of a server with these parts."""
+    server = Server(checkpoint=str(checkpoint), name="tiny", **parts)
+    host = EngineWorker(server)
+    try:
+        yield host, build(server, Local(host), list(keys), capacity_texts)
+    finally:
+        host.close()
+
+
+def client(app, **options):
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://service", timeout=60, **options)
+
+
+@contextlib.contextmanager
+def listening(app):
+    """The URL of the application on a free port."""
+    import uvicorn
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error", lifespan="off"))
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
+    thread.start()
+    until(lambda: server.started)
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join(timeout=10)
+
+
+def until(condition, seconds=30.0):
+    """Waits until it holds; returns the seconds that took."""
+    started = time.monotonic()
+    while not condition():
+        assert time.monotonic() - started < seconds, "it never came to be"
+        time.sleep(0.01)
+    return time.monotonic() - started
