@@ -39,8 +39,9 @@ def loaded(folder, data, **fields):
 
 def test_trials_run_and_one_that_fails_is_a_row_with_its_reason(ray_session, data_folder, tmp_path):
     import ray
-    from dlm_ray.runtime.sweep.run import sweep
     from ray.util.placement_group import placement_group_table
+
+    from dlm_ray.runtime.sweep.run import sweep
 
     out = tmp_path / "out"
     with pytest.raises(UserError, match=r"trials_at_once=5 with 1 CPUs a trial do not fit the cluster's 4 CPUs: 4 fit"):
@@ -96,9 +97,8 @@ def test_a_trial_whose_worker_is_killed_is_a_row_with_its_reason(ray_session, da
 
 @pytest.mark.slow
 def test_the_worse_member_of_a_population_goes_on_as_a_copy_of_the_better_one(ray_session, data_folder, tmp_path):
-    from dlm_ray.runtime.sweep.run import sweep
-
     from dlm_ray.checkpoint import commit
+    from dlm_ray.runtime.sweep.run import sweep
 
     asked = {
         "space": {"optimizer.learning_rate": {"loguniform": [1e-8, 1e-2]}},

@@ -1,8 +1,7 @@
 """Optuna over a conditional space: what it suggests is of the space, and it learns from trials of an earlier call."""
 
-from dlm_ray.runtime.sweep.search import Listed, Tpe
-
 from dlm_ray.config.sweep import Sweep
+from dlm_ray.runtime.sweep.search import Listed, Tpe
 
 SPACE = {
     "objective.block_tokens": {"grid": [4, 16]},
