@@ -1,23 +1,68 @@
-"""Weights from a Hugging Face folder into tensors that may be sharded: each rank reads its own region of each safetensors file."""
+"""A Hugging Face folder, local or of the hub: each rank reads its own region of each safetensors file."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
-from collections.abc import Collection, Mapping
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dlm_ray.checkpoint.arrays import region
-from dlm_ray.checkpoint.layout import block_of
+from dlm_ray.checkpoint.model_files import ModelFiles
 from dlm_ray.config.errors import DamageError, UserError
 
-# Buffers that older files of GPT-2 and Llama carry, and that the networks compute themselves.
-_BUFFERS = re.compile(r".*\.(attn\.(masked_)?bias|rotary_emb\.inv_freq)")
+# What a folder is downloaded and copied with, besides *.safetensors.
+SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
+
+
+class HuggingFaceFolder(ModelFiles):
+    """A folder with config.json and model.safetensors, or several files and their index.
+
+    Safetensors files carry no checksum: a flipped bit in them is not noticed.
+    """
+
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        self._located: dict[str, str] | None = None
+        self._archive: tuple[str, safe_open] | None = None
+        """The file that was read last."""
+
+    def config(self) -> dict[str, Any]:
+        """See ModelFiles."""
+        fields: dict[str, Any] = json.loads((self.path / "config.json").read_text())
+        return fields
+
+    def names(self) -> Sequence[str]:
+        """See ModelFiles."""
+        return sorted(self._files(), key=lambda name: (self._files()[name], name))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """See ModelFiles."""
+        return tuple(self._slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        """See ModelFiles."""
+        return self.read(name, tuple(slice(0, 0) for _ in self.shape(name))).dtype
+
+    def read(self, name: str, region: tuple[slice, ...] | None = None) -> Tensor:
+        """See ModelFiles."""
+        found: Tensor = self._slice(name)[region or ...]
+        return found
+
+    def _slice(self, name: str) -> Any:
+        file = self._files()[name]
+        if self._archive is None or self._archive[0] != file:
+            self._archive = (file, _opened(file))
+        return self._archive[1].get_slice(name)
+
+    def _files(self) -> dict[str, str]:
+        """The file of every tensor in the folder."""
+        if self._located is None:
+            self._located = _locate(self.path)
+        return self._located
 
 
 def resolve_folder(name_or_path: str) -> Path:
@@ -31,86 +76,24 @@ def resolve_folder(name_or_path: str) -> Path:
         return folder
     if folder.exists():
         raise UserError(
-            f"{name_or_path} is neither a checkpoint of ours (no step with a manifest.json) nor a Hugging Face folder (no config.json)"
+            f"{name_or_path} is neither a checkpoint of ours (no step with a manifest.json) nor a Hugging Face folder "
+            "(no config.json) nor a GGUF file"
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name_or_path, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model"]))
+        folder = Path(snapshot_download(name_or_path, allow_patterns=["*.safetensors", *SMALL_FILES]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
-            f"{name_or_path!r} is no folder here, and the hub gave nothing under that name ({type(error).__name__}); give a checkpoint, a "
-            "Hugging Face folder, or a hub name with the network at hand"
+            f"{name_or_path!r} is no folder here, and the hub gave nothing under that name ({type(error).__name__}); give a "
+            "checkpoint, a Hugging Face folder, a GGUF file, or a hub name with the network at hand"
         ) from error
-
-
-@torch.no_grad()
-def load_safetensors(
-    folder: Path,
-    tensors: Mapping[str, Tensor],
-    *,
-    optional: Collection[str] = (),
-    extra_rows: Collection[str] = (),
-    seed: int = 0,
-) -> dict[str, float]:
-    """Fills `tensors` in place from the folder, converted to their types.
-
-    Args:
-        folder: with model.safetensors, or several files and their index.
-        tensors: by name; DTensors take their own region.
-        optional: names that the file may carry without being wanted (a head that is tied).
-        extra_rows: names of tensors with one row more than the file: the mask token's.
-        seed: of the new rows.
-
-    Returns:
-        The norms of the new rows, by name.
-
-    Raises:
-        UserError: if a name is missing or not wanted, or a shape differs.
-        DamageError: if a file is missing or cut short (safetensors files carry no checksum: a flipped bit in them is not noticed).
-    """
-    located = _locate(folder)
-    stored = _match_names(located, tensors, optional, folder)
-    norms = {}
-    for file in sorted({located[name] for name in stored.values()}):
-        with _opened(file) as archive:
-            for name, tensor in tensors.items():
-                if located[stored[name]] != file:
-                    continue
-                part = archive.get_slice(stored[name])
-                shape = tuple(part.get_shape())
-                if name in extra_rows:
-                    _check_shape((shape[0] + 1, *shape[1:]), tensor, name, folder)
-                    norms[name] = fill_with_extra_row(tensor, archive.get_tensor(stored[name]), name, seed)
-                    continue
-                _check_shape(shape, tensor, name, folder)
-                block = block_of(tensor)
-                if block.local.numel():
-                    block.local.copy_(part[region(block.offset, block.local.shape)])
-    return norms
-
-
-@torch.no_grad()
-def fill_with_extra_row(tensor: Tensor, rows: Tensor, name: str, seed: int) -> float:
-    """Fills [V + 1, D] with `rows` [V, D] and a new last row, the same on any number of ranks; returns the new row's norm.
-
-    The new row is the mean of the others plus N(0, 1/D) noise (DiffuGPT's, arXiv 2410.17891).
-    """
-    digest = hashlib.sha256(f"{seed}/{name}/mask".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-    num_rows, width = rows.shape
-    new = rows.mean(0, dtype=torch.float32) + torch.randn(width, generator=generator) / width**0.5
-    block = block_of(tensor)
-    assert block.local.shape[1:] == tensor.shape[1:], f"{name} is sharded in another dimension than its rows"
-    if block.local.numel():
-        own = rows[
-            block.offset[0] : block.offset[0] + block.local.shape[0]
-        ]  # the new row, behind the file's last, is not among them
-        block.local[: len(own)].copy_(own)
-        if block.offset[0] + block.local.shape[0] > num_rows:
-            block.local[-1].copy_(new)
-    return float(new.norm())
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"{name_or_path!r} has no config.json on the hub; if it has GGUF files, download one (`hf download`) and give the file's path"
+        )
+    return folder
 
 
 def _opened(file: str | Path) -> safe_open:
@@ -121,7 +104,6 @@ def _opened(file: str | Path) -> safe_open:
 
 
 def _locate(folder: Path) -> dict[str, str]:
-    """The file of every tensor in the folder."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
@@ -136,37 +118,3 @@ def _locate(folder: Path) -> dict[str, str]:
         raise UserError(f"{folder} has no model.safetensors{hint}")
     with _opened(single) as archive:
         return {name: str(single) for name in archive.keys()}  # noqa: SIM118  (it is no mapping)
-
-
-def _match_names(
-    located: Mapping[str, str], tensors: Mapping[str, Tensor], optional: Collection[str], folder: Path
-) -> dict[str, str]:
-    """For every wanted name, the name in the file: the same, or without the model's prefix (as GPT-2's own files have it)."""
-    have = {name for name in located if not _BUFFERS.fullmatch(name)}
-    prefixes = {name.partition(".")[0] + "." for name in tensors}
-    stored = {}
-    for name in tensors:
-        bare = next(
-            (
-                name.removeprefix(prefix)
-                for prefix in prefixes
-                if name.startswith(prefix) and name.removeprefix(prefix) in have
-            ),
-            name,
-        )
-        stored[name] = name if name in have else bare
-    missing = sorted(name for name, found in stored.items() if found not in have)
-    unwanted = sorted(have - set(stored.values()) - set(optional))
-    if missing or unwanted:
-        raise UserError(
-            f"{folder} does not fit the network: missing {missing[:5] or 'nothing'}, not wanted {unwanted[:5] or 'nothing'}; is config.json the one of "
-            "these weights?"
-        )
-    return stored
-
-
-def _check_shape(shape: tuple[int, ...], tensor: Tensor, name: str, folder: Path) -> None:
-    if shape != tuple(tensor.shape):
-        raise UserError(
-            f"{folder}: {name} has shape {list(shape)} where the network has {list(tensor.shape)}; is config.json the one of these weights?"
-        )

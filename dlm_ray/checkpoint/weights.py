@@ -6,7 +6,8 @@ from collections.abc import Collection, Mapping
 
 from torch import Tensor
 
-from dlm_ray.checkpoint import commit, huggingface, listing
+from dlm_ray.checkpoint import commit, listing
+from dlm_ray.checkpoint.model_files import fill_with_extra_row
 from dlm_ray.config.errors import UserError
 
 
@@ -34,9 +35,7 @@ def load_weights(
     prefix = weight_prefix(manifest.arrays, weights, checkpoint)
     commit.load(checkpoint, {f"{prefix}.{name}": tensor for name, tensor in tensors.items() if name not in extra_rows})
     return {
-        name: huggingface.fill_with_extra_row(
-            tensors[name], commit.read_tensor(checkpoint, f"{prefix}.{name}"), name, seed
-        )
+        name: fill_with_extra_row(tensors[name], commit.read_tensor(checkpoint, f"{prefix}.{name}"), name, seed)
         for name in sorted(extra_rows)
     }
 

@@ -34,7 +34,7 @@ class Model(ConfigNode):
     """Where the network comes from: exactly one of `base` and `architecture`."""
 
     base: str | None = None
-    """A checkpoint of ours, a Hugging Face folder, or a hub name; its weights are the starting point."""
+    """A checkpoint of ours, a Hugging Face folder, a hub name, or a GGUF file; its weights are the starting point."""
     architecture: Architecture | None = None
     mask_token: Literal["new"] | NonNegative = "new"
     """`new` appends an embedding row; a number reuses that token id (for imported checkpoints)."""

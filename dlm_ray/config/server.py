@@ -97,7 +97,7 @@ class Model(ConfigNode):
     """A checkpoint, and what requests call it."""
 
     checkpoint: str
-    """A step, a run directory (its last step when the service starts), a Hugging Face folder or a hub name."""
+    """A step, a run directory (its last step when the service starts), a Hugging Face folder, a hub name or a GGUF file."""
     name: Name | None = None
     """The last part of the checkpoint's path without it."""
     weights: Literal["ema", "raw"] | None = None

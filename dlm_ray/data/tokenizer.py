@@ -15,6 +15,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dlm_ray.config.errors import UserError
 from dlm_ray.data import storage
+from dlm_ray.models.gguf import is_gguf
+from dlm_ray.models.gguf_tokenizer import gguf_tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -37,11 +39,13 @@ class TokenizerIdentity:
 
 
 def load_tokenizer(name_or_folder: str) -> Any:
-    """A fast tokenizer from a folder, local or remote, or the hub.
+    """A fast tokenizer from a folder, local or remote, a GGUF file, or the hub.
 
     Raises:
         UserError: if there is none, or it has no fast form or no end-of-text token.
     """
+    if is_gguf(name_or_folder):
+        return _with_end_of_text(gguf_tokenizer(name_or_folder), name_or_folder)
     if storage.is_remote(name_or_folder):
         with tempfile.TemporaryDirectory() as copy:
             for name in storage.names(name_or_folder):
@@ -58,9 +62,13 @@ def load_tokenizer(name_or_folder: str) -> Any:
         raise UserError(
             f"tokenizer {name_or_folder!r} has no fast form (tokenizer.json), which byte counts need; choose another"
         )
+    return _with_end_of_text(tokenizer, name_or_folder)
+
+
+def _with_end_of_text(tokenizer: Any, name: str) -> Any:
     if tokenizer.eos_token_id is None:
         raise UserError(
-            f"tokenizer {name_or_folder!r} has no end-of-text token (eos_token), which separates documents; choose another"
+            f"tokenizer {name!r} has no end-of-text token (eos_token), which separates documents; choose another"
         )
     return tokenizer
 

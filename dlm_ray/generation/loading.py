@@ -1,16 +1,17 @@
-"""A TextModel from a checkpoint of ours, from a Hugging Face folder, or from an AR model that was never adapted."""
+"""A TextModel from a checkpoint of ours, from a Hugging Face folder or a GGUF file, or from an AR model that was never adapted."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from dlm_ray.checkpoint import commit, huggingface, weights
+from dlm_ray.checkpoint import commit, weights
 from dlm_ray.checkpoint.commit import Manifest
+from dlm_ray.checkpoint.model_files import ModelFiles, fill_with_extra_row
+from dlm_ray.checkpoint.pretrained import open_pretrained
 from dlm_ray.config.errors import UserError
 from dlm_ray.config.objective import Sampling, rules_of
 from dlm_ray.data.tokenizer import TokenizerIdentity, identity, load_tokenizer
@@ -24,7 +25,7 @@ from dlm_ray.models.denoiser import HuggingFaceDenoiser
 def load(
     path: str | Path, weights_kind: str | None = None, *, device: str = "auto", mesh: DeviceMesh | None = None
 ) -> TextModel:
-    """A TextModel from a step directory of ours, a run directory (its last step), a Hugging Face folder or a hub name.
+    """A TextModel from a step directory of ours, a run directory (its last step), a Hugging Face folder, a hub name or a GGUF file.
 
     Args:
         path: the checkpoint.
@@ -35,7 +36,7 @@ def load(
     checkpoint = weights.our_checkpoint(str(path))
     denoiser = load_network(checkpoint or path, weights_kind, device=device, mesh=mesh)
     if checkpoint is None:
-        return _huggingface_model(str(path), denoiser)
+        return _pretrained_model(open_pretrained(str(path)), denoiser)
     manifest = commit.read_manifest(checkpoint)
     name = manifest.model["objective"]
     objective = _objective(manifest, denoiser).to(pick_device(device))
@@ -64,12 +65,12 @@ def load_network(
         return denoiser
     if weights_kind is not None:
         raise UserError(
-            f"--weights {weights_kind} chooses between the weights of a checkpoint of ours, and {path} is a Hugging Face folder; leave it out"
+            f"--weights {weights_kind} chooses between the weights of a checkpoint of ours, and {path} is none; leave it out"
         )
-    folder = huggingface.resolve_folder(str(path))
-    fields = _fields(folder)
+    files = open_pretrained(str(path))
+    fields = files.config()
     denoiser = _network(fields, fields.get("mask_token_id"), fields.get("shift", True), on, mesh)
-    huggingface.load_safetensors(folder, dict(denoiser.network.named_parameters()), optional={"lm_head.weight"})
+    files.load(dict(denoiser.network.named_parameters()))
     return denoiser
 
 
@@ -90,7 +91,7 @@ def as_unadapted(base: TextModel, pattern: Literal["causal", "bidirectional"], *
     weights_of = dict(own.network.named_parameters())
     for name, parameter in denoiser.network.named_parameters():
         if name in denoiser.vocabulary_names():
-            huggingface.fill_with_extra_row(parameter, weights_of[name], name, seed)
+            fill_with_extra_row(parameter, weights_of[name], name, seed)
         else:
             parameter.copy_(weights_of[name])
     return TextModel(
@@ -104,26 +105,20 @@ def as_unadapted(base: TextModel, pattern: Literal["causal", "bidirectional"], *
     )
 
 
-def _huggingface_model(name: str, denoiser: HuggingFaceDenoiser) -> TextModel:
-    folder = huggingface.resolve_folder(name)
-    tokenizer = load_tokenizer(str(folder))
+def _pretrained_model(files: ModelFiles, denoiser: HuggingFaceDenoiser) -> TextModel:
+    tokenizer = load_tokenizer(str(files.path))
     return TextModel(
         denoiser,
         tokenizer,
         identity(tokenizer),
-        objective=_huggingface_objective(_fields(folder)),
+        objective=_huggingface_objective(files.config()),
         sequence_length=denoiser.network.config.max_position_embeddings,
         document_mask=True,
     )
 
 
-def _fields(folder: Path) -> dict[str, Any]:
-    fields: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    return fields
-
-
 def _huggingface_objective(fields: dict[str, Any]) -> Any:
-    """What a folder's config.json says: autoregressive, unless an export of ours says otherwise."""
+    """What a config.json says: autoregressive, unless an export of ours says otherwise."""
     if fields.get("is_causal", True) is not False:
         return Autoregressive()
     return Block(block_tokens=fields["block_tokens"]) if fields.get("block_tokens") else Masked()

@@ -45,7 +45,7 @@ def build(
     Args:
         inputs: text files, .jsonl, .jsonl.gz, .parquet, folders or patterns.
         out: a local folder, s3:// or gs://.
-        tokenizer: a folder or hub name; or else
+        tokenizer: a folder, a hub name or a GGUF file; or else
         train_tokenizer_vocab: trains a byte-level BPE of so many tokens on the inputs.
         sequence_length: L.
         held_out: share of the documents, by hash, that goes to the split `held_out`.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dlm_ray.checkpoint import commit, huggingface, weights
+from dlm_ray.checkpoint import commit, weights
+from dlm_ray.checkpoint.pretrained import open_pretrained
 from dlm_ray.config.errors import UserError
 from dlm_ray.config.server import Model, Server
 
@@ -35,11 +36,9 @@ def _pinned(model: Model) -> Model:
         kind = "ema" if prefix == "ema" else "raw"
     else:
         path = model.checkpoint
-        huggingface.resolve_folder(path)
+        open_pretrained(path)
         if kind is not None:
-            raise UserError(
-                f"weights={kind} chooses between the weights of a checkpoint of ours, and this is a Hugging Face folder"
-            )
+            raise UserError(f"weights={kind} chooses between the weights of a checkpoint of ours, and this is none")
     if Path(path).exists():
         path = str(Path(path).absolute())  # a replica starts in another directory
     return Model(checkpoint=path, name=model.model_name, weights=kind)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from dlm_ray.checkpoint import commit, huggingface, weights
+from dlm_ray.checkpoint import commit, weights
+from dlm_ray.checkpoint.pretrained import open_pretrained
 from dlm_ray.config.errors import UserError
 from dlm_ray.config.objective import Simplex
 from dlm_ray.config.recipe import Recipe
@@ -36,7 +35,7 @@ class Network:
     shift: bool
     is_causal: bool
     base: str | None = None
-    """Folder, checkpoint or hub name whose weights the run starts from; None from scratch or on resume."""
+    """Checkpoint, folder, hub name or GGUF file whose weights the run starts from; None from scratch or on resume."""
     base_has_mask_row: bool = False
 
     @property
@@ -214,14 +213,11 @@ def init_weights(recipe: Recipe, network: Network, denoiser: HuggingFaceDenoiser
 
 
 def load_base_weights(base: str, denoiser: HuggingFaceDenoiser, *, extra_rows: set[str], seed: int) -> None:
-    """The numbers of a checkpoint of ours, a Hugging Face folder or a hub name; names in `extra_rows` get a row more than it has."""
+    """The numbers of a checkpoint of ours, a Hugging Face folder, a hub name or a GGUF file; names in `extra_rows` get a row more than it has."""
     tensors = dict(denoiser.network.named_parameters())
     checkpoint = weights.our_checkpoint(base)
     if checkpoint is None:
-        folder = huggingface.resolve_folder(base)
-        norms = huggingface.load_safetensors(
-            folder, tensors, optional={"lm_head.weight"}, extra_rows=extra_rows, seed=seed
-        )
+        norms = open_pretrained(base).load(tensors, extra_rows=extra_rows, seed=seed)
     else:
         norms = weights.load_weights(checkpoint, tensors, extra_rows=extra_rows, seed=seed)
     for name, norm in norms.items():
@@ -234,9 +230,9 @@ def describe_base(base: str) -> tuple[dict[str, Any], int | None, TokenizerIdent
     if checkpoint is not None:
         manifest = commit.read_manifest(checkpoint)
         return manifest.model["config"], manifest.model["mask_id"], TokenizerIdentity(**manifest.tokenizer)
-    folder = huggingface.resolve_folder(base)
-    fields = json.loads((Path(folder) / "config.json").read_text())
-    return fields, fields.get("mask_token_id"), identity(load_tokenizer(str(folder)))
+    files = open_pretrained(base)
+    fields = files.config()
+    return fields, fields.get("mask_token_id"), identity(load_tokenizer(str(files.path)))
 
 
 def _mask_id(recipe: Recipe, vocab_size: int) -> int:

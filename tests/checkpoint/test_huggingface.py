@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
-from dlm_ray.checkpoint.huggingface import load_safetensors, resolve_folder
+from dlm_ray.checkpoint.huggingface import resolve_folder
+from dlm_ray.checkpoint.pretrained import open_pretrained
 from dlm_ray.config.errors import DamageError, UserError
 
 CONFIGS = {
@@ -44,7 +45,7 @@ def parameters(config):
 def test_the_numbers_are_those_of_from_pretrained(folder):
     stock = AutoModelForCausalLM.from_pretrained(folder)
     ours = parameters(stock.config)
-    load_safetensors(folder, {name: parameter.data for name, parameter in ours.items()}, optional={"lm_head.weight"})
+    open_pretrained(str(folder)).load(ours)
     for name, parameter in stock.named_parameters():
         assert torch.equal(ours[name], parameter), name
 
@@ -57,7 +58,8 @@ def test_gpt2_files_without_the_models_prefix_and_with_old_buffers(tmp_path):
     old = {name.removeprefix("transformer."): p.detach().clone() for name, p in model.named_parameters()}
     save_file({**old, "h.0.attn.bias": torch.ones(1, 1, 4, 4)}, tmp_path / "model.safetensors")
     ours = parameters(CONFIGS["gpt2"])
-    load_safetensors(tmp_path, {name: parameter.data for name, parameter in ours.items()})
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS["gpt2"].to_dict()))
+    open_pretrained(str(tmp_path)).load(ours)
     assert all(torch.equal(ours[name], parameter) for name, parameter in model.named_parameters())
 
 
@@ -67,9 +69,7 @@ def test_the_mask_row_is_the_mean_with_noise_and_the_rest_is_untouched(folder):
     ours = parameters(config)
     embedding = next(name for name, parameter in ours.items() if parameter.shape[0] == 51)
     extra = {name for name, parameter in ours.items() if parameter.shape[0] == 51}
-    norms = load_safetensors(
-        folder, {name: p.data for name, p in ours.items()}, optional={"lm_head.weight"}, extra_rows=extra, seed=3
-    )
+    norms = open_pretrained(str(folder)).load(ours, extra_rows=extra, seed=3)
     old = dict(stock.named_parameters())[embedding]
     assert torch.equal(ours[embedding][:50], old)
     noise = ours[embedding][50] - old.mean(0)
@@ -81,14 +81,12 @@ def test_what_does_not_fit_is_listed(folder):
     stock = AutoModelForCausalLM.from_pretrained(folder)
     ours = {name: parameter.data for name, parameter in parameters(stock.config).items()}
     with pytest.raises(UserError, match=r"missing \['no.such.weight'\]"):
-        load_safetensors(folder, {**ours, "no.such.weight": torch.zeros(1)}, optional={"lm_head.weight"})
+        open_pretrained(str(folder)).load({**ours, "no.such.weight": torch.zeros(1)})
     name, tensor = next(iter(ours.items()))
     with pytest.raises(UserError, match="not wanted"):
-        load_safetensors(folder, {other: t for other, t in ours.items() if other != name}, optional={"lm_head.weight"})
+        open_pretrained(str(folder)).load({other: t for other, t in ours.items() if other != name})
     with pytest.raises(UserError, match="has shape"):
-        load_safetensors(
-            folder, {**ours, name: torch.zeros(tensor.shape[0] + 3, *tensor.shape[1:])}, optional={"lm_head.weight"}
-        )
+        open_pretrained(str(folder)).load({**ours, name: torch.zeros(tensor.shape[0] + 3, *tensor.shape[1:])})
 
 
 @pytest.mark.parametrize("damage", ["delete", "truncate"])
@@ -103,17 +101,32 @@ def test_a_missing_or_cut_file_is_named(folder, damage):
     else:
         victim.write_bytes(victim.read_bytes()[:-7])
     with pytest.raises(DamageError, match=victim.name):
-        load_safetensors(folder, ours, optional={"lm_head.weight"})
+        open_pretrained(str(folder)).load(ours)
 
 
 def test_pickles_are_never_opened_and_nowhere_is_said_to_be_nowhere(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
     with pytest.raises(UserError, match="convert it to safetensors"):
-        load_safetensors(tmp_path, {"a": torch.zeros(1)})
+        open_pretrained(str(tmp_path)).load({"a": torch.zeros(1)})
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="neither a checkpoint of ours"):
         resolve_folder(str(tmp_path / "empty"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="the hub gave nothing"):
         resolve_folder("nobody/nothing-of-that-name")
+
+
+def test_a_hub_name_brings_the_chat_template_and_gguf_only_repositories_say_what_to_do(tmp_path, monkeypatch):
+    asked = []
+
+    def download(name, allow_patterns):
+        asked.extend(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with pytest.raises(UserError, match="no config.json on the hub; if it has GGUF files, download one"):
+        resolve_folder("somebody/model-GGUF")
+    (tmp_path / "config.json").write_text("{}")
+    assert resolve_folder("somebody/model") == tmp_path
+    assert "*.jinja" in asked  # where transformers keeps chat templates today

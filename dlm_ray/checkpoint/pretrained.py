@@ -1,0 +1,22 @@
+"""The one place where a name becomes a pretrained model's files: a GGUF file, a Hugging Face folder, or a hub name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dlm_ray.checkpoint.gguf import GGUFModel
+from dlm_ray.checkpoint.huggingface import HuggingFaceFolder, resolve_folder
+from dlm_ray.checkpoint.model_files import ModelFiles
+from dlm_ray.models.gguf import is_gguf
+
+
+def open_pretrained(name_or_path: str) -> ModelFiles:
+    """The files of a model that is no checkpoint of ours (`weights.our_checkpoint` finds those).
+
+    Raises:
+        UserError: if there is none of that name, or it is of a kind that is not supported.
+        DamageError: if it is a GGUF file that is damaged.
+    """
+    if is_gguf(name_or_path):
+        return GGUFModel(Path(name_or_path))
+    return HuggingFaceFolder(resolve_folder(name_or_path))

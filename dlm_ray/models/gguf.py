@@ -1,0 +1,342 @@
+"""Reads GGUF files (llama.cpp's format): a Hugging Face configuration, and tensors by Hugging Face name. Needs the extra `gguf`."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dlm_ray.config.errors import DamageError, UserError
+
+MAGIC = b"GGUF"
+# The Hugging Face family of each `general.architecture`. llama.cpp has no architecture for Mistral: its files say llama,
+# and a Llama network computes the same (Mistral differs in its sliding window only, which neither GGUF nor an adapted
+# model has).
+FAMILIES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+
+_TOP = {"token_embd": "model.embed_tokens", "output": "lm_head", "output_norm": "model.norm"}
+_IN_LAYER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_ROPE_FACTORS = "rope_freqs.weight"
+# Keys below the architecture's name that the configuration accounts for. Any other may change the network: refused.
+_KNOWN = {
+    "context_length",
+    "embedding_length",
+    "block_count",
+    "feed_forward_length",
+    "vocab_size",
+    "attention.head_count",
+    "attention.head_count_kv",
+    "attention.key_length",
+    "attention.value_length",
+    "attention.layer_norm_rms_epsilon",
+    "rope.dimension_count",
+    "rope.freq_base",
+    "rope.scaling.type",
+    "rope.scaling.factor",
+    "rope.scaling.original_context_length",
+    "rope.scaling.finetuned",
+}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor as the file has it: quantised, in llama.cpp's order of rows."""
+
+    name: str
+    shape: tuple[int, ...]
+    quantisation: Any
+    data: np.ndarray
+    """A view of the mapped file: values, or a row of bytes for every row."""
+
+
+@dataclass(frozen=True)
+class GGUFFile:
+    """An opened file of a supported architecture: its metadata in memory, its tensors mapped."""
+
+    path: str
+    metadata: Mapping[str, Any]
+    tensors: Mapping[str, StoredTensor]
+    """By Hugging Face name."""
+    rope_factors: np.ndarray | None
+    """Divisors of the rotary frequencies, as files of Llama 3.1 and later carry them."""
+
+    @property
+    def architecture(self) -> str:
+        """`general.architecture`."""
+        return str(self.metadata["general.architecture"])
+
+    def config(self) -> dict[str, Any]:
+        """The content of a Hugging Face config.json.
+
+        Raises:
+            UserError: if the file says something of the network that the family's configuration cannot say.
+        """
+        self._refuse_unknown_keys()
+        heads, width = self._integer("attention.head_count"), self._integer("embedding_length")
+        head_dim = self._integer("attention.key_length", width // heads)
+        for key in ("attention.value_length", "rope.dimension_count"):
+            if self._integer(key, head_dim) != head_dim:
+                said = f"{self.architecture}.{key}={self._integer(key)}"
+                raise self._refused(f"{said} where heads have {head_dim} dimensions")
+        family = FAMILIES[self.architecture]
+        fields: dict[str, Any] = {
+            "model_type": family,
+            "architectures": [f"{family.capitalize()}ForCausalLM"],
+            "dtype": "float32",
+            "hidden_act": "silu",
+            "vocab_size": self.tensors["model.embed_tokens.weight"].shape[0],
+            "hidden_size": width,
+            "num_hidden_layers": self._integer("block_count"),
+            "intermediate_size": self._integer("feed_forward_length"),
+            "num_attention_heads": heads,
+            "num_key_value_heads": self._integer("attention.head_count_kv", heads),
+            "head_dim": head_dim,
+            "max_position_embeddings": self._integer("context_length"),
+            "rms_norm_eps": self._float("attention.layer_norm_rms_epsilon"),
+            "rope_parameters": self._rope(head_dim),
+            "tie_word_embeddings": "lm_head.weight" not in self.tensors,
+        }
+        if family != "qwen2":  # whose queries, keys and values always have a bias
+            fields["attention_bias"] = "model.layers.0.self_attn.q_proj.bias" in self.tensors
+        if family == "llama":
+            fields["mlp_bias"] = "model.layers.0.mlp.gate_proj.bias" in self.tensors
+        for name, key in (("bos_token_id", "bos"), ("eos_token_id", "eos"), ("pad_token_id", "padding")):
+            if (token_id := self.metadata.get(f"tokenizer.ggml.{key}_token_id")) is not None:
+                fields[name] = token_id
+        return fields
+
+    def read(self, name: str, region: tuple[slice, ...] | None = None) -> Tensor:
+        """Return a tensor by its Hugging Face name, or a region of it, as float32; only the region's rows are dequantised."""
+        import gguf
+
+        stored = self.tensors[name]
+        index: Any = region[0] if region else slice(None)
+        if self.architecture == "llama" and (found := re.search(r"\.([qk])_proj\.", name)):
+            key = "attention.head_count" if found[1] == "q" else "attention.head_count_kv"
+            index = _unpermuted_rows(stored.shape[0], self._integer(key, self._integer("attention.head_count")))[index]
+        is_vector = len(stored.shape) == 1  # its quantised blocks, if it has any, run along its only dimension
+        values = gguf.dequantize(stored.data if is_vector else stored.data[index], stored.quantisation)
+        values = values[index] if is_vector else values[(slice(None), *region[1:])] if region else values
+        return torch.from_numpy(np.require(values, np.float32, ["C_CONTIGUOUS", "WRITEABLE"]))
+
+    def quantisations(self) -> dict[str, int]:
+        """How many tensors the file has of each quantisation."""
+        return dict(Counter(stored.quantisation.name for stored in self.tensors.values()))
+
+    def _rope(self, head_dim: int) -> dict[str, Any]:
+        theta = self._float("rope.freq_base", 10000.0)
+        kind = self.metadata.get(f"{self.architecture}.rope.scaling.type", "none")
+        if self.rope_factors is not None:
+            if kind != "none":
+                raise self._refused(f"both {_ROPE_FACTORS} and {self.architecture}.rope.scaling.type={kind!r}")
+            return {"rope_theta": theta, **self._llama3_scaling(theta, head_dim)}
+        if kind == "none":
+            return {"rope_type": "default", "rope_theta": theta}
+        scaling = {"rope_type": kind, "rope_theta": theta, "factor": self._float("rope.scaling.factor")}
+        if kind == "linear":
+            return scaling
+        if kind == "yarn":
+            return {
+                **scaling,
+                "original_max_position_embeddings": self._integer("rope.scaling.original_context_length"),
+            }
+        raise self._refused(f"{self.architecture}.rope.scaling.type={kind!r}; supported are none, linear and yarn")
+
+    def _llama3_scaling(self, theta: float, head_dim: int) -> dict[str, Any]:
+        """Llama 3.1's settings, of which the file has only the result: accepted if they give that very result."""
+        assert self.rope_factors is not None, "the caller has looked"
+        scaling = {
+            "rope_type": "llama3",
+            "factor": float(self.rope_factors.max()),
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        }
+        expected = _llama3_factors(scaling, theta, head_dim)
+        if self.rope_factors.shape != expected.shape or not np.allclose(self.rope_factors, expected, rtol=1e-4):
+            raise self._refused(f"{_ROPE_FACTORS}, which is not what Llama 3.1's rotary scaling gives")
+        return scaling
+
+    def _refuse_unknown_keys(self) -> None:
+        prefix = f"{self.architecture}."
+        for key, value in self.metadata.items():
+            if key.startswith(prefix) and key.removeprefix(prefix) not in _KNOWN and value not in (0, "", []):
+                raise self._refused(f"{key}={value!r}")
+
+    def _value(self, key: str, default: Any) -> Any:
+        value = self.metadata.get(f"{self.architecture}.{key}", default)
+        if value is None:
+            raise DamageError(
+                f"{self.path} has no {self.architecture}.{key} in its metadata; fetch or convert the file again"
+            )
+        return value
+
+    def _integer(self, key: str, default: int | None = None) -> int:
+        value = self._value(key, default)
+        if isinstance(value, list):
+            raise self._refused(f"layers that differ ({self.architecture}.{key}={value[:3]}...)")
+        return int(value)
+
+    def _float(self, key: str, default: float | None = None) -> float:
+        """The shortest decimal of the stored float32: 1e-05 and not 9.999999747378752e-06."""
+        return float(str(np.float32(self._value(key, default))))
+
+    def _refused(self, what: str) -> UserError:
+        return UserError(
+            f"{self.path} has {what}: dlm_ray has no Hugging Face configuration for it; choose another file"
+        )
+
+
+def is_gguf(path: str) -> bool:
+    """Whether `path` means a GGUF file: by its ending, or by its first bytes."""
+    if path.lower().endswith(".gguf"):
+        return not Path(path).is_dir()
+    try:
+        with open(path, "rb") as stream:
+            return stream.read(len(MAGIC)) == MAGIC
+    except OSError:  # a folder, a name on the hub, an address
+        return False
+
+
+def open_gguf(path: str) -> GGUFFile:
+    """Opens a GGUF file and checks that all of it can be read: architecture, names, quantisations, length.
+
+    Raises:
+        UserError: if there is no such file, the package gguf is missing, or the file is of a kind that is not supported.
+        DamageError: if it is damaged or cut short.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"{path} is no file here; a GGUF file has to lie on a local disk: give its path")
+    status = Path(path).stat()
+    return _opened(str(path), status.st_mtime_ns, status.st_size)
+
+
+# Reading the metadata of a large vocabulary takes seconds, and configuration, tokenizer and weights all need them.
+@lru_cache(maxsize=2)
+def _opened(path: str, modified: int, size: int) -> GGUFFile:
+    try:
+        import gguf
+    except ImportError as error:
+        raise UserError(
+            f"{path} is a GGUF file, which needs the package gguf, which is not installed; `pip install 'dlm-ray[gguf]'`"
+        ) from error
+    with open(path, "rb") as stream:
+        begins = stream.read(len(MAGIC))
+    if begins != MAGIC:
+        raise UserError(
+            f"{path} is no GGUF file: it begins with {begins!r} instead of {MAGIC!r}; is it the right file?"
+        )
+    try:
+        reader = gguf.GGUFReader(path)
+        metadata = {name: field.contents() for name, field in reader.fields.items()}
+    except (ValueError, IndexError, KeyError, OverflowError) as error:
+        if gguf.GGMLQuantizationType.__name__ in str(error):
+            raise UserError(
+                f"{path} has a quantisation that this version of the package gguf does not know ({error}); supported "
+                "are those that it dequantises, such as F16, BF16, Q8_0, Q4_K and Q6_K: choose such a file, or a newer gguf"
+            ) from error
+        raise DamageError(
+            f"{path} is damaged, cut short, or of an unknown version of GGUF ({error}); fetch the file again"
+        ) from error
+    if reader.byte_order == "S":
+        raise UserError(f"{path} is in the byte order of another kind of machine; convert it to this one's")
+    _check_kind(path, metadata)
+    _check_quantisations(path, reader.tensors)
+    tensors, rope_factors = {}, None
+    for tensor in reader.tensors:
+        if tensor.name == _ROPE_FACTORS:
+            rope_factors = np.array(gguf.dequantize(tensor.data, tensor.tensor_type))
+            continue
+        stored = StoredTensor(
+            tensor.name,
+            tuple(int(length) for length in reversed(tensor.shape)),
+            tensor.tensor_type,
+            np.asarray(tensor.data),
+        )
+        tensors[_huggingface_name(path, tensor.name)] = stored
+    if "model.embed_tokens.weight" not in tensors:
+        raise DamageError(f"{path} has no tensor token_embd.weight; fetch or convert the file again")
+    return GGUFFile(path, metadata, tensors, rope_factors)
+
+
+def _check_kind(path: str, metadata: Mapping[str, Any]) -> None:
+    """Refuses what is no whole language model of a supported architecture."""
+    architecture = metadata.get("general.architecture")
+    if architecture not in FAMILIES:
+        raise UserError(
+            f"{path} is of architecture {architecture!r}, which is not supported; supported are {', '.join(FAMILIES)} "
+            "(files of Mistral say llama); choose another file"
+        )
+    if (kind := metadata.get("general.type", "model")) != "model":
+        raise UserError(f"{path} holds no whole model but general.type={kind!r}; choose a file with a whole model")
+    if (count := metadata.get("split.count", 1)) > 1:
+        raise UserError(
+            f"{path} is one of {count} parts of a model; join them first with llama.cpp's `llama-gguf-split --merge`"
+        )
+
+
+def _check_quantisations(path: str, tensors: list[Any]) -> None:
+    """Refuses, before anything is read, quantisations that the package has no dequantisation for."""
+    import gguf
+
+    for quantisation in {tensor.tensor_type: None for tensor in tensors}:
+        _, num_bytes = gguf.GGML_QUANT_SIZES[quantisation]
+        try:
+            gguf.dequantize(np.zeros((1, num_bytes), np.uint8), quantisation)
+        except NotImplementedError as error:
+            name = next(tensor.name for tensor in tensors if tensor.tensor_type == quantisation)
+            raise UserError(
+                f"{path} has the quantisation {quantisation.name} (tensor {name}), which is not supported: the package "
+                "gguf does not dequantise it; choose a file of another, such as F16, BF16, Q8_0, Q4_K or Q6_K"
+            ) from error
+
+
+def _huggingface_name(path: str, name: str) -> str:
+    """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`."""
+    stem, _, kind = name.rpartition(".")
+    if stem in _TOP:
+        return f"{_TOP[stem]}.{kind}"
+    found = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
+    if found is None or found[2] not in _IN_LAYER:
+        families = ", ".join(FAMILIES.values())
+        raise UserError(f"{path} has the tensor {name}, which no network of {families} has; choose another file")
+    return f"model.layers.{found[1]}.{_IN_LAYER[found[2]]}.{kind}"
+
+
+def _unpermuted_rows(num_rows: int, heads: int) -> np.ndarray:
+    """Where llama.cpp put each row of a query or key projection.
+
+    Hugging Face rotates dimension i of a head with i + D/2, llama.cpp's llama 2i with 2i + 1: its converter interleaves the halves.
+    """
+    return np.arange(num_rows).reshape(heads, num_rows // heads // 2, 2).swapaxes(1, 2).reshape(-1)
+
+
+def _llama3_factors(scaling: Mapping[str, Any], theta: float, head_dim: int) -> np.ndarray:
+    """The divisors of the rotary frequencies, as llama.cpp's converter writes them."""
+    frequencies = theta ** -(np.arange(0, head_dim, 2) / head_dim)
+    # Of each dimension, within the original context.
+    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    share = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return (1 / ((1 - share) / scaling["factor"] + share)).astype(np.float32)

@@ -1,0 +1,171 @@
+"""Rebuilds the tokenizer of a GGUF file as a fast one of Hugging Face, with the ids of the one that it was made from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from dlm_ray.config.errors import DamageError, UserError
+from dlm_ray.models.gguf import GGUFFile, open_gguf
+
+# Values of tokenizer.ggml.token_type.
+_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What `tokenizer.ggml.pre` stands for: how text is cut before the merges, and what else these tokenizers share."""
+
+    split: str | None = None
+    """A pattern whose matches are the pieces; GPT-2's own without it."""
+    single_digits: bool = False
+    normalize: bool = False
+    """To Unicode's NFC, as the original does and llama.cpp does not."""
+    ignore_merges: bool = False
+    """A piece that is a token needs no merges."""
+    add_bos: bool = False
+    """Where the file does not say it."""
+
+
+_LLAMA3 = _Kind(
+    split=(
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ),
+    ignore_merges=True,
+    add_bos=True,
+)
+_KINDS = {
+    "gpt-2": _Kind(),
+    "smollm": _Kind(single_digits=True),
+    "llama-bpe": _LLAMA3,
+    "llama3": _LLAMA3,
+    "llama-v3": _LLAMA3,
+    "qwen2": _Kind(
+        split=r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+        normalize=True,
+    ),
+    "tekken": _Kind(
+        split=(
+            r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+            r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+            r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+        ),
+        ignore_merges=True,
+        add_bos=True,
+    ),
+}
+
+
+def gguf_tokenizer(path: str) -> PreTrainedTokenizerFast:
+    """The tokenizer of the GGUF file at `path`, with its special and added tokens and its chat template.
+
+    Raises:
+        UserError: if it is none of the byte-level BPEs that are supported.
+        DamageError: if its vocabulary and its merges do not go together.
+    """
+    file = open_gguf(path)
+    metadata = file.metadata
+    kind = _kind(file)
+    tokens: list[str] = metadata.get("tokenizer.ggml.tokens", [])
+    types: list[int] = metadata.get("tokenizer.ggml.token_type") or [_NORMAL] * len(tokens)
+    if not tokens or len(types) != len(tokens):
+        raise DamageError(
+            f"{path} has {len(tokens)} tokens and {len(types)} kinds of tokens; fetch or convert the file again"
+        )
+    # Converters fill embedding rows that no token has with such names; the original tokenizer has nothing there.
+    vocabulary = {
+        token: number
+        for number, (token, type_) in enumerate(zip(tokens, types, strict=True))
+        if (type_, token) != (_UNUSED, f"[PAD{number}]")
+    }
+    merges = [tuple(merge.split(" ", 1)) for merge in metadata.get("tokenizer.ggml.merges", [])]
+    broken = next((merge for merge in merges if not {*merge, "".join(merge)} <= vocabulary.keys()), None)
+    if broken is not None:
+        raise DamageError(
+            f"{path} has the merge {' '.join(broken)!r} of tokens that its vocabulary lacks; fetch or convert it again"
+        )
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=kind.ignore_merges))  # type: ignore[arg-type]
+    if kind.normalize:
+        tokenizer.normalizer = normalizers.NFC()  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = _pre_tokenizer(kind)
+    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    for type_, is_special in ((_CONTROL, True), (_USER_DEFINED, False)):
+        # Also those that could be spelled with the merges: added tokens are cut out of the text before anything else.
+        added = [
+            AddedToken(token, special=is_special, normalized=False)
+            for token, of in zip(tokens, types, strict=True)
+            if of == type_
+        ]
+        (tokenizer.add_special_tokens if is_special else tokenizer.add_tokens)(added)
+    _add_template(tokenizer, file, kind)
+    return _as_fast(tokenizer, file)
+
+
+def _kind(file: GGUFFile) -> _Kind:
+    model = file.metadata.get("tokenizer.ggml.model")
+    if model != "gpt2":
+        raise UserError(
+            f"{file.path} has a tokenizer of kind {model!r} (tokenizer.ggml.model), which is not supported; supported "
+            "is gpt2, which is byte-level BPE: choose another file, or the model's Hugging Face folder"
+        )
+    name = file.metadata.get("tokenizer.ggml.pre", "missing")
+    if name not in _KINDS:
+        raise UserError(
+            f"{file.path} cuts text in a way that is not supported (tokenizer.ggml.pre={name}); supported are "
+            f"{', '.join(_KINDS)}: choose another file, or the model's Hugging Face folder"
+        )
+    return _KINDS[name]
+
+
+def _pre_tokenizer(kind: _Kind) -> Any:
+    steps: list[Any] = []
+    if kind.single_digits:
+        steps.append(pre_tokenizers.Digits(individual_digits=True))
+    if kind.split is not None:
+        steps.append(pre_tokenizers.Split(Regex(kind.split), behavior="isolated"))
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind.split is None))
+    return steps[0] if len(steps) == 1 else pre_tokenizers.Sequence(steps)
+
+
+def _add_template(tokenizer: Tokenizer, file: GGUFFile, kind: _Kind) -> None:
+    """Has the tokenizer put the tokens around a text that the file says."""
+    around = {}
+    for name, default in (("bos", kind.add_bos), ("eos", False)):
+        if file.metadata.get(f"tokenizer.ggml.add_{name}_token", default) and _special(file, name) is not None:
+            around[name] = _special(file, name)
+    if around:
+        parts = [around.get("bos"), "$A", around.get("eos")]
+        second = [part and f"{part}:1" for part in (around.get("bos"), "$B", around.get("eos"))]
+        ids = {token: file.metadata[f"tokenizer.ggml.{name}_token_id"] for name, token in around.items()}
+        tokenizer.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
+            single=[part for part in parts if part],
+            pair=[part for part in [*parts, *second] if part],
+            special_tokens=list(ids.items()),  # type: ignore[arg-type]
+        )
+
+
+def _as_fast(tokenizer: Tokenizer, file: GGUFFile) -> PreTrainedTokenizerFast:
+    names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+    special = {role: _special(file, name) for role, name in names.items()}
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        name_or_path=file.path,
+        clean_up_tokenization_spaces=False,
+        model_max_length=file.config()["max_position_embeddings"],
+        **{role: token for role, token in special.items() if token is not None},
+    )
+    fast.chat_template = file.metadata.get("tokenizer.chat_template")
+    return fast
+
+
+def _special(file: GGUFFile, name: str) -> str | None:
+    """The token of a role, such as `bos`."""
+    number, tokens = file.metadata.get(f"tokenizer.ggml.{name}_token_id"), file.metadata["tokenizer.ggml.tokens"]
+    if number is not None and number >= len(tokens):
+        raise DamageError(
+            f"{file.path} says tokenizer.ggml.{name}_token_id={number} and has {len(tokens)} tokens; fetch or convert it again"
+        )
+    return None if number is None else tokens[number]
