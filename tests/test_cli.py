@@ -27,7 +27,19 @@ def test_help_comes_in_under_a_second_and_imports_nothing_heavy():
         if seconds[-1] < 1:
             break
     assert min(seconds) < 1
-    for verb in ("quickstart", "train", "sample", "eval", "export", "data", "checkpoint", "schema", "doctor", "serve"):
+    for verb in (
+        "quickstart",
+        "train",
+        "sample",
+        "eval",
+        "export",
+        "convert",
+        "data",
+        "checkpoint",
+        "schema",
+        "doctor",
+        "serve",
+    ):
         assert verb in done.stdout
 
 
@@ -43,6 +55,8 @@ def test_help_comes_in_under_a_second_and_imports_nothing_heavy():
         (["data", "build", "/nowhere", "--out", "/tmp/never", "--train-tokenizer", "300"], 2, "no file, no folder"),
         (["data", "build", "/nowhere", "--out", "/tmp/never"], 2, "one of --tokenizer"),
         (["export", "/nowhere", "/tmp/never"], 2, "is no checkpoint of ours"),
+        (["convert", "/nowhere.gguf", "/tmp/never"], 2, "is no file here"),
+        (["convert", "/nowhere", "/tmp/never.gguf"], 2, "GGUF is only read"),
         (["checkpoint", "verify", "/nowhere"], 1, "is not a checkpoint"),
         (["schema", "serve"], 2, "allowed is recipe, sweep, server"),
     ],

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import tensorstore as ts
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -41,21 +44,20 @@ gives its logits; `generate` does not sample from it, `dlm-ray sample` does."""
 _SHIFT = ", in which position i is predicted by the logits of position i-1 (as in the autoregressive model that it was made from)"
 
 
-def export(checkpoint_dir: str, out: str, *, weights: str | None = None) -> Path:
+def export(checkpoint_dir: str, out: str, *, weights: str | None = None, dtype: torch.dtype | None = None) -> Path:
     """Writes config.json, model*.safetensors, the tokenizer and a model card to `out`, all of it or nothing.
 
     Args:
         checkpoint_dir: a step directory, or a run directory (its last step).
         out: a folder that is not there yet, or is empty.
         weights: `ema`, `raw`, or None: the average if the run kept one.
+        dtype: of the weights; None for the checkpoint's.
 
     Raises:
         UserError: if `out` holds something, `checkpoint_dir` is no checkpoint, or the network is not all of the model.
         DamageError: if a tensor of the checkpoint is damaged.
     """
-    target = Path(out)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{out} exists and is not empty; choose another folder, or remove it")
+    check_is_new(out)
     checkpoint = our_checkpoint(checkpoint_dir)
     if checkpoint is None:
         raise UserError(f"{checkpoint_dir} is no checkpoint of ours: neither it nor a step in it has a manifest.json")
@@ -66,45 +68,75 @@ def export(checkpoint_dir: str, out: str, *, weights: str | None = None) -> Path
             "use `dlm-ray sample` on the checkpoint itself"
         )
     prefix = weight_prefix(manifest.arrays, weights, checkpoint)
+    stored = {
+        name.removeprefix(f"{prefix}."): entry
+        for name, entry in manifest.arrays.items()
+        if name.startswith(f"{prefix}.")
+    }
+    # What is learned beside the network stays here.
+    stored = {name: entry for name, entry in stored.items() if not name.startswith("objective.")}
+    with new_folder(out) as folder:
+        architecture = _architecture(manifest.model["config"]["model_type"])
+        kept = next(entry.dtype for entry in stored.values())
+        config = {
+            **manifest.model["config"],
+            "architectures": [architecture],
+            "dtype": str(dtype).removeprefix("torch.") if dtype else kept,
+        }
+        write_config(config, folder)
+        types = {
+            name: (tuple(entry.shape), dtype or arrays.TORCH_DTYPES[entry.dtype]) for name, entry in stored.items()
+        }
+        write_weights(types, lambda name: commit.read_tensor(checkpoint, f"{prefix}.{name}"), folder)
+        _copy_tokenizer(checkpoint, folder)
+        (folder / "README.md").write_text(_card(manifest, prefix))
+    return Path(out)
+
+
+def check_is_new(out: str) -> None:
+    """Raises UserError unless `out` is a local folder that is not there yet, or is empty."""
+    if "://" in out:
+        raise UserError(f"{out} is not on a local disk; choose a local folder and copy it from there")
+    if Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
+        raise UserError(f"{out} exists and is not empty; choose another folder, or remove it")
+
+
+@contextmanager
+def new_folder(out: str) -> Iterator[Path]:
+    """A folder that becomes `out` when the block ends without an exception, and is removed otherwise."""
+    target = Path(out)
     partial = target.with_name(f"{target.name}.tmp-{os.getpid()}")
     partial.mkdir(parents=True)
     try:
-        architecture = _architecture(manifest.model["config"]["model_type"])
-        dtype = next(entry.dtype for name, entry in manifest.arrays.items() if name.startswith(f"{prefix}."))
-        config = {**manifest.model["config"], "architectures": [architecture], "dtype": dtype}
-        (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        _write_weights(checkpoint, manifest, prefix, partial)
-        _copy_tokenizer(checkpoint, partial)
-        (partial / "README.md").write_text(_card(manifest, prefix))
+        yield partial
         if target.exists():
             target.rmdir()
         partial.rename(target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    return target
 
 
-def _copy_tokenizer(checkpoint: str, folder: Path) -> None:
-    """The files of `tokenizer/` beside the step, wherever the run lies."""
-    run_dir = checkpoint.rstrip("/").rpartition("/")[0] or "."
-    store = ts.KvStore.open(arrays.below(arrays.key_value_store(run_dir), "tokenizer")).result()
-    for key in store.list().result():
-        (folder / key.decode()).write_bytes(store.read(key).result().value)
+def write_config(config: Mapping[str, Any], folder: Path) -> None:
+    """Writes config.json."""
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def _write_weights(checkpoint: str, manifest: Manifest, prefix: str, folder: Path) -> None:
-    """model.safetensors, or several files of FILE_BYTES with their index."""
-    names = [name.removeprefix(f"{prefix}.") for name in manifest.arrays if name.startswith(f"{prefix}.")]
-    names = [
-        name for name in names if not name.startswith("objective.")
-    ]  # what is learned beside the network stays here
+def write_weights(
+    types: Mapping[str, tuple[tuple[int, ...], torch.dtype]], read: Callable[[str], Tensor], folder: Path
+) -> None:
+    """Writes model.safetensors, or several files of FILE_BYTES with their index; one file is in memory at a time.
+
+    Args:
+        types: shape and type of every tensor, to which what `read` gives is converted.
+        read: gives a tensor by its name.
+        folder: of the files.
+    """
     files: list[list[str]] = [[]]
     filled = 0
-    for name in names:
-        entry = manifest.arrays[f"{prefix}.{name}"]
-        size = arrays.TORCH_DTYPES[entry.dtype].itemsize
-        for length in entry.shape:
+    for name, (shape, dtype) in types.items():
+        size = dtype.itemsize
+        for length in shape:
             size *= length
         if files[-1] and filled + size > FILE_BYTES:
             files.append([])
@@ -114,13 +146,24 @@ def _write_weights(checkpoint: str, manifest: Manifest, prefix: str, folder: Pat
     weight_map: dict[str, str] = {}
     for number, group in enumerate(files, start=1):
         file = "model.safetensors" if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        tensors: dict[str, Tensor] = {name: commit.read_tensor(checkpoint, f"{prefix}.{name}") for name in group}
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        save_file(
+            {name: read(name).to(types[name][1]).contiguous() for name in group},
+            folder / file,
+            metadata={"format": "pt"},
+        )
         weight_map |= dict.fromkeys(group, file)
     if len(files) > 1:
         (folder / "model.safetensors.index.json").write_text(
             json.dumps({"metadata": {}, "weight_map": weight_map}, indent=2)
         )
+
+
+def _copy_tokenizer(checkpoint: str, folder: Path) -> None:
+    """The files of `tokenizer/` beside the step, wherever the run lies."""
+    run_dir = checkpoint.rstrip("/").rpartition("/")[0] or "."
+    store = ts.KvStore.open(arrays.below(arrays.key_value_store(run_dir), "tokenizer")).result()
+    for key in store.list().result():
+        (folder / key.decode()).write_bytes(store.read(key).result().value)
 
 
 def _architecture(family: str) -> str:

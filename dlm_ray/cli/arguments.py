@@ -8,7 +8,10 @@ import typer
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Checkpoint = Annotated[
-    str, typer.Argument(help="A step directory, a run directory (its last step), a Hugging Face folder or a hub name.")
+    str,
+    typer.Argument(
+        help="A step directory, a run directory (its last step), a Hugging Face folder, a hub name or a GGUF file."
+    ),
 ]
 Weights = Annotated[str | None, typer.Option(help="`ema` or `raw`; by default `ema` if the run kept an average.")]
 Overrides = Annotated[

@@ -1,4 +1,4 @@
-"""`dlm-ray checkpoint` and `dlm-ray export`: list, verify and prune checkpoints; write one as a Hugging Face folder."""
+"""`dlm-ray checkpoint`, `export` and `convert`: manage a run's checkpoints; write a model as a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -26,6 +26,30 @@ def export(
 
     written = run(checkpoint, str(folder), weights=weights)
     show_result({"folder": str(written)}, as_json, lambda: print_message(f"exported to {written}"))
+
+
+def convert(
+    source: Annotated[
+        str,
+        typer.Argument(help="A GGUF file, a Hugging Face folder or hub name, or a checkpoint of ours.", metavar="A"),
+    ],
+    folder: Annotated[str, typer.Argument(help="A folder that does not exist yet.", metavar="B")],
+    weights: Weights = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; by default the dtype of A, float32 from GGUF.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Convert any model that dlm-ray reads into a Hugging Face folder that stock transformers opens.
+
+    From a GGUF file (its quantised weights are dequantised; tokenizer and chat template come along), from a checkpoint of ours (as
+    `export` does), or from a Hugging Face folder or hub name (a copy, for --dtype). GGUF is only read; checkpoints of ours are written by
+    `train` alone, which starts from any of these with model.base=A.
+    """
+    from dlm_ray.checkpoint.convert import convert as run
+
+    written = run(source, folder, weights=weights, dtype=dtype)
+    show_result({"folder": str(written)}, as_json, lambda: print_message(f"converted to {written}"))
 
 
 @checkpoint_app.command("list")

@@ -20,7 +20,7 @@ def data_build(
     ],
     out: Annotated[str, typer.Option(help="A local folder, s3:// or gs://.")],
     sequence_length: Annotated[int, typer.Option(help="Tokens of a row: the context length L.")] = 1024,
-    tokenizer: Annotated[str | None, typer.Option(help="A Hugging Face folder or hub name.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="A Hugging Face folder, a hub name or a GGUF file.")] = None,
     train_tokenizer: Annotated[
         int | None, typer.Option(help="Or: train a byte-level BPE of so many tokens on the sources.", metavar="VOCAB")
     ] = None,

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from dlm_ray.cli.checkpoint import checkpoint_app, export
+from dlm_ray.cli.checkpoint import checkpoint_app, convert, export
 from dlm_ray.cli.console import console
 from dlm_ray.cli.data import data_app
 from dlm_ray.cli.generate import evaluate, sample
@@ -39,6 +39,7 @@ app.add_typer(sweep_app, name="sweep")
 app.command()(sample)
 app.command("eval")(evaluate)
 app.command()(export)
+app.command()(convert)
 app.add_typer(checkpoint_app, name="checkpoint")
 app.command()(serve)
 app.command()(schema)
