@@ -287,7 +287,7 @@ def explain(error: ValueError | TimeoutError, what: str) -> UserError:
     return DamageError(f"{what}: damaged or incomplete ({_cause(error)})")
 
 
-def refusal(error: ValueError | TimeoutError, what: str) -> UserError:
+def refusal(error: ValueError | OSError, what: str) -> UserError:
     """The error of ours for a storage that does not take what is written to it, or does not answer at all."""
     if _is_full(error):
         return DamageError(

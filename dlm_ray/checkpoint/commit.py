@@ -11,8 +11,10 @@ import asyncio
 import hashlib
 import json
 import math
+import os
 import shutil
 from collections.abc import Coroutine, Mapping
+from pathlib import Path
 from typing import Any
 
 import tensorstore as ts
@@ -69,13 +71,13 @@ def save(
     """Commits `tensors` under their names to `directory`. Collective, if torch.distributed is initialised.
 
     Args:
-        directory: of this step; what an attempt without a manifest left in it is removed first.
+        directory: of this step; what an attempt without a manifest left in it is removed first, and anything else is refused.
         tensors: DTensors, or tensors that every rank holds alike (rank 0 writes those); on any device.
         manifest_fields: step, recipe, tokenizer, model, capabilities, cursor, extra.
         group: a gloo group for the ranks' messages; the default group if None.
 
     Raises:
-        UserError: if the directory holds a checkpoint already, or the storage does not answer.
+        UserError: if the directory holds a checkpoint already, or something that is none, or the storage does not answer.
         DamageError: if the disk is full; on all ranks, with nothing committed.
     """
     return save_blocks(
@@ -162,17 +164,38 @@ def load(directory: str, tensors: Mapping[str, Tensor]) -> Manifest:
 def copy(source: str, target: str, recipe: Mapping[str, Any]) -> None:
     """Commits at `target` what `source` holds, optimizer and cursor included, as a checkpoint of another recipe's run. On a local disk.
 
-    A member of a population goes on so from a better one's state; the manifest notes whose under extra.copied_from.
+    A member of a population goes on so from a better one's state; the manifest notes whose under extra.copied_from. The copy is made in
+    `<target>.partial` and renamed once its manifest is written, so that `target` is whole or not there.
 
     Raises:
-        DamageError: if a file of `source` is damaged.
+        UserError: if `target` exists (an empty directory may), or something that is not ours lies where the copy is made.
+        DamageError: if a file of `source` is damaged, or the disk is full.
     """
+    assert "://" not in source + target, "a checkpoint is copied on a local disk"
     manifest = _manifest_of_whole_files(source)
-    shutil.rmtree(target, ignore_errors=True)  # of an attempt that was cut short: no manifest was written
-    shutil.copytree(source, target, ignore=shutil.ignore_patterns(MANIFEST))
-    fields = manifest.model_dump(mode="json", exclude={"sha256"})
-    extra = {**fields["extra"], "copied_from": source}
-    _commit(target, arrays.key_value_store(target), {**fields, "recipe": dict(recipe), "extra": extra})
+    path, partial = Path(target), Path(f"{target.rstrip('/')}.partial")
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        what = "holds a checkpoint already" if (path / MANIFEST).is_file() else "exists, and is no checkpoint"
+        raise UserError(f"{target} {what}; it is not overwritten: move it away, or copy to another directory")
+    files.check_own(str(partial))
+    try:
+        shutil.rmtree(partial, ignore_errors=True)  # of an attempt that was cut short
+        shutil.copytree(source, partial, ignore=shutil.ignore_patterns(MANIFEST), copy_function=_copy_to_disk)
+        fields = manifest.model_dump(mode="json", exclude={"sha256"})
+        extra = {**fields["extra"], "copied_from": source}
+        _commit(str(partial), arrays.key_value_store(str(partial)), {**fields, "recipe": dict(recipe), "extra": extra})
+        partial.rename(path)
+    except OSError as error:
+        raise arrays.refusal(error, target) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _copy_to_disk(source: str, target: str) -> None:
+    """Copies a file, and waits until the disk has it: what the manifest is written behind must be there if the manifest is."""
+    shutil.copyfile(source, target)
+    with open(target, "rb") as copied:
+        os.fsync(copied.fileno())
 
 
 def read_tensor(directory: str, name: str) -> Tensor:
@@ -286,6 +309,7 @@ def _prepare(directory: str, base: dict[str, Any], blocks: Mapping[str, Block]) 
     """Refuses a directory with a checkpoint, removes what a failed attempt left, and finds out whether the storage answers and has room."""
     if _read(base, MANIFEST, directory) is not None:
         raise UserError(f"{directory} holds a checkpoint already; it is not overwritten")
+    files.check_own(directory)
     try:
         store = ts.KvStore.open(base).result()
         store.write("probe", b"").result(timeout=arrays.ANSWER_SECONDS)

@@ -17,9 +17,11 @@ import tensorstore as ts
 from pydantic import BaseModel, ConfigDict
 
 from dlm_ray.checkpoint import arrays
-from dlm_ray.config.errors import DamageError
+from dlm_ray.config.errors import DamageError, UserError
 
 _OWN_MANIFEST = "manifest.ocdbt"
+# The names that a save gives to what it writes into its directory, each perhaps with the lock of a write that was cut short.
+_SAVED_NAME = re.compile(r"(manifest\.json|manifest\.ocdbt|probe|d|ocdbt\.process_\d+)(\.__lock)?")
 
 
 class Range(NamedTuple):
@@ -65,6 +67,38 @@ def digest_files(directory: str) -> dict[str, FileDigest]:
             gaps.append((end, size - end))
         sealed[name] = FileDigest(num_bytes=size, gaps=tuple(gaps), crc32=_checksum(path, gaps))
     return sealed
+
+
+def foreign(directory: str) -> list[str]:
+    """Return the names in a directory that no save writes, sorted: whoever put them there, they are not ours to delete."""
+    path = Path(directory)
+    if "://" in directory:
+        try:
+            keys = (
+                ts.KvStore.open(arrays.key_value_store(directory)).result().list().result(timeout=arrays.ANSWER_SECONDS)
+            )
+        except (ValueError, TimeoutError) as error:
+            raise arrays.refusal(error, directory) from error
+        names = {key.decode().partition("/")[0] for key in keys}
+    elif path.is_dir():
+        names = {entry.name for entry in path.iterdir()}
+    else:
+        return [path.name] if path.exists() else []
+    return sorted(name for name in names if not _SAVED_NAME.fullmatch(name))
+
+
+def check_own(directory: str) -> None:
+    """Check that a directory without a manifest holds nothing but what a save that was cut short left there.
+
+    Raises:
+        UserError: if it holds anything else.
+    """
+    if names := foreign(directory):
+        more = " and more" if len(names) > 3 else ""
+        raise UserError(
+            f"{directory} holds {', '.join(names[:3])}{more}, which no checkpoint has; nothing there is deleted or overwritten: "
+            "move it away, or give the run another directory"
+        )
 
 
 def broken(directory: str, seals: Mapping[str, FileDigest]) -> list[str]:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import re
 import shutil
 from pathlib import Path
 
 import tensorstore as ts
 
-from dlm_ray.checkpoint import arrays
+from dlm_ray.checkpoint import arrays, files
 from dlm_ray.checkpoint.commit import MANIFEST, read_manifest
 from dlm_ray.config.errors import DamageError
 
-_STEP = re.compile(r"step_(\d{8})")
+log = logging.getLogger(__name__)
+
+_STEP = re.compile(r"step_(\d{8}|[1-9]\d{8,})")  # as `step_directory` writes it
 
 
 def step_directory(run_dir: str, step: int) -> str:
@@ -49,7 +53,8 @@ def latest(run_dir: str) -> str | None:
 def prune(run_dir: str, keep_last: int, *, keep_best: int = 0, keep_every_steps: int = 0) -> list[int]:
     """Removes every step before the last `keep_last` committed ones, also what half a save or half a removal left of it.
 
-    Each manifest goes first, so that half a removal leaves nothing that is believed.
+    Each manifest goes first, so that half a removal leaves nothing that is believed. A directory that has no manifest, and
+    something in it that no save writes, stays.
 
     Args:
         run_dir: holds the steps.
@@ -65,9 +70,14 @@ def prune(run_dir: str, keep_last: int, *, keep_best: int = 0, keep_every_steps:
     last = committed[-keep_last:]
     kept = set(last) | set(_best(run_dir, committed, keep_best))
     kept |= {step for step in committed if keep_every_steps and step % keep_every_steps == 0}
-    removed = [step for step in _steps(run_dir) if last and step < last[0] and step not in kept]
-    for step in removed:
-        remove(step_directory(run_dir, step))
+    removed = []
+    for step in [step for step in _steps(run_dir) if last and step < last[0] and step not in kept]:
+        directory = step_directory(run_dir, step)
+        if step not in committed and (names := files.foreign(directory)):
+            log.warning("%s is not pruned: it is no checkpoint, and holds %s", directory, ", ".join(names[:3]))
+            continue
+        remove(directory)
+        removed.append(step)
     return removed
 
 
@@ -83,7 +93,9 @@ def _best(run_dir: str, steps: list[int], count: int) -> list[int]:
             continue  # what it was validated at is another state
         validation = metrics["validation"]
         nats = validation.get("nats_per_token", validation.get("block_nll"))
-        if nats is not None:
+        if nats is not None and math.isfinite(
+            nats
+        ):  # what is no number is better than nothing, and has no place in an order
             found.append((nats, step))
     return [step for _, step in sorted(found)[:count]]
 
@@ -103,7 +115,13 @@ def _steps(run_dir: str) -> dict[int, bool]:
 
 
 def remove(directory: str) -> None:
-    """Removes a step, its manifest first."""
+    """Removes a step, its manifest first.
+
+    Raises:
+        UserError: if it has no manifest, and holds something that no save writes.
+    """
+    if not is_committed(directory):
+        files.check_own(directory)
     store = ts.KvStore.open(arrays.key_value_store(directory)).result()
     store.write(MANIFEST, None).result()
     if "://" in directory:

@@ -171,6 +171,82 @@ def test_what_a_failed_attempt_left_is_removed_and_a_checkpoint_is_not_overwritt
     assert torch.equal(commit.read_tensor(saved, "model.a"), other["model.a"])
 
 
+def files_of(folder):
+    """Relative path and content of every file."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def test_a_copy_is_a_checkpoint_of_the_other_run(saved, tmp_path):
+    target = str(tmp_path / "other/step_00000003")
+    commit.copy(saved, target, {"name": "other"})
+    manifest = commit.read_manifest(target)
+    assert manifest.recipe == {"name": "other"} and manifest.extra == {"copied_from": saved}
+    assert (manifest.step, manifest.cursor) == (3, {"rows": 7}) and commit.verify(target) == []
+    assert all(torch.equal(commit.read_tensor(target, name), tensor) for name, tensor in state().items())
+    assert [path.name for path in Path(target).parent.iterdir()] == ["step_00000003"]
+
+
+@pytest.mark.parametrize(
+    ("already_there", "message"),
+    [
+        (["manifest.json"], "holds a checkpoint already"),
+        (["thesis.tex"], "exists, and is no checkpoint"),
+        (["ocdbt.process_0/d/data"], "exists, and is no checkpoint"),
+    ],
+)
+def test_a_copy_deletes_nothing_that_lies_at_its_target(saved, tmp_path, already_there, message):
+    target = tmp_path / "other"
+    for name in already_there:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        (target / name).write_text("mine")
+    before = files_of(target)
+    with pytest.raises(UserError, match=message):
+        commit.copy(saved, str(target), {})
+    assert files_of(target) == before
+    with pytest.raises(UserError, match="holds a checkpoint already"):
+        commit.copy(saved, saved, {})
+    assert commit.verify(saved) == []
+
+
+def test_a_copy_that_fails_leaves_no_target_and_one_that_was_killed_is_made_again(saved, tmp_path, monkeypatch):
+    target, partial = tmp_path / "step_00000003", tmp_path / "step_00000003.partial"
+
+    def full(*_):
+        assert not target.exists()
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(DamageError, match="no space left"):
+        patch.setattr(commit, "_commit", full)
+        commit.copy(saved, str(target), {})
+    assert not target.exists() and not partial.exists()
+    (partial / "d").mkdir(parents=True)
+    (partial / "d/half").write_bytes(b"half")
+    assert listing.committed_steps(str(tmp_path)) == []
+    commit.copy(saved, str(target), {})
+    assert commit.verify(str(target)) == [] and not partial.exists() and not (target / "d/half").exists()
+    (partial / "notes").mkdir(parents=True)
+    target.rename(tmp_path / "away")
+    with pytest.raises(UserError, match="holds notes, which no checkpoint has"):
+        commit.copy(saved, str(target), {})
+    assert (partial / "notes").exists()
+
+
+def test_what_no_save_wrote_is_neither_overwritten_nor_removed(three_steps):
+    """A step's directory without a manifest is a save that was cut short only if nothing else lies in it."""
+    [mine, file] = [Path(listing.step_directory(three_steps, step)) for step in (0, 4)]
+    mine.mkdir()
+    (mine / "notes.md").write_text("mine")
+    with pytest.raises(UserError, match="holds notes.md, which no checkpoint has; nothing there is deleted"):
+        commit.save(str(mine), state(), FIELDS)
+    with pytest.raises(UserError, match="holds notes.md"):
+        listing.remove(str(mine))
+    assert listing.prune(three_steps, keep_last=2) == [1]
+    assert (mine / "notes.md").read_text() == "mine"
+    file.write_text("mine")
+    commit.save(listing.step_directory(three_steps, 5), {"a": torch.ones(2)}, FIELDS)
+    assert listing.prune(three_steps, keep_last=1) == [2, 3] and file.read_text() == "mine"
+
+
 def test_blocks_must_tile_each_tensor_on_its_chunk_grid():
     shapes, chunks = {"w": (8, 4)}, {"w": (4, 4)}
     check_tiling(shapes, chunks, [{"w": ((0, 0), (4, 4))}, {"w": ((4, 0), (4, 4))}])
@@ -270,6 +346,20 @@ def test_pruning_keeps_the_best_and_every_so_many_steps_too(tmp_path):
     Path(listing.step_directory(run, 10), "manifest.json").write_text("damaged")
     assert listing.prune(run, keep_last=1, keep_best=2, keep_every_steps=30) == [10, 50, 55]
     assert listing.committed_steps(run) == [20, 30, 40, 60]
+
+
+def test_a_bound_that_is_no_number_is_not_the_best_and_of_ties_the_first_is_kept(tmp_path):
+    run = str(tmp_path / "run")
+    nats = {10: 2.0, 20: float("nan"), 30: 2.0, 40: 1.0, 50: float("inf"), 60: float("-inf"), 70: 3.0}
+    for step, value in nats.items():
+        metrics = {"validation": {"nats_per_token": value}, "validated_step": step}
+        commit.save(
+            listing.step_directory(run, step),
+            {"a": torch.ones(2)},
+            {**FIELDS, "step": step, "extra": {"metrics": metrics}},
+        )
+    assert listing.prune(run, keep_last=1, keep_best=2) == [20, 30, 50, 60]
+    assert listing.committed_steps(run) == [10, 40, 70]
 
 
 def test_a_crash_while_pruning_leaves_a_step_that_is_not_believed_and_that_the_next_pruning_removes(
