@@ -232,3 +232,14 @@ def read_split(path: str, split: str, max_sequences: int | None = None) -> list[
     if max_sequences is not None and max_sequences < len(references):
         references = [references[len(references) * place // max_sequences] for place in range(max_sequences)]
     return ShardReader([path], [index], split).read(references)
+
+
+def held_out_rows(sources: Sequence[Source], indexes: Sequence[Index], num_rows: int) -> list[DataSequence]:
+    """Return `num_rows` held-out rows, as many of every source; where a source has fewer, the others make up for it."""
+    available = [index.splits["held_out"].rows if "held_out" in index.splits else 0 for index in indexes]
+    counts = [0] * len(available)
+    for _ in range(min(num_rows, sum(available))):
+        open_ones = [number for number, most in enumerate(available) if counts[number] < most]
+        counts[min(open_ones, key=lambda number: counts[number])] += 1
+    taken = [(source.path, count) for source, count in zip(sources, counts, strict=True) if count]
+    return [row for path, count in taken for row in read_split(path, "held_out", count)]

@@ -21,7 +21,7 @@ from dlm_ray.config.errors import DamageError, Stopped, UserError
 from dlm_ray.config.recipe import Recipe, Source
 from dlm_ray.data.index import load_data_tokenizer
 from dlm_ray.data.order import Cursor, Order
-from dlm_ray.data.reading import DataSequence, ShardReader, iterate_rows, open_sources, read_split
+from dlm_ray.data.reading import DataSequence, ShardReader, held_out_rows, iterate_rows, open_sources
 from dlm_ray.training import clip_search, curriculum, guards, setup, state, teacher
 from dlm_ray.training import optimizer as optimization
 from dlm_ray.training.capabilities import capabilities
@@ -88,6 +88,7 @@ class _Run:
         self.device = pick_device(recipe.parallelism.device)
         self.host_group = dist.new_group(backend="gloo")
         self.indexes = open_sources(recipe.data.sources)
+        start.check_held_out(recipe, self.indexes)
         self.data_identity = guards.data_identity(self.indexes)
         self.order = Order(
             self.indexes, [source.weight for source in recipe.data.sources], recipe.seed, recipe.data.window_shards
@@ -157,7 +158,9 @@ class _Run:
         recipe, num_steps = self.recipe, self.recipe.training.steps
         self.metrics_log = MetricsLog(recipe, self.run_dir, self.step) if self.rank == 0 else None
         alarm = LossAlarm(recipe.tracking.alarm_deviations, self.metrics_log.losses if self.metrics_log else [])
-        held_out = self._held_out_rows()
+        search = recipe.curriculum.clip_search
+        validated = held_out_rows(recipe.data.sources, self.indexes, recipe.validation.sequences)
+        searched = held_out_rows(recipe.data.sources, self.indexes, search.rows if search else 0)
         share = {
             "global_batch_size": recipe.training.global_batch_size,
             "rank": self.rank,
@@ -193,7 +196,7 @@ class _Run:
                     *unchecked
                 )  # one step late, so that the host never waits for the step it has just launched
             if self.ema is not None and not result.is_skipped:
-                self.ema.update(self.step)
+                self.ema.update(self.step - self.faults.skipped_steps)
             ratio = 0.0 if self.objective.is_causal else curriculum.annealing_ratio(recipe, self.step)
             unchecked = (self.step + 1, self.cursor, result)
             self.step, self.cursor = self.step + 1, cursor
@@ -215,19 +218,18 @@ class _Run:
                     self.metrics_log.write(
                         self.step, **metrics, **alarms, **skipped, rows=self.cursor.rows, workers=self.world_size
                     )
-            if recipe.validation.sequences and held_out and (self.step % recipe.validation.every_steps == 0 or is_last):
+            if validated and (self.step % recipe.validation.every_steps == 0 or is_last):
                 with clock.paused(), self.ema.swapped_in() if self.ema else nullcontext():
-                    validated = held_out[: recipe.validation.sequences]
                     validation = validate(
                         recipe, self.root, self.objective, validated, self.rank, self.world_size, self.device
                     )
                 if self.metrics_log is not None:
                     self.metrics_log.write(self.step, validation=validation)
                 measured = {"validation": validation, "validated_step": self.step}
-            if clip_search.is_due(recipe, self.step) and held_out and not is_last:
+            if searched and clip_search.is_due(recipe, self.step) and not is_last:
                 with clock.paused(), self.ema.swapped_in() if self.ema else nullcontext():
                     found = clip_search.search(
-                        recipe, self.root, self.objective, held_out, self.rank, self.world_size, self.device
+                        recipe, self.root, self.objective, searched, self.rank, self.world_size, self.device
                     )
                 self.clip = clip_search.apply(recipe, self.objective, (found[0].beta, found[0].omega))
                 if self.metrics_log is not None:
@@ -259,17 +261,6 @@ class _Run:
             self.metrics_log.close()
         assert self.step == num_steps, f"the stream ended after step {self.step} of {num_steps}"
         return {"step": self.step, "checkpoint": self.checkpoint, **metrics, **measured}
-
-    def _held_out_rows(self) -> list[DataSequence]:
-        """Held-out rows of every source, as many of each."""
-        search = self.recipe.curriculum.clip_search
-        wanted = max(self.recipe.validation.sequences, search.sequences if search else 0)
-        per_source = -(-wanted // len(self.indexes))
-        rows: list[DataSequence] = []
-        if per_source:
-            for source in self.recipe.data.sources:
-                rows += read_split(source.path, "held_out", per_source)
-        return rows[:wanted]
 
     def _begin_save(self, metrics: dict[str, Any]) -> None:
         fields = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from dlm_ray.checkpoint.pretrained import open_pretrained
 from dlm_ray.config.errors import UserError
 from dlm_ray.config.objective import Simplex
 from dlm_ray.config.recipe import Recipe
+from dlm_ray.data.index import Index
 from dlm_ray.data.tokenizer import TokenizerIdentity, identity, load_tokenizer
 from dlm_ray.diffusion import objectives, schedules
 from dlm_ray.diffusion.absorbing import Absorbing, Clip
@@ -100,6 +102,32 @@ def resolve(recipe: Recipe, is_causal: bool, tokenizer: TokenizerIdentity) -> Ne
         base=base,
         base_has_mask_row=not appended,
     )
+
+
+def check_held_out(recipe: Recipe, indexes: Sequence[Index]) -> None:
+    """Check that there are held-out rows for what cannot do without; a validation of none is warned of.
+
+    Raises:
+        UserError: if the recipe searches a clip, or keeps the best checkpoints, and no source has a held-out row.
+    """
+    if any(index.splits["held_out"].rows for index in indexes if "held_out" in index.splits):
+        return
+    asked = (
+        "curriculum.clip_search"
+        if recipe.curriculum.clip_search
+        else "checkpoint.keep_best"
+        if recipe.checkpoint.keep_best
+        else ""
+    )
+    if asked:
+        raise UserError(
+            f"{asked} measures held-out rows, and data.sources have none; build the data with a larger --held-out, or remove it"
+        )
+    if recipe.validation.sequences:
+        log.warning(
+            "validation.sequences=%d, and data.sources have no held-out rows: nothing is validated",
+            recipe.validation.sequences,
+        )
 
 
 def is_causal(recipe: Recipe) -> bool:

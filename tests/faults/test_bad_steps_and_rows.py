@@ -20,6 +20,7 @@ from dlm_ray.data.reading import ShardReader, read_split
 from dlm_ray.diffusion.denoiser import LossSum
 from dlm_ray.diffusion.objectives import Masked
 from dlm_ray.training import loop
+from dlm_ray.training.ema import Ema
 from dlm_ray.training.faults import LossAlarm
 
 BAD_STEPS = set()
@@ -69,6 +70,20 @@ def test_steps_that_are_not_finite_are_left_out_and_counted_and_a_resume_counts_
     shutil.rmtree(tmp_path / "cut/step_00000012")  # it goes on at step 8, behind the three
     loop.fit(recipe, tmp_path / "cut")
     assert_same(tmp_path / "run", tmp_path / "cut")
+
+
+def test_the_warm_up_of_the_average_counts_updates_and_not_steps_that_are_left_out(
+    bad_steps, data_folder, tmp_path, monkeypatch
+):
+    bad_steps |= {1, 2, 6}
+    numbers, update = [], Ema.update
+    monkeypatch.setattr(Ema, "update", lambda ema, number: numbers.append(number) or update(ema, number))
+    recipe = recipe_of(data_folder, training__max_skipped_steps=2)
+    loop.fit(recipe, tmp_path / "run")
+    assert numbers == list(range(9))
+    shutil.rmtree(tmp_path / "run/step_00000012")
+    loop.fit(recipe, tmp_path / "run")
+    assert numbers == [*range(9), 5, 6, 7, 8]  # from step 8 on, before which three were left out
 
 
 def test_a_step_that_is_left_out_changes_nothing_at_all(bad_steps, data_folder, tmp_path):

@@ -1,18 +1,21 @@
 """A run in one process: it learns, resumes bit for bit, and does not depend on how its batch is cut."""
 
 import json
+import random
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_data, tiny_recipe
+from conftest import WORDS, make_data, tiny_recipe
 
 from dlm_ray.checkpoint import commit, listing
 from dlm_ray.config.errors import DamageError, UserError
+from dlm_ray.config.recipe import Source
 from dlm_ray.data import storage
-from dlm_ray.data.reading import read_split
+from dlm_ray.data.index import load_data_tokenizer
+from dlm_ray.data.reading import held_out_rows, open_sources, read_split
 from dlm_ray.diffusion.objectives import Masked
 from dlm_ray.training import loop
 from dlm_ray.training.curriculum import annealing_ratio
@@ -114,6 +117,49 @@ def test_draws_of_a_global_batch_do_not_depend_on_workers_or_micro_batches(data_
     assert torch.equal(torch.cat(ids), whole.x_0)
     assert torch.equal(torch.cat(masks), whole.draw.is_masked)
     assert counts == objective.count(whole.draw)
+
+
+def test_validation_and_search_are_on_held_out_rows_of_every_source(data_folder, tmp_path):
+    """As many of each, whatever the other of the two asks for; what a small source lacks, the others make up for."""
+    tokenizer, chance = load_data_tokenizer(data_folder), random.Random(0)
+    texts = [
+        [" ".join(chance.choices(WORDS, k=60)) for _ in range(count)] for count in (60, 6, 60)
+    ]  # no row comes twice
+    folders = [
+        make_data(tmp_path / str(number), documents=documents, held_out=0.4, tokenizer=tokenizer)
+        for number, documents in enumerate(texts)
+    ]
+    sources = [Source(path=folder) for folder in folders]
+    indexes = open_sources(sources)
+    few = indexes[1].splits["held_out"].rows
+    assert 2 < few < 25
+
+    def counts(num_rows):
+        rows = held_out_rows(sources, indexes, num_rows)
+        paths = [
+            next(path for path in folders if any(np.array_equal(row.input_ids, own.input_ids) for own in held[path]))
+            for row in rows
+        ]
+        return [paths.count(folder) for folder in folders]
+
+    held = {folder: read_split(folder, "held_out") for folder in folders}
+    assert counts(0) == [0, 0, 0] and counts(2) == [1, 1, 0] and counts(7) == [3, 2, 2]
+    assert counts(3 * few + 4) == [few + 2, few, few + 2]
+    assert counts(10**6) == [len(held[folder]) for folder in folders]
+
+
+def test_a_search_or_the_best_checkpoints_need_held_out_rows(data_folder, tmp_path, caplog):
+    folder = make_data(tmp_path / "data", held_out=0.0)
+    searching = {"objective": {"name": "block", "block_tokens": 4}, "curriculum__clip_search": {"every_steps": 2}}
+    for changes, key in ((searching, "curriculum.clip_search"), ({"checkpoint__keep_best": 1}, "checkpoint.keep_best")):
+        with pytest.raises(
+            UserError, match=f"{key} measures held-out rows, and data.sources have none; build the data with a larger"
+        ):
+            loop.fit(tiny_recipe(folder, **changes), tmp_path / key)
+    assert "validation" not in loop.fit(
+        tiny_recipe(folder, training__steps=1, optimizer__warmup_steps=0), tmp_path / "run"
+    )
+    assert "validation.sequences=6, and data.sources have no held-out rows: nothing is validated" in caplog.text
 
 
 def test_annealing_is_the_papers(data_folder):
