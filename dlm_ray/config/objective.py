@@ -24,7 +24,7 @@ _USED_BY: dict[str, set[str]] = {
     "confidence_weight": {"masked", "block"},
     "autoregressive_weight": {"masked", "block"},
     "alignment_weight": {"masked"},
-    "normalize_by": _MASKED,
+    "normalize_by": {"masked", "block", "sedd"},  # what d3pm and tauldr score is not what is masked
     "exponents": {"genmd4"},
     "estimator": {"tauldr"},
     "posterior_epsilon": {"d3pm"},
@@ -32,6 +32,8 @@ _USED_BY: dict[str, set[str]] = {
     "block_tokens": {"block"},
     "context": {"block"},
 }
+# What a class of somebody's own is not given: it is called as `Masked` is.
+_OF_ONE_CLASS = ("exponents", "estimator", "posterior_epsilon", "simplex", "block_tokens", "context")
 NAMES = ("autoregressive", "masked", "block", "genmd4", "sedd", "d3pm", "tauldr", "ssd_lm")
 # The rules that sample from a model of each objective, the default first.
 _ADAPTIVE = ("margin", "threshold", "factor", "entropy_bounded")
@@ -135,16 +137,20 @@ class Objective(ConfigNode):
     context: Literal["clean", "noisy"] = "clean"
     """What a block sees of those before it; `noisy` trains on x_t alone (BD3-LM's ablation)."""
 
+    @property
+    def draws_of_a_row(self) -> int:
+        """Draws of a row in a batch: GenMD4's masks come in pairs."""
+        return 2 if self.name == "genmd4" else self.draws_per_sequence
+
     def contradictions(self, has_base: bool) -> list[str]:
         """Mistakes between the keys of `objective`."""
         found = []
-        if self.name in NAMES:
-            for key, users in _USED_BY.items():
-                value = getattr(self, key)
-                if self.name not in users and value != type(self).model_fields[key].get_default():
-                    found.append(
-                        f"objective.{key}={_shown(value)} is not used by objective.name={self.name}, only by {', '.join(sorted(users))}; remove it"
-                    )
+        for key in _USED_BY if self.name in NAMES else _OF_ONE_CLASS:
+            value, users = getattr(self, key), _USED_BY[key]
+            if self.name not in users and value != type(self).model_fields[key].get_default():
+                found.append(
+                    f"objective.{key}={_shown(value)} is not used by objective.name={self.name}, only by {', '.join(sorted(users))}; remove it"
+                )
         schedule = self.schedule
         if (schedule.name == "polynomial") != (schedule.exponent is not None):
             found.append(

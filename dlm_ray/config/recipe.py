@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from dlm_ray.config.objective import Objective, Sampling
+from dlm_ray.config.objective import Clip, Objective, Sampling
 from dlm_ray.config.parts import ConfigNode, Fraction, NonNegative, Positive
 
 FAMILIES = ("gpt2", "llama", "qwen2", "qwen3", "mistral")
@@ -79,7 +79,10 @@ class BlockStage(ConfigNode):
 
 
 class ClipSearch(ConfigNode):
-    """BD3-LM's search (arXiv 2503.09573, section 5.2): every so many steps, the clip with the least variance of the blocks' bound is taken."""
+    """BD3-LM's search (arXiv 2503.09573, section 5.2): every so many steps, the clip with the least variance of the blocks' bound is taken.
+
+    It is measured at `objective.block_tokens`, so that it begins when the stages of `block_sizes` are over.
+    """
 
     every_steps: Positive
     """The paper: about 5000."""
@@ -273,6 +276,17 @@ class Recipe(ConfigNode):
                 "become bidirectional; lower the first"
             )
         found += self._block_contradictions()
+        if self.model.attention == "flash" and (annealing.pattern != "none" or self.data.document_mask):
+            found.append(
+                f"model.attention=flash takes no mask, and curriculum.annealing.pattern={annealing.pattern} with data.document_mask="
+                f"{str(self.data.document_mask).lower()} needs one; set model.attention=auto, or pattern none and document_mask false"
+            )
+        draws = self.objective.draws_of_a_row
+        if self.training.micro_batch_size < draws:
+            found.append(
+                f"training.micro_batch_size={self.training.micro_batch_size} is fewer than the {draws} draws of a row, which are passed together; "
+                f"set it to at least {draws}"
+            )
         if self.checkpoint.keep_best and (
             not self.validation.sequences or self.checkpoint.every_steps % self.validation.every_steps
         ):
@@ -286,6 +300,10 @@ class Recipe(ConfigNode):
             found.append(
                 f"optimizer.decay_steps={optimizer.decay_steps} with optimizer.lr_schedule={optimizer.lr_schedule}: decay_steps > 0 goes with "
                 "warmup_stable_decay and with no other"
+            )
+        if optimizer.lr_schedule == "constant" and optimizer.min_lr_ratio:
+            found.append(
+                f"optimizer.min_lr_ratio={optimizer.min_lr_ratio:g} is where a rate falls to, and optimizer.lr_schedule=constant does not fall; remove either"
             )
         if optimizer.warmup_steps + optimizer.decay_steps > self.training.steps:
             found.append(
@@ -313,9 +331,11 @@ class Recipe(ConfigNode):
         if (stages or search) and objective.name != "block":
             key = "block_sizes" if stages else "clip_search"
             return [f"curriculum.{key} is for objective.name=block, and the name is {objective.name}; remove either"]
-        if sum(stage.steps for stage in stages) > self.training.steps:
+        staged = sum(stage.steps for stage in stages)
+        is_last_at_k = bool(stages) and stages[-1].block_tokens == objective.block_tokens
+        if staged > self.training.steps or (staged == self.training.steps and not is_last_at_k):
             found.append(
-                f"curriculum.block_sizes take {sum(stage.steps for stage in stages)} steps and training.steps is {self.training.steps}: "
+                f"curriculum.block_sizes take {staged} steps and training.steps is {self.training.steps}: "
                 "objective.block_tokens would never be trained; lower the first"
             )
         clip = objective.clip
@@ -326,10 +346,22 @@ class Recipe(ConfigNode):
                         f"objective.clip [{clip.beta:g}, {clip.omega:g}] with enforce=counts is impossible with blocks of {size}: no whole number of "
                         f"masked tokens is between {clip.beta * size:g} and {clip.omega * size:g}; widen the interval, or set enforce=none"
                     )
-        if search is not None and objective.mask_sampler == "count":
-            found.append(
-                "curriculum.clip_search chooses objective.clip, which objective.mask_sampler=count does not have; remove either"
-            )
+        if search is not None:
+            # What a clip cannot be combined with, a search for one cannot either.
+            has_base = self.model.base is not None
+            clipped = objective.model_copy(update={"clip": clip or Clip(beta=0.0, omega=1.0)})
+            own = objective.contradictions(has_base)
+            found += [
+                f"curriculum.clip_search chooses objective.clip, and {mistake}"
+                for mistake in clipped.contradictions(has_base)
+                if mistake not in own
+            ]
+            if max(1, -(-staged // search.every_steps)) * search.every_steps >= self.training.steps:
+                found.append(
+                    f"curriculum.clip_search.every_steps={search.every_steps} with training.steps={self.training.steps}"
+                    + (f" and {staged} steps of curriculum.block_sizes" if staged else "")
+                    + ": no search would come before the last step; lower the first, or remove it"
+                )
         if search is not None and objective.block_tokens == 1:
             found.append(
                 "curriculum.clip_search has nothing to search at objective.block_tokens=1, where masking everything "

@@ -87,6 +87,9 @@ class Absorbing:
         """Times as `times` says, masks, weights."""
         is_complement = np.array([self.complementary and row % 2 == 1 for row in key.rows])
         if self.complementary:  # a pair shares one t and one set of coins
+            assert key.global_batch_size % 2 == 0 and self.clip is None, (
+                "pairs need an even number of rows, and both ends of t"
+            )
             key = replace(key, rows=[row // 2 for row in key.rows], global_batch_size=key.global_batch_size // 2)
         num_positions = maskable.shape[1]
         t = times(self.times, key, num_positions // (key.block_tokens or num_positions))  # [B, blocks]

@@ -82,6 +82,7 @@ def sums(
         rank, world_size: of the ranks that share the work.
         progress: called with (batches done, batches).
     """
+    assert not objective.process.complementary, "a clip has no complement: its masked shares are within the interval"
     total = torch.zeros(len(clips), 4, dtype=torch.float64, device=device)
     pairs = [(number, row) for number in range(num_draws) for row in range(len(x_0))]
     mine = np.array_split(np.arange(len(pairs)), world_size)[rank]

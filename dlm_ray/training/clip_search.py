@@ -22,9 +22,10 @@ log = logging.getLogger(__name__)
 
 
 def is_due(recipe: Recipe, step: int) -> bool:
-    """Whether the recipe searches after this step."""
+    """Whether the recipe searches after `step` steps: not within the stages of block sizes, of which none is the size that is measured."""
     asked = recipe.curriculum.clip_search
-    return asked is not None and step % asked.every_steps == 0
+    staged = sum(stage.steps for stage in recipe.curriculum.block_sizes)
+    return asked is not None and step >= staged and step % asked.every_steps == 0
 
 
 def search(

@@ -58,6 +58,12 @@ def test_overrides_are_yaml_and_reach_into_lists(recipe_file):
         ("steps", "is not of the form key=value"),
         ("training.steps=[", "the value is not YAML"),
         ("data.sources=[]", "data.sources"),
+        ("training.steps=yes", "training.steps=True: input should be a number, and this is a switch"),
+        ("optimizer.learning_rate=on", "optimizer.learning_rate=True: input should be a number"),
+        ("parallelism.workers=true", "parallelism.workers=True"),
+        ("optimizer.learning_rate=.inf", "optimizer.learning_rate=inf: input should be a finite number"),
+        ("data.sources.0.weight=.inf", "data.sources.0.weight=inf: input should be a finite number"),
+        ("objective.confidence_weight=.nan", "objective.confidence_weight=nan: input should be a finite number"),
     ],
 )
 def test_a_wrong_override_says_what_is_allowed(recipe_file, override, message):
@@ -147,6 +153,48 @@ def test_a_wrong_override_says_what_is_allowed(recipe_file, override, message):
         ),
         (["objective={name: block, block_tokens: 4}", "model.attention=flash"], "set model.attention=auto"),
         (["objective={name: block, block_tokens: 1}", "curriculum.clip_search={every_steps: 5}"], "nothing to search"),
+        (
+            [
+                "objective={name: block, block_tokens: 4, complementary: true, draws_per_sequence: 2}",
+                "curriculum.clip_search={every_steps: 5}",
+            ],
+            "curriculum.clip_search chooses objective.clip, and objective.complementary=true needs",
+        ),
+        (
+            ["objective={name: block, block_tokens: 4}", "curriculum.clip_search={every_steps: 10}"],
+            "no search would come before the last step",
+        ),
+        (
+            [
+                "objective={name: block, block_tokens: 4}",
+                "curriculum={clip_search: {every_steps: 5}, block_sizes: [{block_tokens: 2, steps: 6}]}",
+            ],
+            "curriculum.clip_search.every_steps=5 with training.steps=10 and 6 steps of curriculum.block_sizes: no search would come",
+        ),
+        (
+            ["objective={name: block, block_tokens: 4}", "curriculum.block_sizes=[{block_tokens: 1, steps: 10}]"],
+            "would never be trained",
+        ),
+        (
+            ["objective={name: d3pm, normalize_by: global_masked}"],
+            "is not used by objective.name=d3pm, only by block, masked, sedd",
+        ),
+        (["objective={name: tauldr, normalize_by: global_masked}"], "is not used by objective.name=tauldr"),
+        (
+            ["objective={name: 'own.module:Own', block_tokens: 4}"],
+            "objective.block_tokens=4 is not used by objective.name=own.module:Own",
+        ),
+        (["model.attention=flash"], "data.document_mask=true needs one; set model.attention=auto"),
+        (
+            ["model.attention=flash", "data.document_mask=false", "curriculum.annealing={pattern: window, steps: 9}"],
+            "curriculum.annealing.pattern=window with data.document_mask=false needs one",
+        ),
+        (["objective.draws_per_sequence=3"], "training.micro_batch_size=2 is fewer than the 3 draws of a row"),
+        (
+            ["objective.name=genmd4", "training.micro_batch_size=1"],
+            "training.micro_batch_size=1 is fewer than the 2 draws of a row",
+        ),
+        (["optimizer={rate: constant, min_lr_ratio: 0.1}"], "optimizer.min_lr_ratio=0.1 is where a rate falls to"),
         (["seed=4294967296"], "below 2**32"),
     ],
 )
@@ -154,6 +202,42 @@ def test_keys_that_contradict_each_other_come_with_the_fix(recipe_file, override
     with pytest.raises(UserError) as error:
         load_recipe(recipe_file, overrides)
     assert message in str(error.value)
+
+
+def test_a_stage_of_the_last_size_may_take_all_steps(recipe_file):
+    stages = "curriculum.block_sizes=[{block_tokens: 1, steps: 4}, {block_tokens: 4, steps: 6}]"
+    assert load_recipe(recipe_file, ["objective={name: block, block_tokens: 4}", stages]).contradictions() == []
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-4", 1e-4),
+        ("1E5", 1e5),
+        ("+2.5e-3", 2.5e-3),
+        (".5e-3", 5e-4),
+        ("3", 3.0),
+        ("1.", 1.0),
+        ("0.1", 0.1),
+        (" 2e-1 ", 0.2),
+    ],
+)
+def test_a_number_is_read_as_people_write_it(recipe_file, text, value):
+    assert load_recipe(recipe_file, [f"optimizer.learning_rate={text}"]).optimizer.learning_rate == value
+
+
+def test_lists_nulls_and_negative_numbers_in_overrides(recipe_file):
+    recipe = load_recipe(
+        recipe_file, ["optimizer.betas=[0.9, 9.5e-1]", "objective.clip.beta=1e-1", "objective.clip.omega=0.5", "seed=0"]
+    )
+    assert recipe.optimizer.betas == (0.9, 0.95) and (recipe.objective.clip.beta, recipe.objective.clip.omega) == (
+        0.1,
+        0.5,
+    )
+    assert load_recipe(recipe_file, ["ema={decay: 0.5}", "ema="]).ema is None
+    for negative in ("seed=-1", "optimizer.learning_rate=-1e-4", "training.steps=-3"):
+        with pytest.raises(UserError, match="input should be greater than"):
+            load_recipe(recipe_file, [negative])
 
 
 def test_all_mistakes_are_reported_at_once(recipe_file):

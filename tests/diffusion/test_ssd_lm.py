@@ -1,6 +1,8 @@
 """SSD-LM: the simplex, its noise, what the block may see, and decoding against the exact law of a toy."""
 
+import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -54,6 +56,25 @@ def batch_of(objective, x_0, rows=6, step=0, documents=None):
     maskable[:, 0] = False
     draw = objective.draw(DrawKey(3, step, range(rows), rows), x_0.numpy(), maskable)
     return Batch(x_0, draw, Visibility("bidirectional", document_ids=documents))
+
+
+def test_the_block_attends_as_far_as_annealing_has_come(objective):
+    """What lies behind the block is hidden in any case; before it, the future is seen as the batch's visibility says."""
+    x_0 = torch.randint(0, VOCAB, (6, ROW), generator=torch.Generator().manual_seed(5))
+    batch, seen = batch_of(objective, x_0), []
+    toy = Toy()
+    attend = toy.hidden
+    toy.hidden = lambda inputs, visibility: seen.append(visibility) or attend(inputs, visibility)
+    nll = {
+        pattern: objective.token_nll(toy, replace(batch, visibility=Visibility(pattern, threshold=1))).tolist()
+        for pattern in ("causal", "window", "bidirectional")
+    }
+    assert [visibility.pattern for visibility in seen] == list(nll) and len({tuple(one) for one in nll.values()}) == 3
+    for visibility, reach in zip(seen, (0, 1, ROW), strict=True):
+        sees = visibility.dense(ROW, x_0.device)[:, 0]
+        for row, first in enumerate(batch.draw.is_masked.int().argmax(1).tolist()):
+            for n, m in itertools.product(range(first + BLOCK), range(ROW)):
+                assert bool(sees[row, n, m]) == (m <= n + reach and m < first + BLOCK)
 
 
 def test_the_signal_is_all_there_at_0_and_gone_at_1():

@@ -15,7 +15,7 @@ from dlm_ray.checkpoint.export import export
 from dlm_ray.config.errors import UserError
 from dlm_ray.diffusion.absorbing import Clip
 from dlm_ray.diffusion.objectives import Autoregressive, Block
-from dlm_ray.training import curriculum, loop, setup
+from dlm_ray.training import clip_search, curriculum, loop, setup
 
 
 def lines_of(run_dir):
@@ -99,9 +99,22 @@ def test_the_clip_search_replaces_the_clip_and_a_resumed_run_keeps_it(data_folde
     }
 
 
-def test_the_search_changes_the_draws_of_the_steps_behind_it(data_folder):
-    from dlm_ray.training import clip_search
+def test_no_clip_is_searched_while_another_block_size_is_trained(data_folder, tmp_path):
+    """It is measured at `objective.block_tokens`: a stage at another size would be trained on an interval that was found for this one."""
+    recipe = block(
+        data_folder, curriculum={"block_sizes": STAGES, "clip_search": {"every_steps": 1, "rows": 2, "draws": 1}}
+    )
+    assert [step for step in range(1, 9) if clip_search.is_due(recipe, step)] == [
+        5,
+        6,
+        7,
+        8,
+    ]  # before the steps that are at 4 tokens
+    loop.fit(recipe, tmp_path / "run")
+    assert [line["step"] for line in lines_of(tmp_path / "run") if "clip_search" in line] == [5, 6, 7]
 
+
+def test_the_search_changes_the_draws_of_the_steps_behind_it(data_folder):
     recipe = block(data_folder, objective__clip={"beta": 0.001, "omega": 1.0, "weight": "paper", "enforce": "counts"})
     objective = Block(block_tokens=4)
     clip_search.apply(recipe, objective, [0.45, 0.95])

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from dlm_ray.diffusion.denoiser import Batch, Denoiser, LossSum, score
 from dlm_ray.diffusion.draws import EVALUATION_MASK, MASK, NOISE, Draw, DrawKey, generator, make_draw, times
-from dlm_ray.diffusion.visibility import Visibility
 
 _OFFSET = 1e-4  # s of the cosine schedule
 
@@ -111,7 +110,7 @@ class SsdLm(nn.Module):
             else torch.zeros_like(behind, dtype=torch.int32)
         )
         # What lies behind the block is kept apart, as another document would be.
-        visibility = Visibility("bidirectional", document_ids=torch.where(behind, -2, groups))
+        visibility = replace(batch.visibility, document_ids=torch.where(behind, -2, groups))
         return score(denoiser, inputs, replace(batch, visibility=visibility))
 
     def forward(self, denoiser: Denoiser, batch: Batch) -> LossSum:
