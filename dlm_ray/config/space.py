@@ -45,9 +45,18 @@ def combinations(
 
 
 def corners(space: Mapping[str, Dimension], most: int) -> list[Settings]:
-    """Every combination of discrete values and of the ends of ranges; one more than `most` if there are more."""
+    """Every combination of discrete values, with ranges at their ends, and with all of them within; one more than `most` if there are more."""
     ends = combinations(space, lambda leaf: leaf.values if leaf.values is not None else leaf.range or ())
-    return list(itertools.islice(ends, most + 1))
+    inside = combinations(space, lambda leaf: leaf.values if leaf.values is not None else (_inside(leaf),))
+    has_ranges = any(leaf.range for one in space.values() for leaf in (one.cases.values() if one.cases else (one,)))
+    return list(itertools.islice(itertools.chain(ends, inside if has_ranges else ()), most + 1))
+
+
+def _inside(leaf: Dimension) -> float:
+    """A number of a range that is no end of it, and no round one: a key of whole numbers has no use for a range."""
+    assert leaf.range is not None, "a leaf has values or a range"
+    low, high = leaf.range
+    return low + (math.sqrt(5) - 1) / 2 * (high - low)
 
 
 def trials(sweep: Sweep) -> list[Settings]:
@@ -79,15 +88,20 @@ def draw(leaf: Dimension, draws: random.Random) -> Any:
         return draws.choice(leaf.values)
     assert leaf.range is not None, "a leaf has values or a range"
     low, high = leaf.range
-    return (
+    drawn = (
         draws.uniform(low, high) if leaf.uniform is not None else math.exp(draws.uniform(math.log(low), math.log(high)))
     )
+    return min(max(drawn, low), high)  # rounding may take a logarithm's exponential beyond an end
 
 
 def apply(tree: dict[str, Any], settings: Settings) -> tuple[dict[str, Any], list[str]]:
     """A copy of a recipe's tree with the settings in it, and what could not be set."""
     own = copy.deepcopy(tree)
-    problems = [problem for key, value in settings.items() for problem in set_key(own, f"{key}={json.dumps(value)}")]
+    problems = [
+        problem
+        for key, value in settings.items()
+        for problem in set_key(own, f"{key}={json.dumps(value, ensure_ascii=False)}")
+    ]
     return own, problems
 
 

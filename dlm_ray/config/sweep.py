@@ -63,6 +63,11 @@ class Dimension(ConfigNode):
             return [f"{key}: by names the key that cases depend on; set both or neither"]
         if self.values is not None and not self.values:
             return [f"{key}.{ways[0]} is empty: there is nothing to try; give at least one value, or remove the key"]
+        repeated = [value for i, value in enumerate(self.grid or ()) if value in (self.grid or ())[:i]]
+        if repeated:
+            return [
+                f"{key}.grid has {case_name(repeated[0])} twice: the same trial would be run again; give every value once"
+            ]
         if self.cases is not None:
             if not self.cases:
                 return [f"{key}.cases is empty: there is nothing to try; give at least one case, or remove the key"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,6 +49,7 @@ class Loaded:
         where = f"{self.sweep.name} with {spaces.label(settings)}"
         if problems:
             raise UserError(listed(where, problems))
+        validate(own, where)  # before anything is looked up in it
         if self.sweep.scheduler.name != "none":
             own = _checkpointed(own, keep_all=self.sweep.scheduler.name == "pbt")
         own = {**own, "tracking": {"group": self.sweep.name, **own.get("tracking", {})}}
@@ -82,7 +84,7 @@ def load_sweep(path: str, overrides: Sequence[str] = ()) -> Loaded:
 def start_recipe(sweep: Sweep, data: str | None) -> Recipe:
     """The recipe of the run that all trials start from."""
     assert sweep.start_from is not None, "the sweep makes its own base"
-    places = [f"data.sources=[{{path: {data}}}]"] if sweep.corpus is not None else []
+    places = [_source(data)] if sweep.corpus is not None and data is not None else []
     return load_recipe(sweep.start_from.recipe, [*sweep.start_from.overrides, *places])
 
 
@@ -92,8 +94,18 @@ def _recipe_tree(sweep: Sweep) -> dict[str, Any]:
 
 def _places(sweep: Sweep, data: str, base: str) -> list[str]:
     """Overrides that point a recipe at what the sweep makes."""
-    own = [f"data.sources=[{{path: {data}}}]"] if sweep.corpus is not None else []
-    return own + ([f"model.base={base}", "model.architecture=null"] if sweep.start_from is not None else [])
+    own = [_source(data)] if sweep.corpus is not None else []
+    return own + ([f"model.base={_quoted(base)}", "model.architecture=null"] if sweep.start_from is not None else [])
+
+
+def _source(path: str) -> str:
+    """The override that makes a folder the only source."""
+    return f"data.sources=[{{path: {_quoted(path)}}}]"
+
+
+def _quoted(text: str) -> str:
+    """Text as YAML reads it back, whatever is in it."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _checkpointed(tree: dict[str, Any], keep_all: bool) -> dict[str, Any]:

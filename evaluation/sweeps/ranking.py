@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -61,11 +62,11 @@ class Ranked:
 
 
 def ranked(rows: Sequence[TrialResult], metric: str, rank_by: str | None) -> list[Ranked]:
-    """All trials: group by group, the best first, then what was stopped, then what failed."""
+    """All trials: group by group, the best first, then what was stopped or came out as no number, then what failed."""
     found = []
     for group in dict.fromkeys(row.group(rank_by) for row in rows):
         own = [row for row in rows if row.group(rank_by) == group]
-        ranking = [row for row in own if row.status == "finished" and row.measured.get(metric) is not None]
+        ranking = [row for row in own if row.status == "finished" and _is_number(row.measured.get(metric))]
         ranking.sort(key=lambda row: row.measured[metric], reverse=METRICS[metric] == "max")
         for place, row in enumerate(ranking, 1):
             found.append(Ranked(row, place, *_difference(row, ranking[0], metric)))
@@ -75,6 +76,11 @@ def ranked(rows: Sequence[TrialResult], metric: str, rank_by: str | None) -> lis
             for row in sorted(rest, key=lambda row: (row.status == "failed", row.number))
         ]
     return found
+
+
+def _is_number(value: float | None) -> bool:
+    """Whether a trial was measured, and came out with something that has a place in an order."""
+    return value is not None and math.isfinite(value)
 
 
 def best(found: Sequence[Ranked]) -> list[TrialResult]:

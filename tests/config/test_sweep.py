@@ -1,6 +1,8 @@
 """Sweep files: what a space's trials and corners are, and every mistake before anything starts."""
 
 import json
+import math
+import random
 
 import pytest
 import yaml
@@ -10,7 +12,7 @@ from dlm_ray.config import space
 from dlm_ray.config.errors import UserError
 from dlm_ray.config.load import shipped_sweeps
 from dlm_ray.config.sweep import Sweep
-from dlm_ray.config.sweep_load import load_sweep
+from dlm_ray.config.sweep_load import load_sweep, start_recipe
 
 CLIPS = {
     "by": "objective.block_tokens",
@@ -89,6 +91,11 @@ def test_draws_are_within_their_ranges_for_every_grid_and_the_seed_decides(tmp_p
          "allowed are the keys of the space with"),
         ({"space": {**BLOCKS, "objective.clip": {**CLIPS, "cases": {5: {"grid": [None]}}}}},
          "cases.5 is no value of objective.block_tokens; allowed are 4, 16, 32"),
+        ({"space": {"seed": {"grid": [1, 2, 1]}}}, "space.seed.grid has 1 twice: the same trial would be run again"),
+        ({"space": {**BLOCKS, "objective.clip": {**CLIPS, "cases": {4: {"grid": [None, None]}}}}},
+         "space.objective.clip.cases.4.grid has null twice"),
+        ({"space": {"training.steps": {"uniform": [200, 400]}}, "search": {"name": "random", "trials": 1}}, "training.steps=323.6.*valid integer"),
+        ({"overrides": ["training.steps=null"], "scheduler": {"name": "asha", "min_tokens": 1000}}, "training.steps is missing"),
         ({"space": RATE}, "search.name=grid tries every value, and optimizer.learning_rate are drawn"),
         ({"search": {"name": "random", "trials": 3}}, "nothing to draw, because every key of the space is a grid"),
         ({"metric": "perplexity"}, "metric='perplexity'; allowed are 'bits_per_byte', 'nelbo_variance', 'gradient_variance' or 'tokens_per_second'"),
@@ -114,6 +121,26 @@ def test_draws_are_within_their_ranges_for_every_grid_and_the_seed_decides(tmp_p
 def test_a_mistake_is_told_with_what_is_allowed(tmp_path, fields, message):
     with pytest.raises(UserError, match=message):
         load(tmp_path, **fields)
+
+
+def test_what_is_drawn_stays_within_its_range(tmp_path, monkeypatch):
+    """exp(log(high)) may be larger than high."""
+    leaf = load(tmp_path, space=RATE, search={"name": "random", "trials": 1}).sweep.space["optimizer.learning_rate"]
+    for end, beyond in ((0, 0.5), (1, 2.0)):
+        monkeypatch.setattr(space.math, "exp", lambda value, beyond=beyond: beyond * math.e**value)
+        chance = random.Random(0)
+        chance.uniform = lambda low, high, end=end: (low, high)[end]
+        assert space.draw(leaf, chance) == leaf.range[end]
+
+
+def test_places_and_settings_with_any_characters_arrive_as_they_are(tmp_path):
+    loaded = load(tmp_path, corpus={}, start_from={"recipe": "quickstart_base"})
+    data, base = "/tmp/a, b: {c} #d/'e'", '/tmp/x: "y" [z]'
+    recipe = loaded.recipe({}, data, base)
+    assert (recipe.data.sources[0].path, recipe.model.base) == (data, base)
+    assert start_recipe(loaded.sweep, data).data.sources[0].path == data
+    tree, problems = space.apply(loaded.tree, {"model.base": "d\u00fc \U0001f600"})
+    assert tree["model"]["base"] == "d\u00fc \U0001f600" and problems == []
 
 
 def test_every_corner_has_to_be_a_valid_recipe_and_a_mistake_of_many_is_told_once(tmp_path):

@@ -117,6 +117,21 @@ def test_trials_are_compared_within_their_group_and_the_larger_is_better_for_spe
     assert [one.number for one in best(ranked(rows, "nelbo_variance", "k"))] == [2, 3]
 
 
+def test_a_trial_that_came_out_as_no_number_is_never_the_best(tmp_path):
+    rows = [
+        row(0, {"seed": 0}, [math.nan]),
+        row(1, {"seed": 1}, [1.0]),
+        row(2, {"seed": 2}, [math.inf]),
+        row(3, {"seed": 3}, [0.9]),
+    ]
+    found = ranked(rows, "bits_per_byte", None)
+    assert [(one.row.number, one.place) for one in found] == [(3, 1), (1, 2), (0, None), (2, None)]
+    sweep = Sweep(name="s", recipe="quickstart", space={"seed": {"grid": [0, 1, 2, 3]}})
+    report.write(sweep, found, [], tmp_path, 90.0)
+    [only] = ranked(rows[1:2], "bits_per_byte", None)
+    assert (only.place, only.difference, only.is_tied) == (1, 0.0, False)
+
+
 def test_the_files_say_what_was_found(tmp_path):
     clips = [None, {"beta": 0.3, "omega": 0.8}, {"beta": 0.5, "omega": 1.0}]
     rows = [
