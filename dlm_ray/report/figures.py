@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -90,7 +91,11 @@ def parallel(names: Sequence[str], lines: Sequence[Sequence[Any]]) -> Any:
 
 
 def _on_axis(column: Sequence[Any]) -> tuple[list[float | None], list[tuple[str, float]]]:
-    """Heights in [0, 1] of the values of an upright axis, and what is written beside it where."""
+    """Heights in [0, 1] of the values of an upright axis, and what is written beside it where.
+
+    A number that is not finite has no height.
+    """
+    column = [None if isinstance(value, float) and not math.isfinite(value) else value for value in column]
     known = [value for value in column if value is not None]
     places: dict[Any, float]
     if known and all(isinstance(value, int | float) and not isinstance(value, bool) for value in known):

@@ -66,7 +66,7 @@ def ranked(rows: Sequence[TrialResult], metric: str, rank_by: str | None) -> lis
     found = []
     for group in dict.fromkeys(row.group(rank_by) for row in rows):
         own = [row for row in rows if row.group(rank_by) == group]
-        ranking = [row for row in own if row.status == "finished" and _is_number(row.measured.get(metric))]
+        ranking = [row for row in own if row.status == "finished" and is_number(row.measured.get(metric))]
         ranking.sort(key=lambda row: row.measured[metric], reverse=METRICS[metric] == "max")
         for place, row in enumerate(ranking, 1):
             found.append(Ranked(row, place, *_difference(row, ranking[0], metric)))
@@ -78,7 +78,7 @@ def ranked(rows: Sequence[TrialResult], metric: str, rank_by: str | None) -> lis
     return found
 
 
-def _is_number(value: float | None) -> bool:
+def is_number(value: float | None) -> bool:
     """Whether a trial was measured, and came out with something that has a place in an order."""
     return value is not None and math.isfinite(value)
 

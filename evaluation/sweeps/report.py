@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from dlm_ray.evaluation.sweeps.ranking import Ranked, TrialResult
+from dlm_ray.evaluation.sweeps.ranking import Ranked, TrialResult, is_number
 
 from dlm_ray.config import space as spaces
 from dlm_ray.config.sweep import Sweep
@@ -124,7 +124,8 @@ def _blocks(sweep: Sweep, found: Sequence[Ranked], confirmed: Sequence[TrialResu
         blocks.append(
             Figure(
                 figures.parallel(axes, values),
-                f"Each line a trial, from its settings to its {sweep.metric}; the darker, the better",
+                f"Each line a trial, from its settings to its {sweep.metric}; the darker, the "
+                + ("better" if sweep.mode == "min" else "worse"),
             )
         )
     curves = {row.name: row.curve for row in [one.row for one in found][: len(figures.COLOURS)] if row.curve}
@@ -191,14 +192,15 @@ def _heat_maps(sweep: Sweep, found: Sequence[Ranked]) -> list[Block]:
         for one in found:
             clip = one.row.settings.get("objective.clip", "")
             value = one.row.measured.get(sweep.metric)
-            if one.row.group(sweep.rank_by) == group and clip != "" and value is not None:
-                cells[(clip["beta"], clip["omega"]) if clip else (0.0, 1.0)] = value
+            if one.row.group(sweep.rank_by) == group and clip != "" and is_number(value):
+                # The best comes first: of trials that differ in something else, too, it stands for its interval.
+                cells.setdefault((clip["beta"], clip["omega"]) if clip else (0.0, 1.0), value)
         if len(cells) > 1:
             title = f"{sweep.metric}" + (f", {sweep.rank_by} {group}" if sweep.rank_by else "")
             blocks.append(
                 Figure(
                     figures.heat_map(cells, "beta", "omega", title),
-                    f"{_UNITS[sweep.metric]}; the smallest is framed, stopped trials included",
+                    f"{_UNITS[sweep.metric]}; of each interval the best trial, stopped ones included; the smallest is framed",
                 )
             )
     return blocks

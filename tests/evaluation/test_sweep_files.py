@@ -13,6 +13,7 @@ from dlm_ray.evaluation.sweeps.ranking import TrialResult, best, ranked
 
 from dlm_ray.config.sweep import Measure, Sweep
 from dlm_ray.generation.loading import load
+from dlm_ray.report import figures
 from dlm_ray.training import loop
 
 ASKED = Measure(
@@ -130,6 +131,28 @@ def test_a_trial_that_came_out_as_no_number_is_never_the_best(tmp_path):
     report.write(sweep, found, [], tmp_path, 90.0)
     [only] = ranked(rows[1:2], "bits_per_byte", None)
     assert (only.place, only.difference, only.is_tied) == (1, 0.0, False)
+
+
+def test_the_heat_map_shows_the_best_trial_of_each_interval(monkeypatch, tmp_path):
+    """Whatever else the trials differ in; before, the worst of an interval stood for it."""
+    clips, drawn = [None, {"beta": 0.3, "omega": 0.8}], []
+    settings = [{"objective.clip": clip, "seed": seed} for seed in (0, 1) for clip in clips]
+    rows = [
+        row(i, own, [1.0], nelbo_variance=value, variances=[value] * 2)
+        for i, (own, value) in enumerate(zip(settings, (4, 1, 2, 3), strict=True))
+    ]
+    sweep = Sweep(
+        name="s",
+        recipe="quickstart",
+        space={"objective.clip": {"grid": clips}, "seed": {"grid": [0, 1]}},
+        metric="nelbo_variance",
+    )
+    original = figures.heat_map
+    monkeypatch.setattr(
+        figures, "heat_map", lambda cells, *labels: drawn.append(dict(cells)) or original(cells, *labels)
+    )
+    report.write(sweep, ranked(rows, "nelbo_variance", None), [], tmp_path, 90.0)
+    assert drawn == [{(0.0, 1.0): 2, (0.3, 0.8): 1}]
 
 
 def test_the_files_say_what_was_found(tmp_path):
