@@ -160,7 +160,7 @@ class _Run:
         alarm = LossAlarm(recipe.tracking.alarm_deviations, self.metrics_log.losses if self.metrics_log else [])
         search = recipe.curriculum.clip_search
         validated = held_out_rows(recipe.data.sources, self.indexes, recipe.validation.sequences)
-        searched = held_out_rows(recipe.data.sources, self.indexes, search.rows if search else 0)
+        searched = held_out_rows(recipe.data.sources, self.indexes, search.sequences if search else 0)
         share = {
             "global_batch_size": recipe.training.global_batch_size,
             "rank": self.rank,
