@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from dlm_ray.data.reading import read_split
+from dlm_ray.data.tokenizer import encode_text
 from dlm_ray.diffusion.draws import maskable_positions
 
 
@@ -22,7 +23,7 @@ def ngram_statistics(texts: Sequence[str], tokenizer: Any, data: str) -> dict[st
     """
     rows = read_split(data, "held_out")
     known = set(_ngrams((row.input_ids[maskable_positions(row.document_ids[None])[0]].tolist() for row in rows), 4))
-    encoded = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    encoded = [encode_text(tokenizer, text) for text in texts]
     fours, twos = list(_ngrams(encoded, 4)), list(_ngrams(encoded, 2))
     return {
         "num_samples": len(texts),

@@ -163,7 +163,9 @@ def _copy_tokenizer(checkpoint: str, folder: Path) -> None:
     run_dir = checkpoint.rstrip("/").rpartition("/")[0] or "."
     store = ts.KvStore.open(arrays.below(arrays.key_value_store(run_dir), "tokenizer")).result()
     for key in store.list().result():
-        (folder / key.decode()).write_bytes(store.read(key).result().value)
+        path = folder / key.decode()
+        path.parent.mkdir(parents=True, exist_ok=True)  # other chat templates lie in a folder
+        path.write_bytes(store.read(key).result().value)
 
 
 def _architecture(family: str) -> str:

@@ -8,8 +8,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dlm_ray.config.errors import UserError
 from dlm_ray.data import packing, shards, sources, storage
 from dlm_ray.data.index import FORMAT, NAME, Index
+from dlm_ray.data.special_tokens import ControlTokenError
 from dlm_ray.data.tokenizer import TokenizerIdentity, encode, identity, load_tokenizer
 
 SPLITS = ("train", "held_out")
@@ -38,7 +40,7 @@ def build_part(part: sources.SourceChunk, tokenizer_folder: str, settings: Setti
         return done
     tokenizer = load_tokenizer(tokenizer_folder)
     writers = {split: _SplitWriter(split, part.number, settings, identity(tokenizer), out) for split in SPLITS}
-    for number, text, tokens, num_bytes in _encoded(sources.documents(part, settings.text_field), tokenizer):
+    for number, text, tokens, num_bytes in _encoded(sources.located_documents(part, settings.text_field), tokenizer):
         if tokens:
             writers[split_of(text, settings.held_out)].add(number, tokens, num_bytes)
     result = {split: writer.finish() for split, writer in writers.items()}
@@ -95,17 +97,21 @@ def split_of(text: str, held_out: float) -> str:
     return "held_out" if int.from_bytes(digest[:8], "big") < held_out * 2**64 else "train"
 
 
-def _encoded(documents: Iterable[str], tokenizer: Any) -> Iterator[tuple[int, str, list[int], list[int]]]:
-    """(number, text, tokens, bytes of each token), several documents at a time."""
-    waiting: list[str] = []
+def _encoded(documents: Iterable[tuple[str, str]], tokenizer: Any) -> Iterator[tuple[int, str, list[int], list[int]]]:
+    """(number, text, tokens, bytes of each token) of (place, text), several documents at a time."""
+    waiting: list[tuple[str, str]] = []
     number = 0
 
     def flush() -> Iterator[tuple[int, str, list[int], list[int]]]:
-        for i, (tokens, num_bytes) in enumerate(encode(tokenizer, waiting)):
-            yield number + i, waiting[i], tokens, num_bytes
+        try:
+            encoded = encode(tokenizer, [text for _, text in waiting])
+        except ControlTokenError as error:
+            raise UserError(f"{waiting[error.number][0]}, {error}") from error
+        for i, (tokens, num_bytes) in enumerate(encoded):
+            yield number + i, waiting[i][1], tokens, num_bytes
 
-    for text in documents:
-        waiting.append(text)
+    for document in documents:
+        waiting.append(document)
         if len(waiting) == _ENCODE_DOCUMENTS:
             yield from flush()
             number, waiting = number + len(waiting), []

@@ -67,9 +67,15 @@ def documents(part: SourceChunk, text_field: str) -> Iterator[str]:
         UserError: if a line or row has no such field, or text is not UTF-8.
         DamageError: if a line is not JSON.
     """
+    for _, text in located_documents(part, text_field):
+        yield text
+
+
+def located_documents(part: SourceChunk, text_field: str) -> Iterator[tuple[str, str]]:
+    """`documents`, each behind its place: the file, and where in it."""
     for piece in part.pieces:
         if piece.kind == "text":
-            yield _text(piece.path)
+            yield piece.path, _text(piece.path)
         elif piece.kind == "parquet":
             yield from _parquet(piece, text_field)
         else:
@@ -124,7 +130,7 @@ def _text(path: str) -> str:
         ) from error
 
 
-def _json_lines(piece: Piece, text_field: str) -> Iterator[str]:
+def _json_lines(piece: Piece, text_field: str) -> Iterator[tuple[str, str]]:
     stream = gzip.open(piece.path, "rb") if piece.kind == "jsonl.gz" else open(piece.path, "rb")
     with stream:
         if piece.first > 0:
@@ -136,7 +142,8 @@ def _json_lines(piece: Piece, text_field: str) -> Iterator[str]:
             if not line:
                 return
             if line.strip():
-                yield _field(line, text_field, f"{piece.path}, byte {at}")
+                where = f"{piece.path}, byte {at}"
+                yield where, _field(line, text_field, where)
 
 
 def _field(line: bytes, text_field: str, where: str) -> str:
@@ -159,7 +166,7 @@ def _field(line: bytes, text_field: str, where: str) -> str:
     return text
 
 
-def _parquet(piece: Piece, text_field: str) -> Iterator[str]:
+def _parquet(piece: Piece, text_field: str) -> Iterator[tuple[str, str]]:
     import pyarrow.parquet as parquet
 
     file = parquet.ParquetFile(piece.path)
@@ -168,6 +175,6 @@ def _parquet(piece: Piece, text_field: str) -> Iterator[str]:
             f"{piece.path} has no column {text_field!r} (there is: {', '.join(file.schema_arrow.names)}); name it with --text-field"
         )
     for group in range(piece.first, piece.last):
-        for text in file.read_row_group(group, columns=[text_field])[text_field].to_pylist():
+        for row, text in enumerate(file.read_row_group(group, columns=[text_field])[text_field].to_pylist()):
             if text:
-                yield text
+                yield f"{piece.path}, row {row} of row group {group}", text

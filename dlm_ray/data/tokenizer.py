@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dlm_ray.config.errors import UserError
 from dlm_ray.data import storage
+from dlm_ray.data.special_tokens import refuse_control_tokens, special_tokens
 from dlm_ray.models.gguf import is_gguf
 from dlm_ray.models.gguf_tokenizer import gguf_tokenizer
 
@@ -108,27 +109,42 @@ def identity(tokenizer: Any) -> TokenizerIdentity:
     return TokenizerIdentity(
         name=Path(tokenizer.name_or_path).name or "trained",
         sha256=hashlib.sha256(content).hexdigest(),
-        vocab_size=len(tokenizer),
+        vocab_size=max(tokenizer.get_vocab().values()) + 1,  # more than it has tokens, where ids are left out
         start_id=end_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id,
         end_id=end_id,
     )
 
 
 def encode(tokenizer: Any, documents: list[str]) -> list[tuple[list[int], list[int]]]:
-    """Token ids of each document, and how many raw UTF-8 bytes each token stands for; the bytes of a document sum up exactly.
+    """Return the token ids of each document, and how many raw UTF-8 bytes each token stands for; the bytes of a document sum up exactly.
 
-    The text of a special token inside a document is text like any other. Where several tokens share a character, the last one
-    counts its bytes.
+    The text of a special token inside a document is text like any other (`data.special_tokens`). Where several tokens share a
+    character, the last one counts its bytes.
+
+    Raises:
+        ControlTokenError: if a document cannot be encoded without a control token, naming the place.
     """
-    backend = tokenizer.backend_tokenizer
-    backend.encode_special_tokens = True
-    backend.no_truncation()  # a tokenizer.json may ask for either, and the one loses text, the other adds tokens
-    backend.no_padding()
-    encodings = backend.encode_batch(documents, add_special_tokens=False)
+    own = special_tokens(tokenizer)
+    encodings = own.for_text.encode_batch(documents, add_special_tokens=False)
+    for number, (text, encoding) in enumerate(zip(documents, encodings, strict=True)):
+        refuse_control_tokens(own, number, text, encoding)
     return [
         (encoding.ids, _byte_counts(text, encoding.offsets))
         for text, encoding in zip(documents, encodings, strict=True)
     ]
+
+
+def encode_text(tokenizer: Any, text: str) -> list[int]:
+    """Return the token ids of one text, without a start token; as in `encode`, no text is read as a control token.
+
+    Raises:
+        ControlTokenError: if it cannot be encoded without one, naming the place.
+    """
+    own = special_tokens(tokenizer)
+    encoding = own.for_text.encode(text, add_special_tokens=False)
+    refuse_control_tokens(own, 0, text, encoding)
+    ids: list[int] = encoding.ids
+    return ids
 
 
 def _byte_counts(text: str, offsets: list[tuple[int, int]]) -> list[int]:

@@ -10,9 +10,10 @@ import torch
 
 from dlm_ray.config.errors import UserError
 from dlm_ray.config.objective import Sampling, rules_of
+from dlm_ray.data.chat import encode_chat
 from dlm_ray.data.index import load_index
 from dlm_ray.data.reading import read_split
-from dlm_ray.data.tokenizer import TokenizerIdentity
+from dlm_ray.data.tokenizer import TokenizerIdentity, encode_text
 from dlm_ray.diffusion import likelihood
 from dlm_ray.diffusion.draws import maskable_positions
 from dlm_ray.diffusion.objectives import SsdLm
@@ -200,8 +201,39 @@ class TextModel:
         )
 
     def encode(self, text: str) -> list[int]:
-        """Ids, without a start token."""
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        """Return the ids of a text, without a start token; special tokens that it spells out are text (`data.special_tokens`).
+
+        Raises:
+            UserError: if the tokenizer cannot encode it without a control token, or it holds the mask token.
+        """
+        ids = encode_text(self.tokenizer, text)
+        self.check_unmasked(ids)
+        return ids
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Return the ids of messages in the tokenizer's chat template, up to where the answer begins, without a start token.
+
+        Raises:
+            UserError: as `encode`.
+            Exception: whatever the template raises.
+        """
+        ids = encode_chat(self.tokenizer, messages, self.tokenizer_identity.start_id)
+        self.check_unmasked(ids)
+        return ids
+
+    def prompt_ids(self, ids: Sequence[int]) -> list[int]:
+        """Return ids behind exactly one start token, whether they begin with one or not."""
+        start = self.tokenizer_identity.start_id
+        first = next((place for place, token in enumerate(ids) if token != start), len(ids))
+        return [start, *ids[first:]]
+
+    def check_unmasked(self, ids: Sequence[int]) -> None:
+        """Raises UserError if ids that are given hold the mask token, which stands for what is to be written."""
+        mask_id = self.denoiser.mask_id
+        if mask_id is not None and mask_id in ids:
+            raise UserError(
+                f"token {ids.index(mask_id)} is the mask token (id {mask_id}), which no text may hold; take it out"
+            )
 
     def _text(self, ids: list[int]) -> str:
         """The text before the first end-of-text token."""
@@ -234,7 +266,7 @@ class TextModel:
         self, chosen: ResolvedSampling, before: list[int], length: int, after: list[int], options: SamplingOptions
     ) -> Texts:
         """[start] before [length to write] after, in a batch."""
-        prompt = [self.tokenizer_identity.start_id, *before]
+        prompt = self.prompt_ids(before)
         never = self.forbidden_token_ids(bool(after), options.get("ban") or ())
         common: dict[str, Any] = {
             "num_steps": chosen.steps,

@@ -77,8 +77,10 @@ def build(
         settings = Settings(own.sha256, sequence_length, held_out, text_field, sequences_per_shard)
         built_from = {"settings": asdict(settings), "inputs": [Path(one).name for one in inputs], "parts": len(parts)}
         _refuse_other_settings(out, built_from)
-        for path in sorted(Path(folder).iterdir()):
-            storage.write(storage.join(out, f"tokenizer/{path.name}"), path.read_bytes())
+        for path in sorted(
+            path for path in Path(folder).rglob("*") if path.is_file()
+        ):  # other chat templates lie in a folder
+            storage.write(storage.join(out, f"tokenizer/{path.relative_to(folder)}"), path.read_bytes())
         results: dict[int, dict[str, Any]] = {}
         for number, result in _run(parts, storage.join(out, "tokenizer"), settings, out):
             results[number] = result

@@ -74,7 +74,7 @@ class Planner:
     def jobs(self, task: Task) -> tuple[list[Job], dict[str, Any]]:
         """The jobs of a task, and the event that says what was understood."""
         prompts = self._prompts(task)
-        suffix = None if task["suffix"] is None else self.model.encode(task["suffix"])
+        suffix = None if task["suffix"] is None else self._encoded(task["suffix"], "suffix")
         if suffix is not None and self._sampled.kind != "whole":
             raise ApiError(
                 400,
@@ -96,7 +96,7 @@ class Planner:
             for length in lengths:
                 chosen = self._chosen(task["options"], length)
                 for number in range(task["n"]):
-                    ids = [self.model.tokenizer_identity.start_id, *prompt]
+                    ids = self.model.prompt_ids(prompt)
                     own = (
                         suffix,
                         seed,
@@ -125,7 +125,7 @@ class Planner:
             raise ApiError(400, "this checkpoint's objective bounds no likelihood", "cannot_score")
         if draws > self.server.limits.score_draws:
             raise ApiError(400, f"{draws} draws; at most {self.server.limits.score_draws}", "invalid_value", "draws")
-        ids = [self.model.tokenizer_identity.start_id, *self.model.encode(text)]
+        ids = self.model.prompt_ids(self._encoded(text, "text"))
         if len(ids) > self.model.sequence_length:
             raise ApiError(
                 400,
@@ -163,15 +163,31 @@ class Planner:
     def _prompts(self, task: Task) -> list[list[int]]:
         if task["messages"] is not None:
             return [self._templated(task["messages"])]
-        prompts = [self.model.encode(prompt) if isinstance(prompt, str) else prompt for prompt in task["prompts"]]
+        return [
+            self._encoded(prompt, "prompt") if isinstance(prompt, str) else self._checked(prompt)
+            for prompt in task["prompts"]
+        ]
+
+    def _encoded(self, text: str, field: str) -> list[int]:
+        """The ids of a text, in which nothing is a control token."""
+        try:
+            return self.model.encode(text)
+        except UserError as error:
+            raise ApiError(400, f"{field}: {error}", "invalid_value", field) from error
+
+    def _checked(self, ids: list[int]) -> list[int]:
+        """A prompt of ids, behind the start token; whoever sends ids may send control tokens."""
         vocabulary = self.model.tokenizer_identity.vocab_size
-        if any(token >= vocabulary for prompt in prompts for token in prompt):
+        if any(token >= vocabulary for token in ids):
             raise ApiError(400, f"prompt: ids are below {vocabulary}", "invalid_value", "prompt")
-        return prompts
+        try:
+            self.model.check_unmasked(ids)
+        except UserError as error:
+            raise ApiError(400, f"prompt: {error}", "invalid_value", "prompt") from error
+        return self.model.prompt_ids(ids)[1:]
 
     def _templated(self, messages: list[dict[str, str]]) -> list[int]:
-        tokenizer = self.model.tokenizer
-        if tokenizer.chat_template is None:
+        if self.model.tokenizer.chat_template is None:
             raise ApiError(
                 400,
                 "this checkpoint's tokenizer has no chat template; use /v1/completions",
@@ -179,14 +195,15 @@ class Planner:
                 "messages",
             )
         try:
-            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            return self.model.encode_chat(messages)
+        except UserError as error:
+            raise ApiError(400, str(error), "invalid_value", "messages") from error
         except (
             Exception
         ) as error:  # a template is a program of somebody else's, and what it cannot do is the request's mistake
             raise ApiError(
                 400, f"the chat template refuses these messages: {error}", "invalid_messages", "messages"
             ) from error
-        return self.model.encode(text)
 
     def _lengths(self, task: Task, num_prompt: int, num_suffix: int) -> list[int]:
         """Tokens to write of every candidate."""

@@ -13,6 +13,7 @@ from helpers import service
 from helpers.service import client, hosted, listening, until
 from starlette.requests import ClientDisconnect
 
+from dlm_ray.data.tokenizer import encode
 from dlm_ray.generation.loading import load
 
 
@@ -133,6 +134,49 @@ def test_a_chat_is_what_its_template_makes_of_it(block8):
             assert "".join(delta.content or "" for delta in deltas) == answer.choices[0].message.content
     finally:
         tokenizer.chat_template = None
+
+
+def test_every_prompt_begins_with_one_start_token_whoever_wrote_it(block8):
+    """The template, as Llama's and Mistral's do; a client that sends ids; or neither."""
+    host, app = block8
+    model = host.model
+    expected = model.sample("the model", length_tokens=12, seed=1)[0]
+    start, ids = model.tokenizer_identity.start_id, model.encode("the model")
+    for prompt in ("the model", ids, [start, *ids], [start, start, *ids]):
+        answer = complete(app, prompt=prompt, max_tokens=12, seed=1).json()
+        assert answer["choices"][0]["text"] == expected and answer["usage"]["prompt_tokens"] == len(ids)
+    for template in ("{{ messages[0].content }}", "{{ bos_token }}{{ messages[0].content }}"):
+        model.tokenizer.chat_template = template
+        try:
+            body = {
+                "model": "tiny",
+                "messages": [{"role": "user", "content": "the model"}],
+                "max_tokens": 12,
+                "seed": 1,
+            }
+            [answer] = ask(app, ("POST", "/v1/chat/completions", body))
+        finally:
+            model.tokenizer.chat_template = None
+        assert answer.json()["choices"][0]["message"]["content"] == expected
+        assert answer.json()["usage"]["prompt_tokens"] == len(ids)
+
+
+def test_a_special_token_that_a_request_spells_out_is_text_as_in_the_data(whole):
+    host, app = whole
+    text = "the<|endoftext|>"
+    [(ids, _)] = encode(host.model.tokenizer, [text])
+    assert len(ids) > 5
+    for given in ({"prompt": text}, {"prompt": "", "suffix": text}):
+        assert complete(app, max_tokens=2, **given).json()["usage"]["prompt_tokens"] == len(ids)
+    [scored] = ask(app, ("POST", "/v1/score", {"model": "tiny", "text": text}))
+    assert scored.json()["tokens"] == len(ids)
+    host.model.tokenizer.chat_template = "{{ messages[0].content }}"
+    try:
+        body = {"model": "tiny", "messages": [{"role": "user", "content": text}], "max_tokens": 2}
+        [answer] = ask(app, ("POST", "/v1/chat/completions", body))
+    finally:
+        host.model.tokenizer.chat_template = None
+    assert answer.json()["usage"]["prompt_tokens"] == len(ids)
 
 
 def test_several_prompts_and_choices_are_told_apart(block8, runs):
