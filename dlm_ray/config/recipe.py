@@ -136,8 +136,8 @@ class Training(ConfigNode):
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of activations and gathered weights; the master weights, EMA and gradients' sums are float32."""
     max_skipped_steps: NonNegative = 0
-    """So many steps in a row whose gradient is not finite are left out and counted; one more ends the run. Above 0, the host waits for every
-    step's gradient."""
+    """So many steps in a row whose loss or gradient is not finite are left out and counted; one more ends the run. Above 0, the host waits for every
+    step's loss and gradient."""
 
 
 class Validation(ConfigNode):

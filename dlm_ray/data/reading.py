@@ -35,6 +35,8 @@ class DataSequence(NamedTuple):
     """With the document id, what names a document of the source."""
     finding: str = ""
     """What is wrong with its shard, of a row of padding that stands for one that cannot be read."""
+    place: str = ""
+    """Shard and number of the row, for messages."""
 
 
 def open_sources(sources: Sequence[Source]) -> list[Index]:
@@ -102,8 +104,14 @@ class ShardReader:
             with self._opened(source, number, shard) as stream:
                 for place in sorted(places, key=lambda place: references[place].row):
                     arrays = shards.read_row(stream, references[place].row, index.sequence_length)
+                    where = f"row {references[place].row} of {storage.join(self.paths[source], shard.file)}"
                     rows[place] = DataSequence(
-                        arrays["input_ids"], arrays["document_ids"], arrays["num_bytes"], source, shard.part
+                        arrays["input_ids"],
+                        arrays["document_ids"],
+                        arrays["num_bytes"],
+                        source,
+                        shard.part,
+                        place=where,
                     )
         return [row for row in rows if row is not None]
 
@@ -139,6 +147,27 @@ class ShardReader:
             self._copies.pop(next(iter(self._copies))).close()
             sizes.pop(0)
         yield copy
+
+
+def check_ids(rows: Sequence[DataSequence], mask_id: int | None, vocab_size: int) -> None:
+    """Checks that a network with this mask token and V tokens can be trained on rows, and scored by them.
+
+    Raises:
+        UserError: if a row holds the mask token, whose probability is 0 by definition, or an id that is none of V; naming the place.
+    """
+    if not rows:
+        return
+    ids = np.stack([row.input_ids for row in rows])
+    is_wrong = (ids >= vocab_size) | (ids == (-1 if mask_id is None else mask_id))
+    is_wrong &= np.stack([row.document_ids for row in rows]) >= 0
+    if is_wrong.any():
+        number, position = (int(found) for found in np.argwhere(is_wrong)[0])
+        found = int(ids[number, position])
+        what = "which is the mask token" if found == mask_id else f"and the network has {vocab_size} tokens"
+        raise UserError(
+            f"position {position} of {rows[number].place} holds id {found}, {what}; change model.mask_token to an id that no text holds, or build "
+            "the data with the network's tokenizer"
+        )
 
 
 def _padding(sequence_length: int, source: int, part: int, finding: str) -> DataSequence:

@@ -12,7 +12,7 @@ from dlm_ray.config.errors import UserError
 from dlm_ray.config.objective import Sampling, rules_of
 from dlm_ray.data.chat import encode_chat
 from dlm_ray.data.index import load_index
-from dlm_ray.data.reading import read_split
+from dlm_ray.data.reading import check_ids, read_split
 from dlm_ray.data.tokenizer import TokenizerIdentity, encode_text
 from dlm_ray.diffusion import likelihood
 from dlm_ray.diffusion.draws import maskable_positions
@@ -176,6 +176,7 @@ class TextModel:
             raise UserError(
                 f"split {split!r} of {data} has no rows; build it with a larger --held-out, or name another --split"
             )
+        check_ids(rows, self.denoiser.mask_id, self.denoiser.vocab_size)
         x_0 = np.stack([row.input_ids for row in rows]).astype(np.int64)
         document_ids = np.stack([row.document_ids for row in rows])
         scored = likelihood.token_nats(

@@ -84,6 +84,7 @@ def _rows(group: dict[str, Any]) -> list[DataSequence]:
         group["source"].tolist(),
         group["part"].tolist(),
         group["finding"],
+        group["place"],
     )
     return [DataSequence(*fields) for fields in zip(*arrays, strict=True)]
 
@@ -106,5 +107,6 @@ class _Reader:
             "source": np.array([row.source for row in rows]),
             "part": np.array([row.part for row in rows]),
             "finding": np.array([row.finding for row in rows]),
+            "place": np.array([row.place for row in rows]),
             "error": "",
         }

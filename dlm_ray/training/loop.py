@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +20,14 @@ from dlm_ray.config.errors import DamageError, Stopped, UserError
 from dlm_ray.config.recipe import Recipe, Source
 from dlm_ray.data.index import load_data_tokenizer
 from dlm_ray.data.order import Cursor, Order
-from dlm_ray.data.reading import DataSequence, ShardReader, held_out_rows, iterate_rows, open_sources
+from dlm_ray.data.reading import (
+    DataSequence,
+    ShardReader,
+    check_ids,
+    held_out_rows,
+    iterate_rows,
+    open_sources,
+)
 from dlm_ray.training import clip_search, curriculum, guards, setup, state, teacher
 from dlm_ray.training import optimizer as optimization
 from dlm_ray.training.capabilities import capabilities
@@ -71,7 +77,7 @@ def fit(
     Raises:
         UserError: if the recipe does not fit the data, the base or the run directory, or another process writes it.
         DamageError: if a shard or checkpoint is damaged, or the disk is full.
-        FloatingPointError: if the gradient is not finite (`training.max_skipped_steps` times in a row); the last checkpoint is good.
+        FloatingPointError: if loss or gradient is not finite (`training.max_skipped_steps` times in a row); the last checkpoint is good.
         Stopped: after SIGTERM, or once there is a file `stop` in `run_dir`; the state is committed.
     """
     with _process_group(recipe), guards.StopRequest(Path(run_dir)) as stop, ExitStack() as held:
@@ -161,6 +167,7 @@ class _Run:
         search = recipe.curriculum.clip_search
         validated = held_out_rows(recipe.data.sources, self.indexes, recipe.validation.sequences)
         searched = held_out_rows(recipe.data.sources, self.indexes, search.sequences if search else 0)
+        check_ids([*validated, *searched], self.network.mask_id, self.network.vocab_size)
         share = {
             "global_batch_size": recipe.training.global_batch_size,
             "rank": self.rank,
@@ -177,6 +184,7 @@ class _Run:
         ):
             rate = optimization.learning_rate(recipe.optimizer, self.step, num_steps)
             optimization.set_learning_rate(self.optimizer, rate)
+            check_ids(rows, self.network.mask_id, self.network.vocab_size)
             batches = micro_batches(recipe, self.objective, rows, self.step, self.rank, self.world_size, self.device)
             skips = {"skips_nonfinite": recipe.training.max_skipped_steps > 0}
             result = train_step(
@@ -306,12 +314,12 @@ class _Run:
             )
 
     def _check_finite(self, step: int, cursor: Cursor, result: StepResult) -> None:
-        """Raises FloatingPointError on every rank alike, because the norm is of the global gradient.
+        """Raises FloatingPointError on every rank alike, because loss and norm are the global batch's.
 
         Names the step, its rows in the order of the run, and the objective; a file holds what it takes to run the same step again.
         """
         norm, recipe = result.gradient_norm.item(), self.recipe
-        if math.isfinite(norm) or (
+        if result.is_finite() or (
             result.is_skipped and self.faults.skipped_in_a_row <= recipe.training.max_skipped_steps
         ):
             return

@@ -15,7 +15,7 @@ from dlm_ray.checkpoint.pretrained import open_pretrained
 from dlm_ray.config.errors import UserError
 from dlm_ray.config.objective import Simplex
 from dlm_ray.config.recipe import Recipe
-from dlm_ray.data.index import Index
+from dlm_ray.data.index import Index, load_data_tokenizer
 from dlm_ray.data.tokenizer import TokenizerIdentity, identity, load_tokenizer
 from dlm_ray.diffusion import objectives, schedules
 from dlm_ray.diffusion.absorbing import Absorbing, Clip
@@ -70,7 +70,7 @@ def resolve(recipe: Recipe, is_causal: bool, tokenizer: TokenizerIdentity) -> Ne
         UserError: if the base was made with another tokenizer, has too few embedding rows, or is of an unknown family.
     """
     if recipe.model.architecture is not None:
-        mask_id = None if is_causal else _mask_id(recipe, tokenizer.vocab_size)
+        mask_id = None if is_causal else _mask_id(recipe, tokenizer.vocab_size, tokenizer)
         rows = tokenizer.vocab_size + (mask_id == tokenizer.vocab_size)
         config = families.scratch_config(recipe.model.architecture, rows, tokenizer.start_id, tokenizer.end_id)
         shift = recipe.objective.shift
@@ -89,8 +89,14 @@ def resolve(recipe: Recipe, is_causal: bool, tokenizer: TokenizerIdentity) -> Ne
             f"model.base={base} has {config.vocab_size} embedding rows and its tokenizer {tokenizer.vocab_size} tokens; choose another model.base"
         )
     mask_id = base_mask_id
-    if mask_id is None and not is_causal:
-        mask_id = _mask_id(recipe, config.vocab_size)
+    if mask_id is not None:
+        if recipe.model.mask_token not in ("new", mask_id):
+            raise UserError(
+                f"model.mask_token={recipe.model.mask_token}, and model.base={base} has the mask token {mask_id} already; leave model.mask_token out"
+            )
+        _check_mask_id(recipe, mask_id, config.vocab_size, tokenizer, f"the mask token {mask_id} of model.base={base}")
+    elif not is_causal:
+        mask_id = _mask_id(recipe, config.vocab_size, tokenizer)
     appended = base_mask_id is None and mask_id == config.vocab_size
     config.vocab_size += appended
     shift = recipe.objective.shift
@@ -263,16 +269,36 @@ def describe_base(base: str) -> tuple[dict[str, Any], int | None, TokenizerIdent
     return fields, fields.get("mask_token_id"), identity(load_tokenizer(str(files.path)))
 
 
-def _mask_id(recipe: Recipe, vocab_size: int) -> int:
-    """The id that the recipe asks for: a new row at the end, or an existing one."""
+def _mask_id(recipe: Recipe, rows: int, tokenizer: TokenizerIdentity) -> int:
+    """The id that the recipe asks for: a new row at the end, or an existing one that stands for nothing in text."""
     asked = recipe.model.mask_token
     if asked == "new":
-        return vocab_size
-    if asked >= vocab_size:
-        raise UserError(
-            f"model.mask_token={asked} is not below the vocabulary's {vocab_size} rows; give an id below it, or `new`"
-        )
+        return rows
+    _check_mask_id(recipe, asked, rows, tokenizer, f"model.mask_token={asked}")
     return asked
+
+
+def _check_mask_id(recipe: Recipe, mask_id: int, rows: int, tokenizer: TokenizerIdentity, what: str) -> None:
+    """Raises UserError unless the network has a row for it, and it is none of the tokens that rows of data consist of.
+
+    That no text holds an ordinary token cannot be known before the rows are read (`data.reading.check_ids`).
+    """
+    allowed = "give the id of a token that no text holds, such as a reserved one, or `new`"
+    if not 0 <= mask_id < rows:
+        raise UserError(f"{what} is not below the vocabulary's {rows} rows; {allowed}")
+    if mask_id >= tokenizer.vocab_size:
+        return  # a row beyond the tokenizer, or the base's own
+    own = load_data_tokenizer(recipe.data.sources[0].path)
+    roles = {
+        "start": tokenizer.start_id,
+        "end": tokenizer.end_id,
+        "padding": own.pad_token_id,
+        "unknown": own.unk_token_id,
+    }
+    taken = [role for role, token in roles.items() if token == mask_id]
+    if taken:
+        text = own.convert_ids_to_tokens(mask_id)
+        raise UserError(f"{what} is the tokenizer's {' and '.join(taken)} token {text!r}, which rows hold; {allowed}")
 
 
 def _finished(config: Any, recipe: Recipe, is_causal: bool, mask_id: int | None) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -49,8 +49,14 @@ class StepResult:
     num_scored: int
     gradient_norm: Tensor
     """Scalar, of the global gradient before clipping."""
+    loss: Tensor
+    """Scalar, the loss of the global batch. It may be infinite where the gradient is finite: that of a token which has probability 0."""
     is_skipped: bool = False
-    """Nothing was updated, because the gradient was not finite."""
+    """Nothing was updated, because loss or gradient was not finite."""
+
+    def is_finite(self) -> bool:
+        """Whether loss and gradient are; the host waits for both."""
+        return math.isfinite(self.loss.item()) and math.isfinite(self.gradient_norm.item())
 
     def metrics(self) -> dict[str, float]:
         """The step's means over all ranks; collective."""
@@ -60,7 +66,7 @@ class StepResult:
         named = {
             name: value / max(1, by) for name, by, value in zip(self.names, self.divisors, values[1:], strict=True)
         }
-        return {"loss": values[0] / self.count, "gradient_norm": self.gradient_norm.item(), **named}
+        return {"loss": self.loss.item(), "gradient_norm": self.gradient_norm.item(), **named}
 
 
 def num_micro_steps(recipe: Recipe, world_size: int, draws_per_sequence: int = 1) -> int:
@@ -112,7 +118,7 @@ def train_step(
     """Forward, backward, clip and update over the global batch of which `batches` is this rank's part.
 
     The counts are on the host, so the division is known before the first backward pass and nothing waits for the device; only to skip a
-    gradient that is not finite does the host wait for its norm, which is the same on all ranks.
+    step that is not finite does the host wait for its loss and norm, which are the same on all ranks.
     """
     counts = torch.tensor(
         [sum(objective.count(batch.draw) for batch in batches), sum(batch.draw.num_scored for batch in batches)]
@@ -131,13 +137,17 @@ def train_step(
         divisors = (*[num_scored] * len(loss.by_name), *[count] * len(loss.by_token))
         parts = torch.stack([loss.weighted_sum.detach(), *loss.by_name.values(), *loss.by_token.values()]).double()
         sums = parts if sums is None else sums + parts
+    assert sums is not None, "a step has at least one micro-batch"
+    total = sums[0].clone()
+    dist.all_reduce(total)
     norm = _clip(root.denoiser.parameters(), _reduced(objective.parameters()), max_norm)
-    is_skipped = skips_nonfinite and not math.isfinite(norm.item())
-    if not is_skipped:
+    result = StepResult(sums, names, divisors, count, num_scored, norm, total / count)
+    if skips_nonfinite and not result.is_finite():
+        result = replace(result, is_skipped=True)
+    else:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    assert sums is not None, "a step has at least one micro-batch"
-    return StepResult(sums, names, divisors, count, num_scored, norm, is_skipped)
+    return result
 
 
 def _reduced(own: Iterable[nn.Parameter]) -> list[Tensor]:
