@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dlm_ray.checkpoint import arrays, commit
 from dlm_ray.checkpoint.commit import Manifest
+from dlm_ray.checkpoint.description import KEY, OBJECTIVE_FILE, Description, check_restorable
 from dlm_ray.checkpoint.weights import our_checkpoint, weight_prefix
 from dlm_ray.config.errors import UserError
 
@@ -47,6 +48,9 @@ _SHIFT = ", in which position i is predicted by the logits of position i-1 (as i
 def export(checkpoint_dir: str, out: str, *, weights: str | None = None, dtype: torch.dtype | None = None) -> Path:
     """Writes config.json, model*.safetensors, the tokenizer and a model card to `out`, all of it or nothing.
 
+    Loaded by dlm_ray, it is what the checkpoint is: config.json also says the objective, the rows and the sampling (`checkpoint.description`), and what
+    the objective has learned has a file of its own.
+
     Args:
         checkpoint_dir: a step directory, or a run directory (its last step).
         out: a folder that is not there yet, or is empty.
@@ -54,7 +58,7 @@ def export(checkpoint_dir: str, out: str, *, weights: str | None = None, dtype: 
         dtype: of the weights; None for the checkpoint's.
 
     Raises:
-        UserError: if `out` holds something, `checkpoint_dir` is no checkpoint, or the network is not all of the model.
+        UserError: if `out` holds something, `checkpoint_dir` is no checkpoint, or nothing could sample from the export.
         DamageError: if a tensor of the checkpoint is damaged.
     """
     check_is_new(out)
@@ -67,13 +71,14 @@ def export(checkpoint_dir: str, out: str, *, weights: str | None = None, dtype: 
             f"{checkpoint} is an SSD-LM: its block sees embeddings of noise that no Hugging Face model has, so an export could not be sampled; "
             "use `dlm-ray sample` on the checkpoint itself"
         )
+    check_restorable(manifest.model["objective"], checkpoint)
     prefix = weight_prefix(manifest.arrays, weights, checkpoint)
     stored = {
         name.removeprefix(f"{prefix}."): entry
         for name, entry in manifest.arrays.items()
         if name.startswith(f"{prefix}.")
     }
-    # What is learned beside the network stays here.
+    # What is learned beside the network has a file of its own.
     stored = {name: entry for name, entry in stored.items() if not name.startswith("objective.")}
     with new_folder(out) as folder:
         architecture = _architecture(manifest.model["config"]["model_type"])
@@ -82,12 +87,14 @@ def export(checkpoint_dir: str, out: str, *, weights: str | None = None, dtype: 
             **manifest.model["config"],
             "architectures": [architecture],
             "dtype": str(dtype).removeprefix("torch.") if dtype else kept,
+            KEY: Description.of(manifest).model_dump(mode="json"),
         }
         write_config(config, folder)
         types = {
             name: (tuple(entry.shape), dtype or arrays.TORCH_DTYPES[entry.dtype]) for name, entry in stored.items()
         }
         write_weights(types, lambda name: commit.read_tensor(checkpoint, f"{prefix}.{name}"), folder)
+        _write_objective(checkpoint, manifest, prefix, folder)
         _copy_tokenizer(checkpoint, folder)
         (folder / "README.md").write_text(_card(manifest, prefix))
     return Path(out)
@@ -166,6 +173,15 @@ def _copy_tokenizer(checkpoint: str, folder: Path) -> None:
         path = folder / key.decode()
         path.parent.mkdir(parents=True, exist_ok=True)  # other chat templates lie in a folder
         path.write_bytes(store.read(key).result().value)
+
+
+def _write_objective(checkpoint: str, manifest: Manifest, prefix: str, folder: Path) -> None:
+    """What is learned beside the network, in a file of its own, which stock transformers does not open."""
+    stored = "ema.objective." if prefix == "ema" else "objective."
+    names = [name for name in manifest.arrays if name.startswith(stored)]
+    tensors: dict[str, Tensor] = {name.removeprefix(stored): commit.read_tensor(checkpoint, name) for name in names}
+    if tensors:
+        save_file(tensors, folder / OBJECTIVE_FILE)
 
 
 def _architecture(family: str) -> str:

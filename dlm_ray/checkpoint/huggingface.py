@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from dlm_ray.checkpoint.description import OBJECTIVE_FILE
 from dlm_ray.checkpoint.model_files import ModelFiles
 from dlm_ray.config.errors import DamageError, UserError
 
@@ -94,6 +95,31 @@ def resolve_folder(name_or_path: str) -> Path:
             f"{name_or_path!r} has no config.json on the hub; if it has GGUF files, download one (`hf download`) and give the file's path"
         )
     return folder
+
+
+@torch.no_grad()
+def load_objective(folder: Path, parameters: Mapping[str, Tensor]) -> None:
+    """Fills an objective's own parameters by their names from the file that an export has for them.
+
+    Raises:
+        UserError: if a name is missing or a shape differs.
+        DamageError: if there is no such file, or it is cut short.
+    """
+    if not parameters:
+        return
+    with _opened(folder / OBJECTIVE_FILE) as archive:
+        stored = {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118  (it is no mapping)
+    if stored.keys() != parameters.keys():
+        raise UserError(
+            f"{folder / OBJECTIVE_FILE} holds {sorted(stored)} where the objective has {sorted(parameters)}; export the checkpoint again"
+        )
+    for name, parameter in parameters.items():
+        if stored[name].shape != parameter.shape:
+            raise UserError(
+                f"{folder / OBJECTIVE_FILE}: {name} has shape {tuple(stored[name].shape)} and the objective expects "
+                f"{tuple(parameter.shape)}; export the checkpoint again"
+            )
+        parameter.copy_(stored[name])
 
 
 def _opened(file: str | Path) -> safe_open:

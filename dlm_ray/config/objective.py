@@ -51,7 +51,7 @@ RULES: dict[str, tuple[str, ...]] = {
 
 
 def rules_of(objective: str) -> tuple[str, ...]:
-    """The sampling rules that belong to an objective, the default first; one of somebody's own is sampled as `masked`."""
+    """The sampling rules that belong to an objective, the default first; of somebody's own, those of `masked`."""
     return RULES.get(objective, _WHOLE)
 
 
@@ -99,7 +99,8 @@ class Objective(ConfigNode):
     """What is minimised."""
 
     name: str = "masked"
-    """`autoregressive`, `masked` (MD4, MDLM, DiffuLLaMA), `block` (BD3-LM), `genmd4`, `sedd`, `d3pm`, `tauldr`, `ssd_lm`, or `package.module:Class`."""
+    """`autoregressive`, `masked` (MD4, MDLM, DiffuLLaMA), `block` (BD3-LM), `genmd4`, `sedd`, `d3pm`, `tauldr`, `ssd_lm`, or `package.module:Class` for one of
+    your own, which is trained and validated; its checkpoints are not sampled, scored, exported or served yet."""
     schedule: Schedule = Schedule()
     num_timesteps: Positive | None = None
     """T of discrete time; continuous if absent. `d3pm`: 1000 if absent."""

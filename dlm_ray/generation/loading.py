@@ -8,12 +8,13 @@ from typing import Any, Literal
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from dlm_ray.checkpoint import commit, weights
-from dlm_ray.checkpoint.commit import Manifest
+from dlm_ray.checkpoint import commit, huggingface, weights
+from dlm_ray.checkpoint.description import KEY, Description, check_restorable
 from dlm_ray.checkpoint.model_files import ModelFiles, fill_with_extra_row
 from dlm_ray.checkpoint.pretrained import open_pretrained
 from dlm_ray.config.errors import UserError
-from dlm_ray.config.objective import Sampling, rules_of
+from dlm_ray.config.objective import rules_of
+from dlm_ray.data import storage
 from dlm_ray.data.tokenizer import TokenizerIdentity, identity, load_tokenizer
 from dlm_ray.diffusion.absorbing import Absorbing
 from dlm_ray.diffusion.objectives import Autoregressive, Block, GenMD4, Masked, Sedd, SsdLm
@@ -37,20 +38,11 @@ def load(
     denoiser = load_network(checkpoint or path, weights_kind, device=device, mesh=mesh)
     if checkpoint is None:
         return _pretrained_model(open_pretrained(str(path)), denoiser)
-    manifest = commit.read_manifest(checkpoint)
-    name = manifest.model["objective"]
-    objective = _objective(manifest, denoiser).to(pick_device(device))
+    description = Description.of(commit.read_manifest(checkpoint))
+    objective = _objective(description, denoiser, checkpoint)
     weights.load_objective(checkpoint, dict(objective.named_parameters()), weights_kind)
-    return TextModel(
-        denoiser,
-        load_tokenizer(str(Path(checkpoint).parent / "tokenizer")),
-        TokenizerIdentity(**manifest.tokenizer),
-        objective=objective.requires_grad_(False),
-        rules=rules_of(name),
-        sampling=Sampling(**manifest.recipe.get("sampling", {})),
-        sequence_length=manifest.capabilities["sequence_length"],
-        document_mask=manifest.capabilities["document_mask"],
-    )
+    folder = storage.join(checkpoint.rstrip("/").rpartition("/")[0] or ".", "tokenizer")
+    return _text_model(description, denoiser, objective, load_tokenizer(folder), checkpoint)
 
 
 def load_network(
@@ -106,44 +98,77 @@ def as_unadapted(base: TextModel, pattern: Literal["causal", "bidirectional"], *
 
 
 def _pretrained_model(files: ModelFiles, denoiser: HuggingFaceDenoiser) -> TextModel:
-    tokenizer = load_tokenizer(str(files.path))
+    """What an export of ours says of itself, or an autoregressive model of the whole context."""
+    folder = files.path
+    fields, tokenizer = files.config(), load_tokenizer(str(folder))
+    description = Description.of_config(fields, str(folder))
+    if description is not None:
+        objective = _objective(description, denoiser, str(folder))
+        huggingface.load_objective(folder, dict(objective.named_parameters()))
+        return _text_model(description, denoiser, objective, tokenizer, str(folder))
+    if fields.get("is_causal", True) is False:
+        raise UserError(
+            f"{folder} is a diffusion model (is_causal is false in its config.json) that does not say how it was trained: it has no key {KEY!r}, which "
+            "`dlm-ray export` writes; export the checkpoint again with this version"
+        )
     return TextModel(
         denoiser,
         tokenizer,
         identity(tokenizer),
-        objective=_huggingface_objective(files.config()),
+        objective=Autoregressive(),
         sequence_length=denoiser.network.config.max_position_embeddings,
         document_mask=True,
     )
 
 
-def _huggingface_objective(fields: dict[str, Any]) -> Any:
-    """What a config.json says: autoregressive, unless an export of ours says otherwise."""
-    if fields.get("is_causal", True) is not False:
-        return Autoregressive()
-    return Block(block_tokens=fields["block_tokens"]) if fields.get("block_tokens") else Masked()
+def _text_model(
+    description: Description, denoiser: HuggingFaceDenoiser, objective: Any, tokenizer: Any, where: str
+) -> TextModel:
+    """The same from a checkpoint and from its export.
+
+    Raises:
+        UserError: if the tokenizer is not the one that the model was trained with.
+    """
+    trained, found = TokenizerIdentity(**description.tokenizer), identity(tokenizer)
+    if found.sha256 != trained.sha256:
+        raise UserError(
+            f"{where} was trained with tokenizer {trained.name} (sha256 {trained.sha256[:12]}), and the one that lies with it is another "
+            f"({found.sha256[:12]}); put the first one back"
+        )
+    return TextModel(
+        denoiser,
+        tokenizer,
+        trained,
+        objective=objective.requires_grad_(False),
+        rules=rules_of(description.objective),
+        sampling=description.sampling,
+        sequence_length=description.capabilities["sequence_length"],
+        document_mask=description.capabilities["document_mask"],
+    )
 
 
-def _objective(manifest: Manifest, denoiser: HuggingFaceDenoiser) -> Any:
-    """What scores the checkpoint's text and says how it is sampled: the bound over the full range, whatever training did to its noise.
+def _objective(description: Description, denoiser: HuggingFaceDenoiser, where: str) -> Any:
+    """What scores the model's text and says how it is sampled: the bound over the full range, whatever training did to its noise.
 
     D3PM and tauLDR are bounded by MD4's form of the same integral.
+
+    Raises:
+        UserError: for an objective of somebody's own.
     """
-    name = manifest.model["objective"]
-    if manifest.model["is_causal"]:
+    name = description.objective
+    check_restorable(name, where)
+    if description.is_causal:
         return Autoregressive()
+    objective: Any = Masked()
     if name == "block":
-        return Block(block_tokens=manifest.capabilities["block_tokens"])
-    if name == "genmd4":
-        is_scalar = manifest.arrays["objective.theta"].shape == (1,)
-        return GenMD4(Absorbing(), denoiser.vocab_size, scalar=is_scalar)
-    if name == "sedd":
-        return Sedd(vocab_size=denoiser.vocab_size)
-    if name == "ssd_lm":
-        return SsdLm(
-            denoiser.vocab_size, denoiser.embedding.shape[1], **(manifest.recipe["objective"]["simplex"] or {})
-        )
-    return Masked()
+        objective = Block(block_tokens=description.capabilities["block_tokens"])
+    elif name == "genmd4":
+        objective = GenMD4(Absorbing(), denoiser.vocab_size, scalar=description.exponents == "scalar")
+    elif name == "sedd":
+        objective = Sedd(vocab_size=denoiser.vocab_size)
+    elif name == "ssd_lm":
+        objective = SsdLm(denoiser.vocab_size, denoiser.embedding.shape[1], **(description.simplex or {}))
+    return objective.to(denoiser.embedding.device)
 
 
 def _network(

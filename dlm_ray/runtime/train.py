@@ -224,7 +224,7 @@ def _finished(recipe: Recipe, run_dir: Path) -> RunResult | None:
 def check_before_starting(recipe: Recipe) -> None:
     """What would fail in every worker fails here, once and in seconds: data, tokenizer, base, family, objective."""
     indexes = open_sources(recipe.data.sources)
-    start.check_held_out(recipe, indexes)
+    setup.check_held_out(recipe, indexes)
     network = setup.resolve(recipe, setup.is_causal(recipe), indexes[0].tokenizer)
     with torch.device("meta"):  # what it keeps beside the network may be large, and here only its mistakes matter
         setup.build_objective(recipe, network, indexes[0].sequence_length)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dlm_ray.checkpoint import commit, weights
+from dlm_ray.checkpoint.description import check_restorable
 from dlm_ray.checkpoint.pretrained import open_pretrained
 from dlm_ray.config.errors import UserError
 from dlm_ray.config.server import Model, Server
@@ -32,7 +33,9 @@ def pinned(server: Server) -> Server:
 def _pinned(model: Model) -> Model:
     path, kind = weights.our_checkpoint(model.checkpoint), model.weights
     if path is not None:
-        prefix = weights.weight_prefix(commit.read_manifest(path).arrays, kind, path)
+        manifest = commit.read_manifest(path)
+        check_restorable(manifest.model["objective"], path)
+        prefix = weights.weight_prefix(manifest.arrays, kind, path)
         kind = "ema" if prefix == "ema" else "raw"
     else:
         path = model.checkpoint

@@ -94,7 +94,7 @@ class _Run:
         self.device = pick_device(recipe.parallelism.device)
         self.host_group = dist.new_group(backend="gloo")
         self.indexes = open_sources(recipe.data.sources)
-        start.check_held_out(recipe, self.indexes)
+        setup.check_held_out(recipe, self.indexes)
         self.data_identity = guards.data_identity(self.indexes)
         self.order = Order(
             self.indexes, [source.weight for source in recipe.data.sources], recipe.seed, recipe.data.window_shards

@@ -11,6 +11,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from dlm_ray.checkpoint import commit, weights
+from dlm_ray.checkpoint.description import KEY
 from dlm_ray.checkpoint.pretrained import open_pretrained
 from dlm_ray.config.errors import UserError
 from dlm_ray.config.objective import Simplex
@@ -304,7 +305,7 @@ def _check_mask_id(recipe: Recipe, mask_id: int, rows: int, tokenizer: Tokenizer
 def _finished(config: Any, recipe: Recipe, is_causal: bool, mask_id: int | None) -> dict[str, Any]:
     """The configuration as a checkpoint and an export carry it: stock transformers reads `is_causal`, we read the rest."""
     fields = config.to_dict()
-    for unwanted in ("dtype", "_name_or_path", "block_tokens"):
+    for unwanted in ("dtype", "_name_or_path", "block_tokens", KEY):
         fields.pop(unwanted, None)
     fields["is_causal"] = is_causal
     if mask_id is not None:

@@ -42,7 +42,7 @@ def commit_step(run, config, *, with_ema=True, **kinds):
             "is_causal": False,
             **kinds,
         },
-        "capabilities": {"sequence_length": 32},
+        "capabilities": {"sequence_length": 32, "document_mask": True},
         "cursor": {},
         "extra": {},
     }
@@ -99,6 +99,17 @@ def test_the_tokenizer_beside_the_step_comes_along_wherever_the_run_lies(tmp_pat
         ts.KvStore.open(below(key_value_store(run), "tokenizer")).result().write(name, content).result()
     out = export(run, str(tmp_path / "out"))
     assert {name: (out / name).read_bytes() for name in files} == files
+
+
+def test_an_objective_of_somebodys_own_is_refused(tmp_path):
+    """Loaded again it would be another one."""
+    commit_step(str(tmp_path / "run"), CONFIGS["llama"], objective="package.module:Own")
+    with pytest.raises(
+        UserError,
+        match="was trained with objective.name=package.module:Own, which this version restores for training alone",
+    ):
+        export(str(tmp_path / "run"), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_cannot_be_exported_is_refused_and_leaves_nothing(tmp_path):

@@ -19,7 +19,9 @@ OF_RANK_0 = ("merge", "manifest")
 
 # A server that has imported everything once and is forked for every process: starting costs milliseconds instead of seconds.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["dlm_ray.training.loop", "transformers.models.llama.modeling_llama", "helpers.victim"])
+PROCESSES.set_forkserver_preload(
+    ["dlm_ray.training.loop", "transformers.models.llama.modeling_llama", "helpers.victim"]
+)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from dlm_ray.runtime import cluster  # first of all: it sets what Ray reads when
 import ray
 
 from dlm_ray.checkpoint import listing
+from dlm_ray.checkpoint.description import check_restorable
 from dlm_ray.config import space as spaces
 from dlm_ray.config.errors import UserError
 from dlm_ray.config.load import dump
@@ -125,6 +126,9 @@ def _prepare(loaded: Loaded, out: Path, emit: Emit) -> Plan:
     plan = Plan(loaded, str(out), load_index(data or recipes[0].data.sources[0].path).sequence_length, data, base)
     for settings in spaces.corners(own.space, 10_000):
         try:
+            check_restorable(
+                plan.recipe(settings).objective.name, "a trial"
+            )  # or it could not be measured when it has ended
             check_before_starting(plan.recipe(settings))
         except UserError as error:
             raise UserError(f"{own.name} with {spaces.label(settings)}: {error}") from error
