@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,8 @@ import torch
 
 from dlm_ray.diffusion.denoiser import Batch, Denoiser, Objective
 from dlm_ray.diffusion.draws import evaluation_times, maskable_positions
-from dlm_ray.diffusion.visibility import Visibility
+from dlm_ray.diffusion.objectives.block import Block
+from dlm_ray.diffusion.visibility import Visibility, documents_apart
 
 NUM_RESAMPLES = 2000
 
@@ -61,6 +62,20 @@ def evaluation_batch(
     return Batch(torch.from_numpy(x_0[rows]).to(device), draw.to(device), visibility_of(document_ids[rows]))
 
 
+def num_padding(objective: Any, sequence_length: int) -> int:
+    """Return how many positions a row lacks to be a whole number of the objective's blocks; 0 if it is not made of blocks."""
+    return -sequence_length % objective.block_tokens if isinstance(objective, Block) else 0
+
+
+def pad_to_blocks(objective: Any, x_0: np.ndarray, document_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return rows [N, L] and their document ids, padded by `num_padding` positions.
+
+    Padding is document -1: it is never scored, and `documents_apart` hides it from the text.
+    """
+    width = ((0, 0), (0, num_padding(objective, x_0.shape[1])))
+    return np.pad(x_0, width), np.pad(document_ids, width, constant_values=-1)
+
+
 @torch.no_grad()
 def token_nats(
     denoiser: Denoiser,
@@ -81,13 +96,22 @@ def token_nats(
     """
     assert objective.likelihood != "none", "this objective bounds nothing"
     num_draws = 1 if objective.likelihood == "exact" else num_draws
+    length = x_0.shape[1]
+    x_0, document_ids = pad_to_blocks(objective, x_0, document_ids)
     num_positions = x_0.shape[1]
+
+    def visible(ids: np.ndarray) -> Visibility:
+        found = visibility_of(ids)
+        if found.document_ids is None and num_positions > length:
+            return replace(found, document_ids=documents_apart(ids, False, device))
+        return found
+
     times = evaluation_times(seed, range(len(x_0)), num_draws)
     pairs = [(row, number) for row in range(len(x_0)) for number in range(num_draws)]
     nats, totals = np.zeros(x_0.shape), np.zeros(num_draws)
     for start in range(0, len(pairs), micro_batch_size):
         chosen = pairs[start : start + micro_batch_size]
-        batch = evaluation_batch(objective, x_0, document_ids, chosen, times, seed, visibility_of, device)
+        batch = evaluation_batch(objective, x_0, document_ids, chosen, times, seed, visible, device)
         weighted = (
             (batch.draw.weight * objective.token_nll(denoiser, batch)).double().cpu().numpy()[: batch.draw.num_scored]
         )
@@ -97,7 +121,7 @@ def token_nats(
         np.add.at(totals, numbers, weighted)
         if progress is not None:
             progress(start + len(chosen), len(pairs))
-    return TokenNats(nats, totals)
+    return TokenNats(nats[:, :length], totals)
 
 
 def bits_per_byte(nats: float, num_bytes: float) -> float:

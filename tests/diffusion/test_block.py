@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import flex_attention
 
-from dlm_ray.diffusion import clip_search, schedules
+from dlm_ray.diffusion import clip_search, likelihood, schedules
 from dlm_ray.diffusion.absorbing import Absorbing, Clip
 from dlm_ray.diffusion.denoiser import Batch
 from dlm_ray.diffusion.draws import DrawKey, maskable_positions
 from dlm_ray.diffusion.objectives import Autoregressive, Block, Masked
-from dlm_ray.diffusion.visibility import Visibility, annealed
+from dlm_ray.diffusion.visibility import Visibility, annealed, documents_apart
 
 FULL = Visibility("bidirectional")
 VOCAB = 23
@@ -112,7 +112,7 @@ def naive_nll(denoiser, batch, block_tokens):
         row = torch.cat([x_0[:, :first], x_t[:, first : first + block_tokens]], 1)
         hidden = denoiser.hidden(row, Visibility("bidirectional", block_tokens=block_tokens))
         logits = denoiser.network.get_output_embeddings()(hidden)[..., :VOCAB]
-        for n in range(first, first + block_tokens):
+        for n in range(first, row.shape[1]):
             if n or not denoiser.shift:
                 found[:, n] = F.cross_entropy(logits[:, n - denoiser.shift], x_0[:, n], reduction="none")
     return found[is_masked]
@@ -332,6 +332,57 @@ def test_enforced_counts_pick_no_position_more_often_and_survive_short_blocks():
     assert total[0] == 0 and (total[5:] == 0).all()
     assert total[4] == 4000  # of one token, either none or all: the nearest to the interval
     assert abs(total[1:4] / total[1:4].mean() - 1).max() < 4.5 * math.sqrt(1 / total[1:4].mean())
+
+
+# Texts that are not whole blocks
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("block_tokens", [1, 4, 8])
+def test_a_text_of_any_length_has_the_bound_of_its_own_tokens_however_much_padding_stands_behind_it(
+    shift, block_tokens
+):
+    most = 2 * block_tokens + 1
+    denoiser, objective = network(shift, most + 3 * block_tokens), Block(block_tokens=block_tokens)
+    whole, _ = texts(most + 1, rows=2)
+    for length in range(2, most + 1):
+        x_0, document_ids = whole[:, :length].numpy(), np.zeros((2, length), dtype=np.int64)
+        shares = {"visibility_of": lambda ids: FULL, "device": CPU, "seed": 3}
+        scored = likelihood.token_nats(denoiser, objective, x_0, document_ids, num_draws=5, **shares)
+        assert scored.nats.shape == x_0.shape
+        # Draw by draw and block by block, with nothing behind the text.
+        padded = likelihood.pad_to_blocks(objective, x_0, document_ids)
+        times = likelihood.evaluation_times(3, range(2), 5)
+        by_hand = np.zeros(x_0.shape)
+        num_draws = len(scored.draw_totals)
+        for number in range(num_draws):
+            pairs = [(0, number), (1, number)]
+            draw = likelihood.evaluation_batch(objective, *padded, pairs, times, 3, lambda ids: FULL, CPU).draw
+            is_masked = draw.is_masked[:, :length]
+            assert int(is_masked.sum()) == draw.num_scored  # padding is never scored
+            own = Batch(whole[:, :length], replace(draw, is_masked=is_masked), FULL)
+            by_hand[is_masked.numpy()] += (
+                naive_nll(denoiser, own, block_tokens) * draw.weight[: draw.num_scored]
+            ).numpy() / num_draws
+        assert np.allclose(scored.nats, by_hand, rtol=1e-6)  # weights are float32
+        for more in (1, 2):
+            width = ((0, 0), (0, more * block_tokens))
+            longer = [np.pad(padded[0], width, constant_values=7), np.pad(padded[1], width, constant_values=-1)]
+            visible = {
+                **shares,
+                "visibility_of": lambda ids: Visibility("bidirectional", document_ids=documents_apart(ids, True, CPU)),
+            }
+            again = likelihood.token_nats(denoiser, objective, *longer, num_draws=5, **visible)
+            assert np.allclose(again.nats[:, :length], scored.nats, rtol=1e-9) and not again.nats[:, length:].any()
+
+
+def test_an_objective_of_blocks_refuses_rows_that_are_not_whole_blocks():
+    maskable = np.ones((1, 10), dtype=bool)
+    objective = Block(block_tokens=8)
+    with pytest.raises(ValueError, match="rows of 10 positions are not a whole number of blocks of 8; pad them to 16"):
+        objective.evaluation_draw(0, [(0, 0)], np.array([0.5]), np.zeros((1, 10)), maskable)
+    with pytest.raises(ValueError, match="rows of 10 positions are not a whole number of blocks of 4; pad them to 12"):
+        objective.draw(DrawKey(0, 0, [0], 1, block_tokens=4), np.zeros((1, 10)), maskable)
 
 
 # The clip search

@@ -52,8 +52,14 @@ class Block(Masked):
         self.likelihood = "exact" if block_tokens == 1 and isinstance(self.process, Absorbing) else "bound"
 
     def draw(self, key: DrawKey, x_0: np.ndarray, maskable: np.ndarray) -> Draw:
-        """The process's, a t for every block."""
-        return self.process.draw(replace(key, block_tokens=key.block_tokens or self.block_tokens), maskable)
+        """The process's, a t for every block.
+
+        Raises:
+            ValueError: if the rows are not whole blocks.
+        """
+        block_tokens = key.block_tokens or self.block_tokens
+        _check_whole(maskable.shape[1], block_tokens)
+        return self.process.draw(replace(key, block_tokens=block_tokens), maskable)
 
     def evaluation_draw(
         self, seed: int, keys: Sequence[tuple[int, int]], t: np.ndarray, x_0: np.ndarray, maskable: np.ndarray
@@ -61,7 +67,12 @@ class Block(Masked):
         """Counted masks at times (t + u_b) mod 1, with u_b the row's own for every block: strata over draws stay strata in every block.
 
         Counting integrates over t whatever the schedule is, and at K = 1 nothing is left to chance (specific to the absorbing process).
+        A position's draws do not depend on what stands behind its block, so padding changes none of them (`likelihood.pad_to_blocks`).
+
+        Raises:
+            ValueError: if the rows are not whole blocks.
         """
+        _check_whole(x_0.shape[1], self.block_tokens)
         num_blocks = x_0.shape[1] // self.block_tokens
         turns = np.stack([generator(seed, BLOCK_TIME, 0, row).random(num_blocks) for _, row in keys])  # [B, blocks]
         process = self.process
@@ -111,6 +122,15 @@ class Block(Masked):
             x_t = self.process.inputs(denoiser, replace(batch, draw=draw))
             hidden = torch.cat([denoiser.hidden(x_t, halves, kv), clean], 1)  # [B, 2L, D]
             yield hidden.flatten(0, 1)[_in_halves(denoiser.rows_for(draw.scored), draw.scored, block_tokens, length)]
+
+
+def _check_whole(num_positions: int, block_tokens: int) -> None:
+    """Raise ValueError if a row is not a whole number of blocks."""
+    if num_positions % block_tokens:
+        raise ValueError(
+            f"rows of {num_positions} positions are not a whole number of blocks of {block_tokens}; pad them to "
+            f"{num_positions + -num_positions % block_tokens} with document id -1"
+        )
 
 
 def _block_tokens(batch: Batch) -> int:
