@@ -21,7 +21,7 @@ from test_samplers import (
 from dlm_ray.diffusion.draws import SAMPLING, generator
 from dlm_ray.diffusion.samplers.adjust import banned, chained, forced, pattern
 from dlm_ray.diffusion.samplers.blocks import write
-from dlm_ray.diffusion.samplers.drawing import draw_tokens
+from dlm_ray.diffusion.samplers.drawing import draw_or_stay, draw_tokens, probabilities
 from dlm_ray.diffusion.samplers.requests import Request
 from dlm_ray.diffusion.samplers.rules import (
     Ancestral,
@@ -31,6 +31,7 @@ from dlm_ray.diffusion.samplers.rules import (
     Factor,
     FirstHitting,
     Threshold,
+    Tweedie,
 )
 from dlm_ray.diffusion.samplers.whole_canvas import sample
 from dlm_ray.diffusion.schedules import Cosine, Polynomial
@@ -230,6 +231,63 @@ def test_confidence_is_of_the_model_at_temperature_1():
         assert draw_tokens(probs.log(), uniform, temperature, top_p, "margin")[1].tolist() == pytest.approx([0.1, 0.5])
         entropy = [-sum(p * math.log(p) for p in row) for row in probs.tolist()]
         assert (-draw_tokens(probs.log(), uniform, temperature, top_p, "entropy")[1]).tolist() == pytest.approx(entropy)
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-310, 2.2e-308, 1e-300])
+def test_a_temperature_near_0_takes_the_best_token_and_never_overflows(temperature):
+    logits = torch.tensor([[3.0, -2.0, 3.5, float("-inf")], [-1e30, -2e30, float("-inf"), -3e30]])
+    uniform = torch.tensor([0.999, 0.0], dtype=torch.float64)
+    for top_p in (1.0, 0.5, 5e-324):
+        assert draw_tokens(logits, uniform, temperature, top_p)[0].tolist() == [2, 0]
+        assert probabilities(logits, temperature, top_p).tolist() == [[0, 0, 1, 0], [1, 0, 0, 0]]
+
+
+def test_confidence_is_finite_even_in_a_token_that_the_model_all_but_excludes():
+    """At a high temperature such a token is drawn; -inf would rank it with the positions that are not asked for."""
+    logits = torch.tensor([[0.0, 2000.0]], dtype=torch.float64)
+    tokens, confidence = draw_tokens(logits, torch.zeros(1, dtype=torch.float64), 1e300, 1.0)
+    assert tokens.tolist() == [0] and bool(confidence.isfinite().all())
+
+
+NOTHING = torch.full((1, 3), float("-inf"))
+NOT_FINITE = torch.tensor([[0.0, float("nan"), 1.0]])
+
+
+@pytest.mark.parametrize("logits", [NOTHING, NOT_FINITE], ids=["banned", "NaN"])
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 0.9), (0.0, 1.0)])
+def test_where_no_token_may_be_drawn_none_is_and_none_stays(logits, temperature, top_p):
+    uniform = torch.tensor([0.3], dtype=torch.float64)
+    assert draw_tokens(logits, uniform, temperature, top_p)[0].tolist() == [-1]
+    probs = probabilities(logits, temperature, top_p)
+    for becomes in (probs, 0.25 * probs):
+        tokens, is_drawn = draw_or_stay(becomes, uniform)
+        assert tokens.tolist() == [-1] and is_drawn.tolist() == [True]
+
+
+@pytest.mark.parametrize("noise", ["float64", "float32_gumbel"])
+@pytest.mark.parametrize(
+    "rule",
+    [Ancestral(Polynomial(), joint=True), Tweedie(Polynomial(), VOCAB), FirstHitting()],
+    ids=["joint", "tweedie", "choosing"],
+)
+def test_a_position_where_everything_is_banned_is_an_error_by_every_way_of_drawing(rule, noise):
+    for temperature in (0.0, 1.0):
+        with pytest.raises(ValueError, match="no token at position 2: every logit is -inf"):
+            sample(
+                TableDenoiser(), empty_canvas(4), rule, FULL, num_steps=3, adjust=chained(pattern({2: [1]}), banned([1])),
+                noise=noise, temperature=temperature,
+            )  # fmt: skip
+
+
+def test_logits_that_are_not_numbers_are_an_error_and_no_token():
+    class Broken(OneBlock):
+        def reduce_logits(self, rows, fn, *arguments):
+            return fn(rows * float("nan"), *arguments)
+
+    with pytest.raises(ValueError, match="logits are not finite"):
+        sample(Broken(), empty_canvas(2), FirstHitting(), FULL, num_steps=1)
+    with pytest.raises(ValueError, match="logits are not finite"):
+        write(Broken(), [Request([0], LENGTH)], FirstHitting(), block_tokens=1 + LENGTH, context_tokens=8, num_steps=1)
 
 
 def test_margin_and_probability_rank_differently():

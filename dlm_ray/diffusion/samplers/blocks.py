@@ -8,7 +8,7 @@ what crosses to the device in a call is its tokens and what it wants, and back c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -115,8 +115,17 @@ class BlockSampler:
         return self._encoder.num_calls + self._num_committing_calls
 
     def add(self, requests: Sequence[Request]) -> None:
-        """Takes requests into free slots and encodes the whole blocks of their prompts."""
+        """Takes requests into free slots and encodes the whole blocks of their prompts; takes none of them if that raises."""
         first = self.num_active
+        try:
+            self._add(first, requests)
+        except BaseException:
+            for slot in range(first, min(self.num_active, len(self._ids))):
+                self.cache.release(slot)
+            del self._slots[first:]
+            raise
+
+    def _add(self, first: int, requests: Sequence[Request]) -> None:
         for request in requests:
             assert 0 < len(request.prompt) < self.capacity_tokens, "a prompt has a start token and leaves room"
             text = SequenceState(request, list(request.prompt))
@@ -145,33 +154,44 @@ class BlockSampler:
         self._leave()
 
     def running(self) -> Iterator[tuple[SequenceState, Tensor, Tensor, Tensor]]:
-        """Every text in a slot; and of the block it is at, ids [K], where they are masked [K] and the confidence of the others [K]."""
+        """Every text in a slot; and of the block it is at, ids [K], where they are masked [K] and the log-probability of the others [K]."""
         for number, slot in enumerate(self._slots):
             if slot.candidate == 0:
                 yield slot.text, self._ids[number], self._is_masked[number], self._confidence[number]
 
-    def tick(self) -> None:
-        """One network call over all slots in use: each denoises its block or commits it."""
-        self._look()
-        if not self.num_active:
-            return
+    def tick(self, only: Collection[Request] | None = None) -> None:
+        """One network call over all slots in use: each denoises its block or commits it.
+
+        A tick that raises leaves every slot before or behind a step, never within one: it may be repeated, with the same texts or others.
+
+        Args:
+            only: requests whose texts take part, all if None; the others stand still, and the network sees nothing of their blocks.
+        """
+        self._encode_again(self._waiting_for(SlotState.FULL, only))
+        self._look(only)
         asking, committing = (
-            [i for i, own in enumerate(self._slots) if own.state is state]
-            for state in (SlotState.NEEDS_FORWARD, SlotState.COMMITTING)
+            self._waiting_for(state, only) for state in (SlotState.NEEDS_FORWARD, SlotState.COMMITTING)
         )
+        if not (asking or committing):
+            return
         num = len(self._ids) if self.fixed_shapes else self.num_active
         mask_id = self.denoiser.mask_id
         assert mask_id is not None or not asking, (
             "without a mask token, every position is predicted by the row before it"
         )
         x_t = self._ids[:num] if mask_id is None else self._ids[:num].masked_fill(self._is_masked[:num], mask_id)
+        if only is not None:
+            still = torch.ones(num, dtype=torch.bool)
+            still[asking + committing] = False
+            x_t = x_t.masked_fill(still[:, None], 0)
         hidden = self.denoiser.hidden(x_t.to(self.cache.last_rows.device), self._visibility, self.cache)  # [A, K, D]
         if asking:
-            self.num_denoising_calls += 1
-            for text in dict.fromkeys(self._slots[slot].text for slot in asking):
-                text.num_denoising_calls += 1
+            texts = dict.fromkeys(self._slots[slot].text for slot in asking)
             rows = torch.cat([self.cache.last_rows[:num, None], hidden], 1)  # [A, 1 + K, D]
             self._reveal(asking, rows if len(asking) == num else rows[asking], num * self.block_tokens)
+            self.num_denoising_calls += 1
+            for text in texts:
+                text.num_denoising_calls += 1
         else:
             self._num_committing_calls += 1
         for text in dict.fromkeys(self._slots[slot].text for slot in committing):
@@ -179,10 +199,19 @@ class BlockSampler:
             text.num_cache_calls += 1
         for slot in committing:
             self.cache.commit(slot, self.block_tokens, hidden[slot, -1])
-        self._encode_again([slot for slot in committing if self.cache.lengths[slot] == self.capacity_tokens])
-        for slot in committing:
-            self._begin(slot)
+            if self.cache.lengths[slot] == self.capacity_tokens:
+                self._slots[slot].state = SlotState.FULL
+                self.cache.release(slot)  # whatever becomes of the next call, others' blocks fit behind an empty slot
+            else:
+                self._begin(slot)
+        self._encode_again([slot for slot in committing if self._slots[slot].state is SlotState.FULL])
         self._leave()
+
+    def _waiting_for(self, state: SlotState, only: Collection[Request] | None) -> list[int]:
+        """Slots in a state, of requests that take part."""
+        return [
+            i for i, own in enumerate(self._slots) if own.state is state and (only is None or own.text.request in only)
+        ]
 
     def _begin(self, slot: int) -> None:
         """Masks the block behind what is committed, but for what the prompt gives of it."""
@@ -223,12 +252,14 @@ class BlockSampler:
             texts = [self._slots[slot].text for slot in full[:count]]
             rows = [[text.ids[0], *text.ids[text.num_encoded - keep + 1 : text.num_encoded]] for text in texts]
             self._encode(full[0], rows, are_prompts=False)
+            for slot in full[:count]:
+                self._begin(slot)
             full = full[count:]
 
-    def _look(self) -> None:
+    def _look(self, only: Collection[Request] | None) -> None:
         """Takes every slot to its next network call: over steps that want nothing, and over what the last committed row predicts."""
         while True:
-            looking = [slot for slot, state in enumerate(self._slots) if state.state is SlotState.ADVANCING]
+            looking = self._waiting_for(SlotState.ADVANCING, only)
             if not looking:
                 return
             for params, places in by_params([self._slots[slot] for slot in looking]):
@@ -306,7 +337,7 @@ class BlockSampler:
         wanted = self._wanted[index]  # [S, K]
         which, position = wanted.nonzero(as_tuple=True)  # [n]
         width = torch.tensor([window(self._slots[slot].params, self.block_tokens) for slot in slots])
-        proposed, ranked = self._propose(
+        proposed, ranked, log_p = self._propose(
             rows.flatten(0, 1)[(which * rows.shape[1] + self._row_of[position]).to(rows.device)],
             self._numbers[index[which], (step % width)[which], 0, position],
             [self._slots[slots[number]] for number in which.tolist()]
@@ -319,17 +350,19 @@ class BlockSampler:
         canvas = self._canvas(index)
         confidence = torch.full(wanted.shape, float("-inf"), dtype=torch.float64)
         confidence[wanted] = ranked
-        tokens = torch.zeros_like(canvas.ids)
-        tokens[wanted] = proposed
+        tokens, shown = torch.zeros_like(canvas.ids), torch.zeros_like(confidence)
+        tokens[wanted], shown[wanted] = proposed, log_p
         chosen, is_over = torch.zeros_like(wanted), torch.ones(len(slots), dtype=torch.bool)
         for params, places in ways:
             part = Canvas(canvas.ids[places], canvas.is_masked[places], canvas.is_open[places])
             chosen[places] = params.rule.chosen(part, wanted[places], confidence[places], *times(params, step[places]))
-            self._move(params, [slots[place] for place in places], step[places] + 1)
             if params.rule.remasks:
                 is_over[places] = step[places] + 1 >= num_steps(params, self.block_tokens)
+        # From here on nothing can go wrong: a slot is never left within a step.
+        for params, places in ways:
+            self._move(params, [slots[place] for place in places], step[places] + 1)
         self._ids[index] = torch.where(chosen, tokens, canvas.ids)
-        self._confidence[index] = torch.where(chosen, confidence, self._confidence[index])
+        self._confidence[index] = torch.where(chosen, shown, self._confidence[index])
         is_masked = (canvas.is_masked & ~chosen) | self._again[index]
         self._is_masked[index] = is_masked
         for slot, finished in zip(slots, (~is_masked.any(1) & is_over).tolist(), strict=True):
@@ -345,8 +378,11 @@ class BlockSampler:
         params: SamplingParams,
         position: Tensor,
         fixed_rows: int,
-    ) -> tuple[Tensor, Tensor]:
-        """Tokens [n] and confidence [n] on the host, for hidden rows [n, D] on the device, of `slots` [n] or all of one `way`."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return tokens, confidence and (where it is shown) log-probability [n] each, on the host.
+
+        They are drawn from hidden rows [n, D] on the device, of `slots` [n] or all of one `way`.
+        """
         device, adjust, num_rows = rows.device, self.adjust, len(rows)
         ways = list(dict.fromkeys(slot.params for slot in slots)) or [params]
         number = torch.tensor(
@@ -369,10 +405,10 @@ class BlockSampler:
                 logits = adjust(logits, *places)
             return draw_by_params(logits, uniform, number, ways)
 
-        tokens, confidence = self.denoiser.reduce_logits(rows, draw, *arguments)[:num_rows].cpu().unbind(1)
-        if adjust is not None and bool((tokens < 0).any()):
-            raise ValueError(nothing_allowed(int(absolute[tokens < 0][0])))
-        return tokens.long(), confidence
+        tokens, confidence, log_p = self.denoiser.reduce_logits(rows, draw, *arguments)[:num_rows].cpu().unbind(1)
+        if bool((tokens < 0).any()):
+            raise ValueError(nothing_allowed(None if adjust is None else int(absolute[tokens < 0][0])))
+        return tokens.long(), confidence, log_p
 
     def _finish_block(self, slot: int) -> None:
         """Adds a clean block to its text, once all candidates for it are clean: then one is kept, by all of them."""

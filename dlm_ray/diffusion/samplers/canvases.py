@@ -6,7 +6,7 @@ a shorter one's end is kept apart from it, as another document of a packed row.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -43,7 +43,7 @@ class CanvasRequest:
     end_id: int | None = None
     """A text is finished when all up to this token is."""
     stream_canvas: bool = False
-    """Whether confidence is wanted where the rule needs none."""
+    """Whether the model's probability of every token is wanted, for people to see."""
 
 
 @dataclass(eq=False)
@@ -54,7 +54,7 @@ class CanvasText:
     canvas: Canvas
     """[1, L]."""
     confidence: Tensor
-    """[L] float64, as the rule ranks; log-probability where it does not; 0 where it gives none."""
+    """[L] float64: the model's log-probability of every token that is written, if it is shown."""
     step: int = 0
     uniform: Tensor | None = None
     """[2, 1, L] of the step."""
@@ -131,22 +131,29 @@ class CanvasSampler:
         self._texts = [text for text in self._texts if text.request is not request]
 
     def running(self) -> Iterator[tuple[CanvasText, Tensor, Tensor, Tensor]]:
-        """Every text in a slot; and ids [N], where they are masked [N] and the confidence of the others [N] of what it is to write."""
+        """Every text in a slot; and ids [N], where they are masked [N] and the log-probability of the others [N] of what it is to write."""
         for text in self._texts:
             span = text.span
             yield text, text.canvas.ids[0, span], text.canvas.is_masked[0, span], text.confidence[span]
 
     @torch.no_grad()
-    def tick(self) -> None:
-        """One network call over all slots in use, and a step of each."""
-        for text in list(self._texts):
+    def tick(self, only: Collection[CanvasRequest] | None = None) -> None:
+        """One network call over all slots in use, and a step of each.
+
+        A tick that raises leaves every text before or behind a step, never within one: it may be repeated, with the same texts or others.
+
+        Args:
+            only: requests whose texts take part, all if None; the others stand still.
+        """
+        texts = [text for text in self._texts if only is None or text.request in only]
+        for text in texts:
             self._look(text)
-        if not self._texts:
+        texts = [text for text in texts if text.stopped_by is None]
+        if not texts:
             return
-        hidden = self._hidden()
+        hidden = self._hidden(texts)
         self.num_denoising_calls += 1
-        for slot, text in enumerate(list(self._texts)):
-            text.num_denoising_calls += 1
+        for slot, text in enumerate(texts):
             self._step(text, hidden[slot : slot + 1, : text.canvas.ids.shape[1]])
 
     def _look(self, text: CanvasText) -> None:
@@ -166,14 +173,14 @@ class CanvasSampler:
             text.canvas = rule.step(text.canvas, _nothing, t, s, text.uniform[1])  # type: ignore[arg-type]
             text.step += 1
 
-    def _hidden(self) -> Tensor:
+    def _hidden(self, texts: list[CanvasText]) -> Tensor:
         """[slots, L, D] of one call."""
-        lengths = [text.canvas.ids.shape[1] for text in self._texts]
+        lengths = [text.canvas.ids.shape[1] for text in texts]
         shape = (self.num_slots, self.capacity_tokens) if self.fixed_shapes else (len(lengths), max(lengths))
         x_t = torch.zeros(shape, dtype=torch.int64, device=self.device)
         documents = torch.full(shape, -1, dtype=torch.int32, device=self.device)
         mask_id = self.denoiser.mask_id
-        for slot, (text, length) in enumerate(zip(self._texts, lengths, strict=True)):
+        for slot, (text, length) in enumerate(zip(texts, lengths, strict=True)):
             ids = text.canvas.ids[0]
             x_t[slot, :length] = ids if mask_id is None else ids.masked_fill(text.canvas.is_masked[0], mask_id)
             documents[slot, :length] = 0
@@ -198,8 +205,9 @@ class CanvasSampler:
         )
         text.canvas = own.rule.step(before, proposals, *_times(text), text.uniform[1])
         if proposals.seen is not None:
-            positions, ranked = proposals.seen
-            text.confidence[positions] = ranked
+            positions, log_p = proposals.seen
+            text.confidence[positions] = log_p
+        text.num_denoising_calls += 1
         text.step += 1
         self._leaves(text)
 

@@ -16,11 +16,16 @@ Ranking = Literal["probability", "margin", "entropy"]
 
 
 def probabilities(logits: Tensor, temperature: float, top_p: float) -> Tensor:
-    """[n, V] logits -> [n, V] float64 probabilities at this temperature within the nucleus, of a sum of 1."""
+    """[n, V] logits -> [n, V] float64 probabilities at this temperature within the nucleus, of a sum of 1; NaN where no token may be drawn.
+
+    The row's maximum is subtracted before the division, so that no temperature, however small, overflows.
+    """
     logits = logits.double()
+    best = logits.amax(-1, keepdim=True)
     if temperature == 0:
-        return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[1]).double()
-    probs = (logits if temperature == 1 else logits / temperature).softmax(-1)
+        certain = torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[1]).double()
+        return torch.where(best > float("-inf"), certain, float("nan"))
+    probs = (logits if temperature == 1 else (logits - best) / temperature).softmax(-1)
     if top_p < 1:
         probs = nucleus(probs, top_p)
         probs = probs / probs.sum(-1, keepdim=True)
@@ -28,13 +33,18 @@ def probabilities(logits: Tensor, temperature: float, top_p: float) -> Tensor:
 
 
 def draw_or_stay(becomes: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """[n, V] probabilities of a sum of at most 1, [n] uniform numbers -> tokens [n], and whether one was drawn [n] (else: stays masked)."""
+    """[n, V] probabilities of a sum of at most 1, [n] uniform numbers -> tokens [n], and whether one was drawn [n] (else: stays masked).
+
+    A row of NaN has no token that may be drawn: its token is -1, and it does not stay.
+    """
     cumulative = becomes.cumsum(-1)
     total = cumulative[:, -1]
     # Rounding may leave a sum of 1 below it; then nothing stays.
     target = torch.where(total > 1 - 1e-9, uniform * total, uniform)
     tokens = torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
-    return tokens.clamp(max=becomes.shape[1] - 1), tokens < becomes.shape[1]
+    is_impossible = total.isnan()
+    is_drawn = (tokens < becomes.shape[1]) | is_impossible
+    return tokens.clamp(max=becomes.shape[1] - 1).masked_fill(is_impossible, -1), is_drawn
 
 
 def draw_tokens(
@@ -55,10 +65,10 @@ def draw_tokens(
     model = None  # the probabilities at temperature 1, made at most once
     if temperature == 0:
         best, tokens = logits.max(-1)
-        tokens = torch.where(best == float("-inf"), -1, tokens)
+        tokens = torch.where(best > float("-inf"), tokens, -1)  # NaN is not above it
     else:
         probs = probabilities(logits, temperature, top_p)
-        tokens = torch.where(probs[:, 0].isnan(), -1, draw_or_stay(probs, uniform)[0])
+        tokens = draw_or_stay(probs, uniform)[0]
         if temperature == 1 and top_p == 1:
             model = probs
     if confidence is None:
@@ -67,18 +77,26 @@ def draw_tokens(
 
 
 def confidence_in(tokens: Tensor, probs: Tensor, ranking: Ranking) -> Tensor:
-    """[n] float64: how sure a model of these probabilities [n, V] is of tokens [n], the higher the surer."""
+    """[n] float64: how sure a model of these probabilities [n, V] is of tokens [n], the higher the surer; finite, so that none ranks below nothing."""
     if ranking == "probability":
-        return probs.gather(1, tokens.clamp(min=0)[:, None])[:, 0].log()
+        smallest = torch.finfo(probs.dtype).tiny
+        return probs.gather(1, tokens.clamp(min=0)[:, None])[:, 0].clamp(min=smallest).log()
     if ranking == "margin":
         best_two = probs.topk(2, -1).values
         return best_two[:, 0] - best_two[:, 1]
     return torch.special.xlogy(probs, probs).sum(-1)
 
 
-def nothing_allowed(position: int) -> str:
-    """What is wrong where `draw_tokens` drew -1."""
-    return f"adjust allows no token at position {position}: every logit is -inf; leave at least one"
+def log_probability(tokens: Tensor, logits: Tensor) -> Tensor:
+    """[n] float64: the model's log-probability of tokens [n] at temperature 1, for people to see, whatever a rule ranks by."""
+    return confidence_in(tokens, probabilities(logits, 1.0, 1.0), "probability")
+
+
+def nothing_allowed(position: int | None) -> str:
+    """What is wrong where `draw_tokens` drew -1; a position is named where something adjusts the logits."""
+    if position is None:
+        return "no token can be drawn: the network's logits are not finite; check the weights"
+    return f"adjust allows no token at position {position}: every logit is -inf; leave at least one (or the network's logits are not finite)"
 
 
 def nucleus(probs: Tensor, top_p: float) -> Tensor:

@@ -10,7 +10,6 @@ from typing import Literal
 import numpy as np
 
 from dlm_ray.diffusion.draws import SAMPLING, generator
-from dlm_ray.diffusion.samplers.drawing import Ranking
 from dlm_ray.diffusion.samplers.rules import SelectionRule
 
 ENTROPY_WINDOW_TOKENS = 256
@@ -44,12 +43,7 @@ class SamplingParams:
     temperature: float = 1.0
     top_p: float = 1.0
     stream_canvas: bool = False
-    """Whether confidence is wanted where the rule needs none."""
-
-    @property
-    def ranking(self) -> Ranking | None:
-        """The confidence that is computed."""
-        return self.rule.confidence or ("probability" if self.stream_canvas else None)
+    """Whether the model's probability of every token is wanted, for people to see."""
 
 
 @dataclass(frozen=True, eq=False)

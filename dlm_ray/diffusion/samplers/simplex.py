@@ -15,7 +15,7 @@ from torch import Tensor
 from dlm_ray.diffusion.denoiser import Denoiser
 from dlm_ray.diffusion.draws import SAMPLING, generator
 from dlm_ray.diffusion.objectives.ssd_lm import SsdLm, alpha_bar
-from dlm_ray.diffusion.samplers.drawing import draw_tokens, nucleus
+from dlm_ray.diffusion.samplers.drawing import draw_tokens, nothing_allowed, nucleus, probabilities
 from dlm_ray.diffusion.samplers.rules import Canvas
 from dlm_ray.diffusion.samplers.whole_canvas import SamplingTarget
 from dlm_ray.diffusion.visibility import Visibility
@@ -115,10 +115,12 @@ def project(
     """
     flat = logits.flatten(0, 1)
     drawn = draw_tokens(flat, uniform.flatten(), 0.0 if projection != "sampled" else temperature, top_p, None)[0]
+    if bool((drawn < 0).any()):
+        raise ValueError(nothing_allowed(None))
     tokens = drawn.view(logits.shape[:2])
     if projection != "multi_hot":
         return tokens, objective.simplex(tokens)
-    kept = nucleus((flat.double() / (temperature or 1.0)).softmax(-1), top_p).view(logits.shape) > 0
+    kept = nucleus(probabilities(flat, temperature or 1.0, 1.0), top_p).view(logits.shape) > 0
     return tokens, torch.where(kept, objective.scale, -objective.scale).to(logits)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dlm_ray.diffusion.samplers.drawing import draw_tokens
+from dlm_ray.diffusion.samplers.drawing import draw_tokens, log_probability
 from dlm_ray.diffusion.samplers.requests import SamplingParams, SequenceState
 from dlm_ray.diffusion.samplers.whole_canvas import grid_times
 
@@ -26,6 +26,7 @@ class SlotState(enum.Enum):
     NEEDS_FORWARD = "wants proposals that need a network call"
     CLEAN = "its block is finished; other candidates for it are not"
     COMMITTING = "its block is finished and belongs into the cache"
+    FULL = "its cache has no room for another block: its last half context is to be encoded again"
     LEAVING = "its text is finished"
 
 
@@ -66,18 +67,22 @@ def times(params: SamplingParams, step: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def draw_by_params(logits: Tensor, uniform: Tensor, number: Tensor, ways: Sequence[SamplingParams]) -> Tensor:
-    """Tokens and confidence [n, 2] of logits [n, V], each row by the way of its `number` [n]; rows of number -1 are nobody's, whatever they get.
+    """Return what is drawn from logits [n, V], each row by the way of its `number` [n]: tokens, what their rule ranks by, log-probability [n, 3].
 
-    Tokens are float64, too, which holds them exactly: one tensor to bring back from the device.
+    Rows of number -1 are nobody's, whatever they get. The log-probability is 0 where a way is not shown. Tokens are float64, too, which holds
+    them exactly: one tensor to bring back from the device.
     """
-    drawn = torch.zeros(len(logits), 2, dtype=torch.float64, device=logits.device)
+    drawn = torch.zeros(len(logits), 3, dtype=torch.float64, device=logits.device)
     for each, params in enumerate(ways):
         own = (
             (number == each).nonzero()[:, 0] if len(ways) > 1 else slice(None)
         )  # looking at `number` would wait for the device
-        drawn[own] = torch.stack(
-            draw_tokens(logits[own], uniform[own], params.temperature, params.top_p, params.ranking), 1
-        )
+        ranking = params.rule.confidence
+        tokens, ranked = draw_tokens(logits[own], uniform[own], params.temperature, params.top_p, ranking)
+        shown = torch.zeros_like(ranked)
+        if params.stream_canvas:
+            shown = ranked if ranking == "probability" else log_probability(tokens, logits[own])
+        drawn[own] = torch.stack((tokens, ranked, shown), 1)
     return drawn
 
 

@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -20,6 +21,7 @@ from dlm_ray.diffusion.samplers.drawing import (
     confidence_in,
     draw_or_stay,
     draw_tokens,
+    log_probability,
     nothing_allowed,
     probabilities,
 )
@@ -39,13 +41,14 @@ class SamplingTarget:
     """Calls of the network on the whole batch (NFE); steps that revealed nothing cost none."""
 
 
-def grid_times(grid: str, num_steps: int) -> list[float]:
+@lru_cache(maxsize=64)
+def grid_times(grid: str, num_steps: int) -> tuple[float, ...]:
     """T + 1 times from 1 to 0: `uniform` t = i/T, or `cosine` t = cos(pi/2 (1 - i/T)) (MD4, section 4), which reveals little at first."""
-    steps = [i / num_steps for i in range(num_steps, -1, -1)]
+    steps = tuple(i / num_steps for i in range(num_steps, -1, -1))
     if grid == "uniform":
         return steps
     assert grid == "cosine", f"unknown grid {grid!r}"
-    return [1.0, *(math.sin(math.pi / 2 * step) for step in steps[1:-1]), 0.0]
+    return (1.0, *(math.sin(math.pi / 2 * step) for step in steps[1:-1]), 0.0)
 
 
 @torch.no_grad()
@@ -82,7 +85,7 @@ def sample(
         on_step: called after each step with (steps done, steps, canvas); of an untimed rule with the tokens of the slowest row.
 
     Raises:
-        ValueError: if `adjust` leaves no token at a position.
+        ValueError: if `adjust` leaves no token at a position, or the network's logits there are not finite.
     """
     shape = canvas.ids.shape
     num_calls = 0
@@ -125,43 +128,47 @@ class Proposals:
     hidden: Tensor | None = None
     """[B, L, D] of a call that was made already, for others too."""
     seen: tuple[Tensor, Tensor] | None = None
-    """Positions [N] and log-probabilities [N] of the last tokens that were proposed; kept if `stream_canvas`."""
+    """Positions [N] of the last tokens that were proposed, and the model's log-probabilities [N] of them; kept if `stream_canvas`."""
     stream_canvas: bool = False
 
     def __call__(self, positions: Tensor, confidence: Ranking | None = "probability") -> tuple[Tensor, Tensor]:
         """Tokens and the model's confidence in them."""
-        if self.stream_canvas:
-            proposed = self._proposed(positions, confidence or "probability")
-            self.seen = positions, proposed[1]
-            return proposed
-        return self._proposed(positions, confidence)
 
-    def _proposed(self, positions: Tensor, confidence: Ranking | None) -> tuple[Tensor, Tensor]:
-
-        def draw(logits: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        def draw(logits: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
             logits = self._adjusted(logits, positions)
             if self._is_gumbel:
                 probs = probabilities(logits, self.temperature, self.top_p)
                 tokens = (probs.float().log() + self._gumbel(positions, probs.shape[1])).argmax(-1)
-                return tokens, confidence_in(tokens, probabilities(logits, 1.0, 1.0), confidence or "probability")
-            return draw_tokens(logits, self.uniform[positions], self.temperature, self.top_p, confidence)
+                tokens = tokens.masked_fill(probs[:, 0].isnan(), -1)
+                ranked = confidence_in(tokens, probabilities(logits, 1.0, 1.0), confidence or "probability")
+            else:
+                tokens, ranked = draw_tokens(logits, self.uniform[positions], self.temperature, self.top_p, confidence)
+            return self._with_shown(tokens, ranked, logits)
 
         return self._reduce(positions, draw)
 
     def transition(self, positions: Tensor, reveal: Reveal) -> tuple[Tensor, Tensor]:
         """Tokens, and whether each position was revealed."""
 
-        def draw(logits: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-            probs = probabilities(self._adjusted(logits, positions), self.temperature, self.top_p)
+        def draw(logits: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+            adjusted = self._adjusted(logits, positions)
+            probs = probabilities(adjusted, self.temperature, self.top_p)
             becomes = reveal(probs, logits.double())  # [n, V]
-            if not self._is_gumbel:
-                return draw_or_stay(becomes, self.uniform[positions])
-            stays = (1 - becomes.sum(-1, keepdim=True)).clamp(min=0)
-            outcomes = torch.cat([becomes, stays], 1).float().log()
-            chosen = (outcomes + self._gumbel(positions, outcomes.shape[1])).argmax(-1)
-            return chosen.clamp(max=becomes.shape[1] - 1), chosen < becomes.shape[1]
+            if self._is_gumbel:
+                stays = (1 - becomes.sum(-1, keepdim=True)).clamp(min=0)
+                outcomes = torch.cat([becomes, stays], 1).float().log()
+                outcome = (outcomes + self._gumbel(positions, outcomes.shape[1])).argmax(-1)
+                is_impossible = probs[:, 0].isnan()
+                tokens = outcome.clamp(max=becomes.shape[1] - 1).masked_fill(is_impossible, -1)
+                is_revealed = (outcome < becomes.shape[1]) | is_impossible
+            else:
+                tokens, is_revealed = draw_or_stay(becomes, self.uniform[positions])
+            return self._with_shown(tokens, is_revealed, adjusted)
 
         return self._reduce(positions, draw)
+
+    def _with_shown(self, tokens: Tensor, other: Tensor, logits: Tensor) -> tuple[Tensor, ...]:
+        return (tokens, other, log_probability(tokens, logits)) if self.stream_canvas else (tokens, other)
 
     @property
     def _is_gumbel(self) -> bool:
@@ -175,16 +182,20 @@ class Proposals:
             else self.adjust(logits, positions // num_positions, positions % num_positions)
         )
 
-    def _reduce(self, positions: Tensor, draw: Callable[..., tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    def _reduce(self, positions: Tensor, draw: Callable[..., tuple[Tensor, ...]]) -> tuple[Tensor, Tensor]:
         self.num_calls += 1
         canvas, mask_id, hidden = self.canvas, self.denoiser.mask_id, self.hidden
         if hidden is None:
             x_t = canvas.ids if mask_id is None else torch.where(canvas.is_masked, mask_id, canvas.ids)
             hidden = self.denoiser.hidden(x_t, self.visibility)
         rows = hidden.flatten(0, 1)[self.denoiser.rows_for(positions)]
-        tokens, other = self.denoiser.reduce_logits(rows, draw, positions)
-        if self.adjust is not None and bool((tokens < 0).any()):
-            raise ValueError(nothing_allowed(positions[tokens < 0][:1].tolist()[0] % canvas.ids.shape[1]))
+        tokens, other, *shown = self.denoiser.reduce_logits(rows, draw, positions)
+        if bool((tokens < 0).any()):
+            raise ValueError(
+                nothing_allowed(None if self.adjust is None else int(positions[tokens < 0][0]) % canvas.ids.shape[1])
+            )
+        if shown:
+            self.seen = positions, shown[0]
         return tokens, other
 
     def _gumbel(self, positions: Tensor, num_outcomes: int) -> Tensor:
