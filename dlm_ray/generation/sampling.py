@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -181,15 +182,15 @@ def _out_of_range(chosen: dict[str, Any], rules: tuple[str, ...], asked: Mapping
         if chosen[name] not in allowed:
             found.append(f"--{name} {chosen[name]}: one of {', '.join(allowed)}")
     for name in ("temperature", "entropy_bound"):
-        if not chosen[name] >= 0:
-            found.append(f"{_flag(name)} {chosen[name]}: 0 or more")
+        if not 0 <= chosen[name] < math.inf:
+            found.append(f"{_flag(name)} {chosen[name]}: 0 or more, and finite")
     if not 0 < chosen["top_p"] <= 1:
         found.append(f"--top-p {chosen['top_p']}: more than 0 and at most 1")
     for name in ("threshold", "remask"):
         if not 0 <= chosen[name] <= 1:
             found.append(f"--{name} {chosen[name]}: a probability, from 0 to 1")
-    if not chosen["factor"] > 0:
-        found.append(f"--factor {chosen['factor']}: more than 0")
+    if not 0 < chosen["factor"] < math.inf:
+        found.append(f"--factor {chosen['factor']}: more than 0, and finite")
     for stop in asked.get("stop", ()):
         if stop not in STOPS:
             found.append(f"--stop {stop}: one of {', '.join(STOPS)}")

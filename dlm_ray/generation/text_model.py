@@ -16,7 +16,7 @@ from dlm_ray.data.reading import check_ids, read_split
 from dlm_ray.data.tokenizer import TokenizerIdentity, encode_text
 from dlm_ray.diffusion import likelihood
 from dlm_ray.diffusion.draws import maskable_positions
-from dlm_ray.diffusion.objectives import SsdLm
+from dlm_ray.diffusion.objectives import Block, SsdLm
 from dlm_ray.diffusion.samplers.adjust import banned, chained, forced
 from dlm_ray.diffusion.samplers.blocks import write
 from dlm_ray.diffusion.samplers.requests import LOWEST_ENTROPY_NATS, Request, StoppedBy, Stops
@@ -74,7 +74,9 @@ class TextModel:
         self.denoiser = denoiser.eval()
         self.tokenizer, self.tokenizer_identity = tokenizer, tokenizer_identity
         self.objective, self.is_causal = objective, bool(objective.is_causal)
-        self.sequence_length, self.document_mask = sequence_length, document_mask
+        # Of whole blocks: a network of more positions than its blocks fill uses the rest for nothing.
+        size = objective.block_tokens if isinstance(objective, Block) else 1
+        self.sequence_length, self.document_mask = sequence_length // size * size or sequence_length, document_mask
         self.rules = rules or rules_of("autoregressive" if self.is_causal else "masked")
         self.sampling = sampling or Sampling()
         # What it sees follows from what it is; only a base that was never adapted is tried both ways.

@@ -2,14 +2,21 @@
 
 No thread, no clock of its own, no HTTP: `submit`, `tick`, `cancel`. Texts join and leave between ticks. The random numbers of a text are a function of
 its seed and number alone. Without fixed shapes, rounding in company may differ from rounding alone, and now and then decide a token.
+
+A job that fails fails alone. A sampler's tick that raises leaves every text before or behind a step, never within one, so the engine repeats it:
+once with all, in case the failure does not come again, then with halves, until each text whose tick raises is found. Those jobs end with a
+failure; all others have taken their step, and go on with the same random numbers, so nothing is written twice and nothing that was said is
+taken back. If afterwards the network does not even answer one token, no job is to blame (`NetworkLost`).
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +34,12 @@ from dlm_ray.diffusion.schedules import Polynomial
 from dlm_ray.diffusion.visibility import Visibility
 from dlm_ray.generation.text_model import TextModel
 from dlm_ray.serving.jobs import Job, SequenceUpdate, TextStream
+
+log = logging.getLogger("dlm_ray.serving")
+
+
+class NetworkLost(RuntimeError):
+    """The network does not answer any more, whatever it is asked: the replica has to be replaced."""
 
 
 @dataclass(eq=False)
@@ -97,30 +110,66 @@ class Engine:
 
         Args:
             now: what deadlines are compared with; `time.monotonic()`.
+
+        Raises:
+            NetworkLost: if a job has failed, and the network does not answer any more.
         """
         now = time.monotonic() if now is None else now
         updates = [self._expired(one) for one in list(self._running.values()) if _is_late(one.job, now)]
         updates += [SequenceUpdate(job, finish_reason="deadline") for job in self.waiting if _is_late(job, now)]
         self.waiting = deque(job for job in self.waiting if not _is_late(job, now))
-        self._admit()
+        updates += self._admit()
         for sampler in self._samplers.values():
             if sampler.num_active:
                 self.num_ticks += 1
-                sampler.tick()
+                updates += self._step(sampler)
                 updates += self._told(sampler)
+        if any(update.failure is not None for update in updates):
+            self._check_network()
         return updates
 
-    def _admit(self) -> None:
-        joining: dict[int | None, list[Any]] = {}
-        while self.waiting and len(self._running) < self.settings.slots:
+    def _admit(self) -> list[SequenceUpdate]:
+        joining: dict[int | None, list[_Running]] = {}
+        failed, num_free = [], self.settings.slots - len(self._running)
+        while self.waiting and num_free:
             job = self.waiting.popleft()
-            size = job.chosen.block_tokens
-            request = self._request(job)
-            joining.setdefault(size, []).append(request)
-            stream = TextStream(self.model.tokenizer.decode, job.stops)
-            self._running[id(request)] = _Running(job, request, self._samplers[size], stream)
-        for size, requests in joining.items():
-            self._samplers[size].add(requests)
+            sampler = self._samplers[job.chosen.block_tokens]
+            try:
+                running = _Running(job, self._request(job), sampler, TextStream(self.model.tokenizer.decode, job.stops))
+            except Exception as error:
+                failed.append(SequenceUpdate(job, failure=error))
+                continue
+            joining.setdefault(job.chosen.block_tokens, []).append(running)
+            num_free -= 1
+        for size, group in joining.items():
+            join = partial(self._join, self._samplers[size])
+            failed += [SequenceUpdate(running.job, failure=error) for running, error in _culprits(join, group)]
+        return failed
+
+    def _join(self, sampler: Any, group: Sequence[_Running]) -> None:
+        sampler.add([running.request for running in group])
+        self._running |= {id(running.request): running for running in group}
+
+    def _step(self, sampler: Any) -> list[SequenceUpdate]:
+        """Run one tick of a sampler; return the failures of the texts for which it raises."""
+        group = [running for running in self._running.values() if running.sampler is sampler]
+
+        def tick(some: Sequence[_Running]) -> None:
+            sampler.tick(None if some is group else {running.request for running in some})
+
+        return [self._failed(running, error) for running, error in _culprits(tick, group)]
+
+    def _failed(self, running: _Running, error: Exception) -> SequenceUpdate:
+        self._remove(running)
+        return SequenceUpdate(running.job, failure=error)
+
+    def _check_network(self) -> None:
+        """Raise NetworkLost if the network does not answer one token."""
+        try:
+            token = torch.zeros(1, 1, dtype=torch.int64, device=self.model.device)
+            self.model.denoiser.hidden(token, Visibility(self.model.pattern)).cpu()
+        except Exception as error:
+            raise NetworkLost("the network does not answer any more") from error
 
     def _request(self, job: Job) -> Any:
         chosen, rule = job.chosen, self.model.rule(job.chosen)
@@ -151,27 +200,43 @@ class Engine:
             running = self._running[id(text.request)]
             if not (running.job.is_streamed or running.job.stops):
                 continue  # nobody looks at it before its end
-            final = self._final(text)
-            seen = (len(final), int(is_masked.sum()) if running.job.stream_canvas else 0)
-            if seen == running.num_seen:
+            try:
+                update = self._news(running, text, ids, is_masked, confidence)
+            except Exception as error:
+                yield self._failed(running, error)
                 continue
-            running.num_seen = seen
-            new = running.stream.push(final, is_last=False)
-            if running.stream.is_stopped:
-                self._remove(running)
-                yield self._update(running, text, new, len(final), "stop")
-            elif running.job.is_streamed and (new or running.job.stream_canvas):
-                canvas = (
-                    self._canvas(running.job, text, ids, is_masked, confidence) if running.job.stream_canvas else None
-                )
-                yield self._update(running, text, new, len(final), None, canvas)
-        for text in sampler.finished:
-            running = self._running.pop(id(text.request))
-            final = self._cut(text.ids)
-            new = running.stream.push(final, is_last=True)
-            is_stop = running.stream.is_stopped or text.stopped_by == "end"
-            yield self._update(running, text, new, len(final), "stop" if is_stop else "length")
+            if update is not None:
+                if update.finish_reason is not None:
+                    self._remove(running)
+                yield update
+        finished = list(sampler.finished)
         sampler.finished.clear()
+        for text in finished:
+            running = self._running.pop(id(text.request))
+            try:
+                final = self._cut(text.ids)
+                new = running.stream.push(final, is_last=True)
+                is_stop = running.stream.is_stopped or text.stopped_by == "end"
+                yield self._update(running, text, new, len(final), "stop" if is_stop else "length")
+            except Exception as error:
+                yield SequenceUpdate(running.job, failure=error)
+
+    def _news(
+        self, running: _Running, text: Any, ids: Tensor, is_masked: Tensor, confidence: Tensor
+    ) -> SequenceUpdate | None:
+        """What is to be said of a text under way, if anything; with a reason to finish if it has written a stop text."""
+        final = self._final(text)
+        seen = (len(final), int(is_masked.sum()) if running.job.stream_canvas else 0)
+        if seen == running.num_seen:
+            return None
+        running.num_seen = seen
+        new = running.stream.push(final, is_last=False)
+        if running.stream.is_stopped:
+            return self._update(running, text, new, len(final), "stop")
+        if not (running.job.is_streamed and (new or running.job.stream_canvas)):
+            return None
+        canvas = self._canvas(running.job, text, ids, is_masked, confidence) if running.job.stream_canvas else None
+        return self._update(running, text, new, len(final), None, canvas)
 
     def _update(
         self, running: _Running, text: Any, new: str, num_tokens: int, reason: Any, canvas: Any = None
@@ -268,6 +333,42 @@ def _fingerprint(logits: Tensor) -> Tensor:
     """[n, V] -> [n, 3]."""
     weights = torch.arange(1, logits.shape[1] + 1, device=logits.device).double()
     return torch.stack([logits.double().sum(-1), logits.double() @ weights, logits.amax(-1).double()], 1)
+
+
+def _culprits(act: Callable[[Sequence[_Running]], None], group: Sequence[_Running]) -> list[tuple[_Running, Exception]]:
+    """Do something for a group of texts, so that it is done for all but those for which it raises; return those.
+
+    `act` may raise when it is done for some of a group; then it is done once more for all, in case it does not raise again, and then for halves.
+    """
+    try:
+        act(group)
+        return []
+    except Exception as error:
+        log.warning(
+            "a step of %d texts failed, and is repeated to find whose failure it is", len(group), exc_info=error
+        )
+        _free_memory(error)
+    return _by_halves(act, list(group))
+
+
+def _by_halves(
+    act: Callable[[Sequence[_Running]], None], group: Sequence[_Running]
+) -> list[tuple[_Running, Exception]]:
+    try:
+        act(group)
+        return []
+    except Exception as error:
+        _free_memory(error)
+        if len(group) == 1:
+            return [(group[0], error)]
+    middle = len(group) // 2
+    return [*_by_halves(act, group[:middle]), *_by_halves(act, group[middle:])]
+
+
+def _free_memory(error: Exception) -> None:
+    """Let go of memory that is kept and not used, if it ran out."""
+    if isinstance(error, torch.OutOfMemoryError):
+        torch.cuda.empty_cache()
 
 
 def _is_late(job: Job, now: float) -> bool:

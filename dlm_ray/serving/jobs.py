@@ -76,6 +76,8 @@ class SequenceUpdate:
     num_cache_calls: int = 0
     num_cached_tokens: int = 0
     """Of the prompt, in the prefix cache."""
+    failure: Exception | None = None
+    """Why the job cannot go on; nothing more is said of it. It failed alone: no other job is touched."""
 
 
 @dataclass
@@ -97,12 +99,13 @@ class TextStream:
             return ""
         self._ids = ids
         whole = self.decode(ids)
+        if not is_last:  # a character whose bytes are not complete is no character yet
+            whole = whole.rstrip("\ufffd")
         found = [place for stop in self.stops if (place := whole.find(stop)) >= 0]
         if found:
             self.is_stopped = True
             whole = whole[: min(found)]
         elif not is_last:
-            whole = whole.rstrip("\ufffd")
             held = max((_overlap(whole, stop) for stop in self.stops), default=0)
             whole = whole[: len(whole) - held]
         new = whole[len(self.sent) :]

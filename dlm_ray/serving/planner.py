@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import secrets
 import time
@@ -126,6 +127,10 @@ class Planner:
         if draws > self.server.limits.score_draws:
             raise ApiError(400, f"{draws} draws; at most {self.server.limits.score_draws}", "invalid_value", "draws")
         ids = self.model.prompt_ids(self._encoded(text, "text"))
+        if len(ids) < 2:
+            raise ApiError(
+                400, "text: it has no tokens, and so no probability; send more of it", "invalid_value", "text"
+            )
         if len(ids) > self.model.sequence_length:
             raise ApiError(
                 400,
@@ -150,6 +155,8 @@ class Planner:
             seed=seed,
         )
         nats = float(found.nats.sum())
+        if not math.isfinite(nats):
+            raise ValueError(f"the bound of {len(ids) - 1} tokens is {nats}")
         return {
             "nats": nats,
             "bits_per_byte": likelihood.bits_per_byte(nats, num_bytes),
@@ -171,20 +178,24 @@ class Planner:
     def _encoded(self, text: str, field: str) -> list[int]:
         """The ids of a text, in which nothing is a control token."""
         try:
-            return self.model.encode(text)
+            return self._known(self.model.encode(text), field)
         except UserError as error:
             raise ApiError(400, f"{field}: {error}", "invalid_value", field) from error
 
     def _checked(self, ids: list[int]) -> list[int]:
-        """A prompt of ids, behind the start token; whoever sends ids may send control tokens."""
-        vocabulary = self.model.tokenizer_identity.vocab_size
-        if any(token >= vocabulary for token in ids):
-            raise ApiError(400, f"prompt: ids are below {vocabulary}", "invalid_value", "prompt")
+        """A prompt of ids, behind the start token; a caller who sends ids may send control tokens."""
+        return self.model.prompt_ids(self._known(ids, "prompt"))[1:]
+
+    def _known(self, ids: list[int], field: str) -> list[int]:
+        """Ids that the network has an embedding of and the tokenizer a text, and none of which is the mask."""
+        most = min(self.model.tokenizer_identity.vocab_size, len(self.model.denoiser.embedding))
+        if any(token >= most for token in ids):
+            raise ApiError(400, f"{field}: ids are below {most}", "invalid_value", field)
         try:
             self.model.check_unmasked(ids)
         except UserError as error:
-            raise ApiError(400, f"prompt: {error}", "invalid_value", "prompt") from error
-        return self.model.prompt_ids(ids)[1:]
+            raise ApiError(400, f"{field}: {error}", "invalid_value", field) from error
+        return ids
 
     def _templated(self, messages: list[dict[str, str]]) -> list[int]:
         if self.model.tokenizer.chat_template is None:
@@ -214,7 +225,7 @@ class Planner:
                 400,
                 f"{num_prompt + num_suffix} tokens of prompt; at most {self._max_prompt}, with room for one of the text",
                 "context_length_exceeded",
-                "prompt",
+                "prompt" if task["messages"] is None else "messages",
             )
         allowed = min(self.server.limits.output_tokens, room) if is_bounded else self.server.limits.output_tokens
         if not task["lengths"]:

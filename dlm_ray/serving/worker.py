@@ -6,17 +6,16 @@ What comes in and goes out is plain (texts, numbers, lists), as it crosses a bor
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future
 from typing import Any
 
-import torch
-
 from dlm_ray.config.server import Server
 from dlm_ray.generation.loading import load
-from dlm_ray.serving.engine import Engine
+from dlm_ray.serving.engine import Engine, NetworkLost
 from dlm_ray.serving.errors import ApiError, Event, error_event, overloaded
 from dlm_ray.serving.jobs import Job, SequenceUpdate, Task
 from dlm_ray.serving.planner import Planner
@@ -43,7 +42,7 @@ class EngineWorker:
         self._changed = threading.Condition()
         self._inbox: list[Callable[[], None]] = []
         self._waiting: dict[Job, Callable[[SequenceUpdate | ApiError], None]] = {}
-        self._is_stopped = False
+        self._is_stopped = self._is_broken = self._is_ended = False
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
 
@@ -75,12 +74,14 @@ class EngineWorker:
             return
 
         def tell(update: SequenceUpdate | ApiError) -> None:
-            loop.call_soon_threadsafe(news.put_nowait, update)
+            with contextlib.suppress(RuntimeError):  # the loop is closed, and whoever waited there is gone with it
+                loop.call_soon_threadsafe(news.put_nowait, update)
 
         numbers = {job: number for number, job in enumerate(jobs)}
         for job in jobs:
             self._waiting[job] = tell
-        self._do(lambda: self.engine.submit(jobs))
+        if not self._do(lambda: self.engine.submit(jobs)):
+            tell(_ended())
         left = set(jobs)
         try:
             yield [before]
@@ -90,6 +91,9 @@ class EngineWorker:
                 while not news.empty():
                     updates.append(news.get_nowait())
                 for update in updates:
+                    if isinstance(update, SequenceUpdate) and update.failure is not None:
+                        left.discard(update.job)
+                        update = _failed()
                     if isinstance(update, ApiError):
                         yield [*events, error_event(update)]
                         return
@@ -112,14 +116,15 @@ class EngineWorker:
         done: Future[Event] = Future()
 
         def work() -> None:
+            if not done.set_running_or_notify_cancel():
+                return  # nobody waits any more
             try:
                 done.set_result(self.planner.score(ids, len(text.encode()), draws, seed))
-            except (RuntimeError, ValueError) as error:
+            except Exception as error:
                 log.exception("scoring failed")
                 done.set_result(error_event(ApiError(500, f"scoring failed: {type(error).__name__}", "internal")))
 
-        self._do(work)
-        return await asyncio.wrap_future(done)
+        return await asyncio.wrap_future(done) if self._do(work) else error_event(_ended())
 
     def close(self) -> None:
         """Ends the thread after its tick, and lets the processes go that hold the network with this one."""
@@ -134,40 +139,86 @@ class EngineWorker:
     def _is_lost(self) -> bool:
         return self._leader is not None and self._leader.is_lost
 
-    def _do(self, act: Callable[[], Any]) -> None:
-        """In the engine's thread, before its next tick."""
+    def _do(self, act: Callable[[], Any]) -> bool:
+        """In the engine's thread, before its next tick; False if the thread has ended, and nothing is done any more."""
         with self._changed:
-            self._inbox.append(act)
-            self._changed.notify()
+            if not self._is_ended:
+                self._inbox.append(act)
+                self._changed.notify()
+            return not self._is_ended
 
     def _work(self) -> None:
-        while not (self._is_stopped or self._is_lost()):
-            with self._changed:
-                while not (self._inbox or self.engine.num_active or self.engine.waiting):
-                    self._changed.wait()
-                acts, self._inbox = self._inbox, []
-            for act in acts:
-                act()
-            try:
-                updates = self.engine.tick()
-            except (RuntimeError, ValueError, AssertionError, IndexError) as error:
-                self._fail(error)
-                continue
-            for update in updates:
-                tell = self._waiting.get(update.job)
-                if tell is not None:
-                    tell(update)
+        try:
+            while not (self._is_stopped or self._is_broken or self._is_lost()):
+                with self._changed:
+                    while not (self._inbox or self.engine.num_active or self.engine.waiting):
+                        self._changed.wait()
+                    acts, self._inbox = self._inbox, []
+                for act in acts:
+                    self._act(act)
+                self._tick()
+        finally:
+            self._end()
+
+    def _act(self, act: Callable[[], Any]) -> None:
+        try:
+            act()
+        except Exception as error:
+            self._fail(error)
+
+    def _tick(self) -> None:
+        try:
+            updates = self.engine.tick()
+        except NetworkLost as error:
+            log.error("the engine ends", exc_info=error)
+            self._is_broken = True
+            return
+        except Exception as error:
+            self._fail(error)
+            return
+        for update in updates:
+            if update.failure is not None:
+                log.error("request %s failed, and no other with it", update.job.request_id, exc_info=update.failure)
+            tell = self._waiting.get(update.job)
+            if tell is not None:
+                tell(update)
 
     def _fail(self, error: Exception) -> None:
-        """Every request of the tick is told; the engine starts anew, without them, if the network is still whole."""
+        """The engine itself is at fault, not one job's data (those fail alone): every request is told, and it starts anew without them."""
         waiting = dict(self._waiting)
-        log.error("a tick failed, and with it requests %s", sorted({job.request_id for job in waiting}), exc_info=error)
-        if isinstance(error, torch.OutOfMemoryError):
-            torch.cuda.empty_cache()
-        if not self._is_lost():
-            self.engine = Engine(self.model, self.server.engine)
+        log.error(
+            "the engine failed, and with it requests %s", sorted({job.request_id for job in waiting}), exc_info=error
+        )
         for tell in waiting.values():
-            tell(ApiError(500, "denoising failed on this replica; its log says why under the request id", "internal"))
+            tell(_failed())
+        if self._is_lost():
+            return
+        try:
+            self.engine = Engine(self.model, self.server.engine)
+        except Exception as again:
+            log.error("the engine does not start anew", exc_info=again)
+            self._is_broken = True
+
+    def _end(self) -> None:
+        """Whoever waits, or comes too late, is told."""
+        with self._changed:
+            self._is_ended = True
+            acts, self._inbox = self._inbox, []
+        for act in acts:
+            with contextlib.suppress(Exception):
+                act()
+        for tell in dict(self._waiting).values():
+            tell(_ended())
+
+
+def _failed() -> ApiError:
+    return ApiError(500, "denoising failed on this replica; its log says why under the request id", "internal")
+
+
+def _ended() -> ApiError:
+    return ApiError(
+        503, "this replica's engine has ended; send the request again", "replica_lost", retry_after_seconds=1
+    )
 
 
 def _event(update: SequenceUpdate, index: int) -> Event:

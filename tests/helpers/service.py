@@ -21,6 +21,14 @@ def train(data_folder, folder, *names):
         "ar": {"objective__name": "autoregressive"},
         "whole": {},
         "block8": {"objective__name": "block", "objective__block_tokens": 8, "objective__shift": False},
+        "block32": {
+            "objective__name": "block",
+            "objective__block_tokens": 32,
+            "objective__shift": False,
+        },  # the row is one block
+        "sedd": {"objective__name": "sedd"},
+        "genmd4": {"objective__name": "genmd4"},
+        "ssd_lm": {"objective__name": "ssd_lm"},
     }
     for name in names:
         loop.fit(tiny_recipe(data_folder, name, training__steps=15, **own[name]), folder / name)

@@ -3,13 +3,16 @@
 from dataclasses import replace
 
 import pytest
+import torch
 from conftest import tiny_recipe
 
 from dlm_ray.config.errors import UserError
 from dlm_ray.config.server import Engine as Settings
+from dlm_ray.diffusion.samplers.rules import LeftToRight
+from dlm_ray.diffusion.visibility import Visibility
 from dlm_ray.generation.loading import load
 from dlm_ray.generation.sampling import resolve_sampling
-from dlm_ray.serving.engine import Engine
+from dlm_ray.serving.engine import Engine, NetworkLost
 from dlm_ray.serving.jobs import Job, TextStream
 from dlm_ray.training import loop
 
@@ -20,6 +23,7 @@ def runs(data_folder, tmp_path_factory):
     loop.fit(tiny_recipe(data_folder, "ar", objective__name="autoregressive", training__steps=20), folder / "ar")
     loop.fit(tiny_recipe(data_folder, "whole", training__steps=10), folder / "whole")
     loop.fit(tiny_recipe(data_folder, "sedd", objective__name="sedd", training__steps=4), folder / "sedd")
+    loop.fit(tiny_recipe(data_folder, "genmd4", objective__name="genmd4", training__steps=4), folder / "genmd4")
     recipe = tiny_recipe(
         data_folder,
         "block8",
@@ -198,6 +202,63 @@ def test_the_canvas_is_told_position_by_position_with_how_sure_the_model_was(run
         assert all(0 < p <= 1 if text is not None else p == 0 for text, p in canvas["tokens"])
 
 
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [
+        *[
+            (name, rule)
+            for name in ("block8", "whole")
+            for rule in ("margin", "entropy_bounded", "threshold", "left_to_right", "confidence")
+        ],
+        ("sedd", "tweedie"),
+        ("genmd4", "state_dependent"),
+    ],
+)
+@torch.no_grad()
+def test_the_canvas_shows_the_models_probability_of_every_token_whatever_its_rule_ranks_by(runs, name, rule):
+    model = load(runs / name)
+    if rule == "left_to_right":
+        model.rules = (*model.rules, rule)
+    engine = Engine(model, Settings(slots=2))
+    shown = job(model, length=12, seed=3, stream_canvas=True, rule=rule, steps=5, temperature=0.7, top_p=0.9)
+    size = shown.chosen.block_tokens
+    engine.submit([shown])
+
+    def state():
+        """The whole row, as the network sees it, and where the part that the canvas shows begins in it."""
+        [(text, ids, is_masked, _)] = engine._samplers[size].running()
+        before = text.ids[: text.num_encoded] if size else list(shown.prompt)
+        return (
+            torch.tensor([*before, *ids.tolist()]),
+            torch.cat([torch.zeros(len(before), dtype=torch.bool), is_masked]),
+            len(before),
+        )
+
+    num_checked, before = 0, None
+    never = model.forbidden_token_ids(False, ())
+    while engine.num_active or engine.waiting:
+        updates = engine.tick()
+        if not engine.num_active:
+            break
+        now = state()
+        canvas = updates[-1].canvas if updates else None
+        if canvas and before is not None and before[2] == now[2]:
+            row = before[0].masked_fill(before[1], model.denoiser.mask_id)[None]
+            hidden = model.denoiser.hidden(row, Visibility("bidirectional", block_tokens=size))[0]
+            logits = model.denoiser.network.get_output_embeddings()(hidden)[:, : model.denoiser.vocab_size]
+            probs = logits.index_fill(1, torch.tensor(never, dtype=torch.long), float("-inf")).double().softmax(-1)
+            first = len(shown.prompt) + canvas["start"]
+            for place, (token, p) in enumerate(canvas["tokens"]):
+                position = first + place
+                if token is not None and before[1][position]:
+                    assert p == pytest.approx(
+                        probs[position - model.denoiser.shift, now[0][position]].item(), abs=6e-4
+                    )  # shown to 3 digits
+                    num_checked += 1
+        before = now
+    assert num_checked >= 4
+
+
 def test_infilling_in_company_keeps_both_sides(runs):
     model = load(runs / "whole")
     engine = Engine(model, Settings(slots=4))
@@ -235,3 +296,135 @@ def test_characters_come_whole_and_what_may_be_a_stop_is_held_back():
     assert stream.push([1, 2, 3, 4, 5, 6, 1], False) == "bca" and not stream.is_stopped
     assert stream.push([1, 2, 3, 4, 5, 6, 1, 5, 6, 5], False) == "" and stream.is_stopped
     assert TextStream(lambda ids: "ab", ("bc",)).push([1], True) == "ab"
+    # What a character without all its bytes looks like is no stop text, until it stays.
+    stream = TextStream(lambda ids: b"".join(letters[i] for i in ids).decode(errors="replace"), ("\ufffd",))
+    assert [stream.push(ids, False) for ids in ([1], [1, 2], [1, 2, 3, 4])] == ["a", "", "\u20ac"]
+    assert stream.push([1, 2, 3, 4, 2, 5], False) == "" and stream.is_stopped
+
+
+# A job that fails fails alone
+
+
+POISON = 7
+
+
+def poison(monkeypatch, model, is_bad):
+    """The network raises for every call that `is_bad` of its ids."""
+    hidden = model.denoiser.hidden
+
+    def poisoned(ids, *rest):
+        if is_bad(ids):
+            raise RuntimeError("the network fails")
+        return hidden(ids, *rest)
+
+    monkeypatch.setattr(model.denoiser, "hidden", poisoned)
+
+
+def company(model, size=3):
+    """Jobs of some lengths, more than there are slots, long enough to go beyond a context of 32 where that is possible."""
+    length = 22 if model.sampled_as().kind == "whole" else 45
+    return [
+        job(model, prompt, length - number, seed=number)
+        for number, prompt in enumerate(["the model", "a", "", " and writes"][:size])
+    ]
+
+
+def alone(model, jobs):
+    texts = {}
+    for one in jobs:
+        engine = Engine(model, Settings(slots=1))
+        engine.submit([one])
+        texts |= finish(engine)[0]
+    return texts
+
+
+@pytest.mark.parametrize("place", ["prompt", "end of prompt", "rule", "stop", "drawing"])
+@pytest.mark.parametrize("name", ["ar", "block8", "whole"])
+def test_a_job_that_fails_fails_alone_and_the_others_texts_go_on_as_if_it_had_never_been(
+    runs, monkeypatch, name, place
+):
+    model = load(runs / name)
+    innocents = company(model)
+    expected = alone(model, innocents)
+    guilty = job(model, length=9, seed=1)  # it comes between them
+    if place in (
+        "prompt",
+        "end of prompt",
+    ):  # in a whole block of it, which is encoded when it joins; or in what is denoised with the text
+        ids = [POISON] * 9 if place == "prompt" else [*range(20, 36), POISON]
+        guilty = replace(guilty, prompt=[guilty.prompt[0], *ids])
+        poison(monkeypatch, model, lambda ids: bool((ids == POISON).any()))
+        assert not any(POISON in one.prompt for one in innocents)
+    elif place == "stop":
+        guilty = replace(guilty, stops=("no text",))
+        monkeypatch.setattr(TextStream, "push", _refusing(TextStream.push, guilty.stops))
+    else:
+        own = model.rule
+        broken = {"rule": BrokenRule, "drawing": LeftToRight}[place]()
+        monkeypatch.setattr(model, "rule", lambda chosen: broken if chosen is guilty.chosen else own(chosen))
+        if place == "drawing":
+            guilty = replace(guilty, chosen=replace(guilty.chosen, temperature=float("nan")))
+            monkeypatch.setattr(model, "rule", lambda chosen: broken if chosen is guilty.chosen else own(chosen))
+    if place in ("prompt", "end of prompt"):
+        texts_with_poison = [text for text in expected.values() if POISON in model.encode(text)]
+        assert not texts_with_poison, "the innocents never write it"
+    engine = Engine(model, Settings(slots=3))
+    engine.submit([innocents[0], guilty, *innocents[1:]])
+    texts, updates = finish(engine)
+    failed = [update for update in updates if update.failure is not None]
+    assert [update.job for update in failed] == [guilty]
+    assert {one: texts[one] for one in innocents} == expected  # updates add up, so nothing was said twice either
+    assert sum(update.finish_reason is not None for update in updates) == len(innocents)
+    engine.submit(innocents)
+    assert finish(engine)[0] == expected  # the slots are as they were
+
+
+class BrokenRule(LeftToRight):
+    """Works until 5 positions are left."""
+
+    def chosen(self, canvas, wanted, *rest):
+        if int((canvas.is_masked & canvas.is_open).sum()) <= 5:
+            raise IndexError("a rule fails")
+        return super().chosen(canvas, wanted, *rest)
+
+
+def _refusing(push, stops):
+    def refuse(self, ids, is_last):
+        if self.stops == stops and len(ids) > 3:
+            raise OverflowError("can't convert negative int to unsigned")
+        return push(self, ids, is_last)
+
+    return refuse
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+@pytest.mark.parametrize("name", ["ar", "block8", "whole"])
+def test_a_call_that_fails_once_changes_no_text_whichever_call_it_is(runs, monkeypatch, name, batch_invariant):
+    model = load(runs / name)
+    settings = Settings(slots=3, batch_invariant=batch_invariant, prefix_cache_mib=0)
+    jobs = company(model, 4)
+    engine, calls = Engine(model, settings), []
+    poison(monkeypatch, model, lambda ids: calls.append(1))
+    engine.submit(jobs)
+    expected, _ = finish(engine)
+    num_calls = len(calls)
+    for failing in range(0, num_calls, max(1, num_calls // 5)):
+        calls.clear()
+        monkeypatch.undo()
+        poison(monkeypatch, model, lambda ids, failing=failing: calls.append(1) or len(calls) == failing + 1)
+        engine.submit(jobs)
+        texts, updates = finish(engine)
+        assert texts == expected, f"call {failing} of {num_calls}"
+        assert not any(update.failure for update in updates)
+
+
+def test_a_network_that_answers_nothing_is_nobodys_fault_and_ends_the_engine(runs, monkeypatch):
+    for name in ("block8", "whole"):
+        model = load(runs / name)
+        engine = Engine(model, Settings(slots=3))
+        engine.submit(company(model))
+        engine.tick()
+        with monkeypatch.context() as patch:
+            poison(patch, model, lambda ids: True)
+            with pytest.raises(NetworkLost):
+                finish(engine)

@@ -260,19 +260,16 @@ class BlockSampler:
         """Takes every slot to its next network call: over steps that want nothing, and over what the last committed row predicts."""
         while True:
             looking = self._waiting_for(SlotState.ADVANCING, only)
-            if not looking:
-                return
             for params, places in by_params([self._slots[slot] for slot in looking]):
                 self._find_step(params, [looking[place] for place in places])
-            asks_network = (self._wanted[looking] & (self._row_of > 0)).any(1).tolist()
-            free = [
-                slot
-                for slot, asks in zip(looking, asks_network, strict=True)
-                if self._slots[slot].state is SlotState.NEEDS_FORWARD and not asks
-            ]
+            asking = self._waiting_for(SlotState.NEEDS_FORWARD, only)
+            asks_network = (self._wanted[asking] & (self._row_of > 0)).any(1).tolist()
+            free = [slot for slot, asks in zip(asking, asks_network, strict=True) if not asks]
             if free:
                 self._reveal(free, self.cache.last_rows[free][:, None], len(self._ids))
             self._leave()
+            if not (looking or free):
+                return
 
     def _find_step(self, params: SamplingParams, slots: list[int]) -> None:
         """Moves each slot to its next step that wants something; the canvas is the same up to it, so a window of steps is one batch."""

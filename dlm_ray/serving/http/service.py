@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, Protocol
@@ -151,12 +152,8 @@ class Service:
         with self.admitted(request, len(lengths)):
             await self._collect(task, answer, request)
             texts = [answer.choices[index].text for index in range(len(lengths))]
-            scores = [
-                await self.backend.score(asked.model, asked.prefix + text + asked.suffix, 16, 0) for text in texts
-            ]
-        for score in scores:
-            raise_error(score)
-        best = min(range(len(lengths)), key=lambda index: scores[index]["bits_per_byte"])
+            scores = [await self._score(asked.model, asked.prefix + text + asked.suffix) for text in texts]
+        best = min(range(len(lengths)), key=lambda index: _or_infinite(scores[index]["bits_per_byte"]))
         whole = answer.whole()
         whole["choices"] = [{**whole["choices"][best], "index": 0}]
         candidates = [
@@ -170,6 +167,18 @@ class Service:
         ]
         whole["dlm_ray"] |= {"length_tokens": lengths[best], "candidates": candidates}
         return JSONResponse(whole)
+
+    async def _score(self, model: str, text: str) -> Event:
+        """The bound of a candidate's whole text; without a value if it has none.
+
+        That is a text that is empty, or one whose characters are more tokens than those that were written (an incomplete character is), too
+        many for the context.
+        """
+        score = await self.backend.score(model, text, min(16, self.server.limits.score_draws), 0)
+        if "error" in score and score["error"][0] == 400:
+            return {"bits_per_byte": None, "ci95_draws": None}
+        raise_error(score)
+        return score
 
     def _answer(self, task: Task, is_chat: bool) -> Answer:
         own = self.server.engine.deadline_seconds
@@ -257,6 +266,10 @@ async def _disconnected(request: Request) -> None:
     """Returns when the client is gone."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+def _or_infinite(bits: float | None) -> float:
+    return math.inf if bits is None else bits
 
 
 def _lost() -> ApiError:

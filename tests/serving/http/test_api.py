@@ -14,12 +14,13 @@ from helpers.service import client, hosted, listening, until
 from starlette.requests import ClientDisconnect
 
 from dlm_ray.data.tokenizer import encode
+from dlm_ray.diffusion.samplers.rules import LeftToRight
 from dlm_ray.generation.loading import load
 
 
 @pytest.fixture(scope="module")
 def runs(data_folder, tmp_path_factory):
-    return service.train(data_folder, tmp_path_factory.mktemp("served"), "whole", "block8")
+    return service.train(data_folder, tmp_path_factory.mktemp("served"), "ar", "whole", "block8", "block32")
 
 
 @pytest.fixture(scope="module")
@@ -410,6 +411,146 @@ def test_a_tick_that_fails_is_an_error_for_those_in_it_and_nothing_for_those_beh
         failed = complete(app)
         assert failed.status_code == 500 and failed.json()["error"]["type"] == "server_error"
         assert complete(app).status_code == 200
+
+
+@pytest.mark.parametrize("name", ["ar", "block8", "whole"])
+def test_a_temperature_that_is_almost_0_is_greedy_and_harms_nobody_beside_it(runs, name):
+    with hosted(runs / name) as (_, app):
+        innocent = {"model": "tiny", "prompt": "a", "max_tokens": 20, "seed": 3}
+        [alone] = ask(app, ("POST", "/v1/completions", innocent))
+        common = {"model": "tiny", "prompt": "the model", "max_tokens": 12}
+        others = [{**common, "temperature": temperature} for temperature in (0, 5e-324, 1e-310, 2.3e-308, -0.0)]
+        *answers, beside = ask(app, *(("POST", "/v1/completions", one) for one in [*others, innocent]))
+        assert [answer.status_code for answer in answers] == [200] * 5
+        assert len({answer.json()["choices"][0]["text"] for answer in answers}) == 1
+        assert beside.json()["choices"] == alone.json()["choices"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_that_fails_is_a_500_of_its_own_and_others_are_written_to_their_end(
+    runs, monkeypatch, stream, caplog
+):
+    with hosted(runs / "block8") as (host, app):
+        innocent = {"model": "tiny", "prompt": "a", "max_tokens": 30, "seed": 3, "stream": stream}
+        [alone] = ask(app, ("POST", "/v1/completions", innocent))
+        own = host.model.rule
+        monkeypatch.setattr(host.model, "rule", lambda chosen: Failing() if chosen.top_p == 0.5 else own(chosen))
+        guilty = {"model": "tiny", "prompt": "a", "max_tokens": 30, "top_p": 0.5, "n": 2}
+        answers = ask(app, *(("POST", "/v1/completions", one) for one in (innocent, guilty, innocent)))
+        assert [answer.status_code for answer in answers] == [200, 500, 200]
+        assert texts_of(answers[0]) == texts_of(answers[2]) == texts_of(alone)
+        assert "no other with it" in caplog.text
+        host.check()
+
+
+class Failing(LeftToRight):
+    """Works until 5 positions of a block are left."""
+
+    def chosen(self, canvas, wanted, *rest):
+        assert int((canvas.is_masked & canvas.is_open).sum()) > 5, "a rule fails"
+        return super().chosen(canvas, wanted, *rest)
+
+
+def texts_of(answer):
+    """Of a whole answer, or of a stream."""
+    if not answer.headers["content-type"].startswith("text/event-stream"):
+        return [choice["text"] for choice in answer.json()["choices"]]
+    *lines, done = answer.text.strip().split("\n\n")
+    assert done == "data: [DONE]"
+    return ["".join(choice["text"] for line in lines for choice in json.loads(line[6:])["choices"])]
+
+
+def test_a_network_that_is_lost_ends_the_engine_and_nobody_waits_for_it(runs, monkeypatch):
+    with hosted(runs / "block8") as (host, app):
+
+        def dead(*_):
+            raise RuntimeError("the device is gone")
+
+        monkeypatch.setattr(host.model.denoiser, "hidden", dead)
+        first = complete(app)
+        until(lambda: not host._thread.is_alive())
+        later, [score] = complete(app), ask(app, ("POST", "/v1/score", {"model": "tiny", "text": "the model"}))
+        assert [answer.status_code for answer in (first, later, score)] == [503] * 3
+        assert later.json()["error"]["code"] == "replica_lost" and later.headers["retry-after"] == "1"
+        with pytest.raises(RuntimeError, match="the engine's thread has ended"):
+            host.check()
+
+
+@pytest.mark.parametrize("name", ["ar", "whole", "block8", "block32"])
+def test_texts_of_every_length_are_scored(runs, name):
+    """A block and more, whole blocks and parts of one; `tests/diffusion/test_block.py` checks the numbers by hand."""
+    with hosted(runs / name) as (host, app):
+        model = host.model
+        ids = model.encode("Document 7: the model reads a row and writes what it has not seen because every token")
+        found = {}
+        for length in range(1, 18):
+            text = model.tokenizer.decode(ids[:length])
+            assert model.encode(text) == ids[:length]
+            [answer] = ask(app, ("POST", "/v1/score", {"model": "tiny", "text": text, "draws": 64}))
+            assert answer.status_code == 200 and answer.json()["tokens"] == length
+            found[length] = answer.json()["nats"] / length
+        # Training was short: a token is worth somewhat less than ln V = 5.7, whatever the length.
+        assert all(3 < nats < 6.5 for nats in found.values()), found
+
+
+def test_a_score_that_fails_fails_alone_and_one_that_nobody_waits_for_any_more_is_left_out(whole, monkeypatch):
+    host, app = whole
+    asked = {"model": "tiny", "text": "the model"}
+    with monkeypatch.context() as patch:
+        patch.setattr(host.planner, "score", lambda *_: 1 // 0)
+        failed, completed = ask(
+            app, ("POST", "/v1/score", asked), ("POST", "/v1/completions", {"model": "tiny", "prompt": "a"})
+        )
+        assert failed.status_code == 500 and "ZeroDivisionError" in failed.json()["error"]["message"]
+        assert completed.status_code == 200
+
+    async def leave():
+        host._do(lambda: time.sleep(0.1))  # the engine is at something else meanwhile
+        scoring = asyncio.ensure_future(host.score("the model", 64, 0))
+        await asyncio.sleep(0.02)
+        scoring.cancel()
+        await asyncio.gather(scoring, return_exceptions=True)
+
+    for _ in range(3):
+        asyncio.run(leave())
+    assert ask(app, ("POST", "/v1/score", asked))[0].status_code == 200
+    host.check()
+
+
+def test_what_has_no_probability_is_not_scored(whole, monkeypatch):
+    host, app = whole
+    for name, value, message in [
+        ("encode", lambda text: [], "it has no tokens"),
+        ("encode", lambda text: [5, host.model.denoiser.mask_id], "ids are below"),
+    ]:
+        with monkeypatch.context() as patch:
+            patch.setattr(host.model, name, value)
+            [answer] = ask(app, ("POST", "/v1/score", {"model": "tiny", "text": "x"}))
+            assert answer.status_code == 400 and message in answer.json()["error"]["message"]
+    with monkeypatch.context() as patch:
+        patch.setattr(host.model.denoiser, "mask_id", host.model.encode("a")[0])  # of a checkpoint that reuses one
+        [answer] = ask(app, ("POST", "/v1/score", {"model": "tiny", "text": "a row"}))
+        assert answer.status_code == 400 and "the mask token is in it" in answer.json()["error"]["message"]
+
+
+def test_lengths_whose_text_cannot_be_scored_are_chosen_last(runs):
+    with hosted(runs / "whole", limits={"score_draws": 4}) as (_, app):
+        # A text without a suffix may end at once, and one of incomplete characters is more tokens when it is read again.
+        empty = {"model": "tiny", "prefix": "", "suffix": ""}
+        answers = ask(
+            app, *(("POST", "/v1/infill", {**empty, "seed": seed, "length_tokens": [1, 31, 30]}) for seed in range(8))
+        )
+        values = []
+        for answer in answers:
+            assert answer.status_code == 200, answer.text
+            candidates = answer.json()["dlm_ray"]["candidates"]
+            scored = [one["bits_per_byte"] for one in candidates if one["bits_per_byte"] is not None]
+            chosen = next(
+                one for one in candidates if one["length_tokens"] == answer.json()["dlm_ray"]["length_tokens"]
+            )
+            assert chosen["bits_per_byte"] == (min(scored) if scored else None)
+            values += [one["bits_per_byte"] for one in candidates]
+        assert None in values and any(values)
 
 
 def nonsense(schema, document, chance):
