@@ -157,7 +157,7 @@ def test_a_follower_that_dies_fails_the_next_call_and_the_replica_says_so(runs):
     with two_processes([runs / "block8"], lose_the_follower, runs / "block8", pid) as (follower, _, result):
         sending.send(follower.pid)
         seconds, before, after, said = result.recv()
-    assert before["finish_reason"] == "length" and after["error"][2] == "internal"
+    assert before["finish_reason"] == "length" and after["error"][2] == "replica_lost"
     assert seconds < 5 and "lost each other" in said
 
 
