@@ -103,7 +103,7 @@ class Objective(ConfigNode):
     your own, which is trained and validated; its checkpoints are not sampled, scored, exported or served yet."""
     schedule: Schedule = Schedule()
     num_timesteps: Positive | None = None
-    """T of discrete time; continuous if absent. `d3pm`: 1000 if absent."""
+    """T of discrete time; continuous if absent. `d3pm`: 1000 if absent. Reported bounds are in continuous time."""
     times: Literal["stratified", "antithetic", "independent", "paper"] = "stratified"
     """How the t of a global batch hang together: `paper` is the order of BD3-LM's code, which is biased by the place in the batch."""
     mask_sampler: Literal["bernoulli", "count"] = "bernoulli"
@@ -126,6 +126,7 @@ class Objective(ConfigNode):
     shift: bool = True
     """Position i is predicted by row i-1, as in the AR model that was the base (DiffuLLaMA)."""
     normalize_by: Literal["all_tokens", "global_masked"] = "all_tokens"
+    """What the sum over masked tokens is divided by; the AR and alignment terms are means over all tokens either way."""
     exponents: Literal["per_token", "scalar"] = "per_token"
     """GenMD4's learned w: one a token, or one for all (the ablation)."""
     estimator: Literal["one_token", "all_masked"] = "one_token"

@@ -86,6 +86,7 @@ class Absorbing:
     def draw(self, key: DrawKey, maskable: np.ndarray) -> Draw:
         """Times as `times` says, masks, weights."""
         is_complement = np.array([self.complementary and row % 2 == 1 for row in key.rows])
+        assert not self.complementary or key.global_batch_size % 2 == 0, "rows come in pairs"
         if self.complementary:  # a pair shares one t and one set of coins
             assert key.global_batch_size % 2 == 0 and self.clip is None, (
                 "pairs need an even number of rows, and both ends of t"
@@ -98,9 +99,29 @@ class Absorbing:
         return self._draw(key.seed, MASK, [(key.step, row) for row in key.rows], t, maskable, is_complement)
 
     def evaluation_draw(self, seed: int, keys: Sequence[tuple[int, int]], t: np.ndarray, maskable: np.ndarray) -> Draw:
-        """The masks of pairs (number of the draw, row) at given times [B] or [B, blocks]; whatever training did to range and weights is left out."""
-        bound = replace(self, clip=None, weight="elbo", complementary=False, context_weights=None)
-        return bound._draw(
+        """The masks of pairs (number of the draw, row) at given times [B] or [B, blocks], and the weights of a bound that is whole.
+
+        Whatever training did is left out: the masks are independent, by the linear schedule in continuous time from alpha(0) = 1 to
+        alpha(1) = 0. The bound of every such schedule is the same, and has neither a reconstruction nor a prior term.
+        """
+        whole = replace(
+            self,
+            schedule=Polynomial(),
+            mask_sampler="bernoulli",
+            num_timesteps=None,
+            clip=None,
+            weight="elbo",
+            complementary=False,
+            context_weights=None,
+        )
+        return whole.draw_at(seed, keys, t, maskable)
+
+    def draw_at(self, seed: int, keys: Sequence[tuple[int, int]], t: np.ndarray, maskable: np.ndarray) -> Draw:
+        """The masks of pairs (number of the draw, row) at given times by this process' own schedule, timesteps, sampler and weights.
+
+        With shifted ends, or the geometric schedule, its sum is a part of the bound (`schedules.reconstruction_nats`, `prior_nats`).
+        """
+        return self._draw(
             seed, EVALUATION_MASK, keys, t.reshape(len(keys), -1), maskable, np.zeros(len(keys), dtype=bool)
         )
 

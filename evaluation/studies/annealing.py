@@ -101,7 +101,7 @@ def notes(base: str, data: str, steps: int) -> Sequence[str]:
     documents = {name: split.documents for name, split in index.splits.items()}
     return [
         f"Data, AR base ({manifest.step} steps) and recipe are the quickstart's: {documents['train']} documents, rows of {index.sequence_length} tokens, 8 a step, "
-        f"{steps} steps. Scored: the first {HELD_OUT_ROWS} held-out rows, {DRAWS} draws each, averaged weights.",
+        f"{steps} steps. Scored: {HELD_OUT_ROWS} held-out rows, evenly spaced, {DRAWS} draws each, averaged weights.",
         f"The share is of the steps; growing blocks are of {', '.join(map(str, SIZES))} tokens for a third of it each, then of the row. `none` sees everything "
         "from the first step. As published: DiffuLLaMA's Table 3, accuracy on GSM8K after fine-tuning GPT2-S / GPT2-M (higher is better).",
         "The papers compare models of 0.1 to 8 B parameters after 0.1 to 100 G tokens, by tasks: what is said here is about this size and these steps alone. "

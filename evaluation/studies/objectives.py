@@ -31,6 +31,7 @@ from dlm_ray.data.index import load_index
 from dlm_ray.data.reading import read_split
 from dlm_ray.diffusion import likelihood, schedules
 from dlm_ray.diffusion.absorbing import Absorbing
+from dlm_ray.diffusion.draws import Draw, maskable_positions
 from dlm_ray.diffusion.objectives import Masked
 from dlm_ray.diffusion.schedules import Shifted
 from dlm_ray.diffusion.visibility import Visibility, documents_apart
@@ -158,12 +159,23 @@ def one(arm: Arm, seed: int, folder: Path, data: str, base: str) -> Outcome:
     return Outcome(metrics, (scored.nats / math.log(2)).tolist(), scored.num_bytes.tolist(), details)
 
 
+class OwnTimes(Masked):
+    """Masked diffusion that is evaluated by its own schedule and timesteps: the integral, to which reconstruction and prior belong."""
+
+    def evaluation_draw(
+        self, seed: int, keys: Sequence[tuple[int, int]], t: np.ndarray, x_0: np.ndarray, maskable: np.ndarray
+    ) -> Draw:
+        """As the process is."""
+        assert isinstance(self.process, Absorbing), "another process says itself how it is evaluated"
+        return self.process.draw_at(seed, keys, t, maskable)
+
+
 def by_timesteps(model: TextModel, data: str) -> dict[str, dict[str, float]]:
     """One model's bound in T steps and in continuous time, MD4's ends shifted by 1e-4: integral, reconstruction and prior, in bits a character."""
     rows = read_split(data, "held_out", HELD_OUT_ROWS)
     x_0 = np.stack([row.input_ids for row in rows]).astype(np.int64)
     document_ids = np.stack([row.document_ids for row in rows])
-    num_bytes, num_tokens = sum(float(row.num_bytes.sum()) for row in rows), int((x_0 >= 0).sum())
+    num_bytes, num_tokens = sum(float(row.num_bytes.sum()) for row in rows), int(maskable_positions(document_ids).sum())
     found = {}
     cases = [(str(T), Absorbing(Shifted(schedules.Polynomial(), 1e-4, 1e-4), num_timesteps=T)) for T in TIMESTEPS]
     cases += [
@@ -174,8 +186,9 @@ def by_timesteps(model: TextModel, data: str) -> dict[str, dict[str, float]]:
         visible = lambda ids: Visibility(
             "bidirectional", document_ids=documents_apart(ids, model.document_mask, model.device)
         )  # noqa: E731
+        own: Any = OwnTimes(process)
         nats = likelihood.token_nats(
-            model.denoiser, Masked(process), x_0, document_ids, visible, model.device, num_draws=DRAWS
+            model.denoiser, own, x_0, document_ids, visible, model.device, num_draws=DRAWS
         ).nats.sum()
         vocab = model.denoiser.vocab_size
         # In discrete time the first interval, from s = 0, is part of the sum; the shifted alpha(0) leaves the rest to the reconstruction.

@@ -75,10 +75,10 @@ class Block(Masked):
         _check_whole(x_0.shape[1], self.block_tokens)
         num_blocks = x_0.shape[1] // self.block_tokens
         turns = np.stack([generator(seed, BLOCK_TIME, 0, row).random(num_blocks) for _, row in keys])  # [B, blocks]
-        process = self.process
-        if isinstance(process, Absorbing):
-            process = Absorbing(mask_sampler="count")
-        return process.evaluation_draw(seed, keys, (t[:, None] + turns) % 1.0, maskable)
+        t = (t[:, None] + turns) % 1.0
+        if isinstance(self.process, Absorbing):
+            return Absorbing(mask_sampler="count").draw_at(seed, keys, t, maskable)
+        return self.process.evaluation_draw(seed, keys, t, maskable)
 
     def token_nll(self, denoiser: Denoiser, batch: Batch) -> Tensor:
         """[R] nats: -log p(x_0^n | x_t^b, x_0^{<b}) at the masked positions n."""
