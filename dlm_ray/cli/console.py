@@ -114,11 +114,15 @@ def print_described(described: dict[str, Any]) -> None:
 
 def print_bits(scored: dict[str, Any]) -> None:
     """A likelihood with its intervals."""
-    low, high = scored["ci95_documents"]
     what = "at most (a bound)" if scored["is_bound"] else "exactly"
+    over = scored["ci95_documents"]
+    interval = (
+        f"95 % over documents {over[0]:.4f} to {over[1]:.4f}"
+        if over
+        else "no interval over documents, which takes two with text"
+    )
     print_message(
-        f"{what} {scored['bits_per_byte']:.4f} bits per byte on {scored['documents']} documents, {scored['bytes']:,} bytes; "
-        f"95 % over documents {low:.4f} to {high:.4f}"
+        f"{what} {scored['bits_per_byte']:.4f} bits per byte on {scored['documents']} documents, {scored['bytes']:,} bytes; {interval}"
     )
     if scored["ci95_draws"]:
         print_message(
@@ -153,6 +157,8 @@ def print_sweep(result: dict[str, Any], metric: str, out: Path) -> None:
     for one in result["trials"]:
         numbers = ["" if one[name] is None else f"{one[name]:.4g}" for name in dict.fromkeys(("bits_per_byte", metric))]
         remark = "tied with the best" if one["tied"] else one["reason"]
+        if one["tied"] is None and one["place"] is not None:
+            remark = "no interval of its difference from the best"
         table.add_row(
             str(one["place"] or ""),
             escape(label(one["settings"])),
@@ -173,12 +179,10 @@ def print_quickstart(report: dict[str, Any], out: Path) -> None:
     for heading in ("model", "bits per byte", "95 % over documents", ""):
         table.add_column(heading)
     for name in ("ar", "adapted", "scratch", "unadapted"):
-        low, high = report[name]["ci95_documents"]
+        over = report[name]["ci95_documents"]
+        interval = f"{over[0]:.3f} to {over[1]:.3f}" if over else "one document: none"
         table.add_row(
-            name,
-            f"{report[name]['bits_per_byte']:.3f}",
-            f"{low:.3f} to {high:.3f}",
-            "bound" if report[name]["is_bound"] else "exact",
+            name, f"{report[name]['bits_per_byte']:.3f}", interval, "bound" if report[name]["is_bound"] else "exact"
         )
     for name, baseline in (("unigram", "unigram_bits_per_byte"), ("xz -9", "xz_bits_per_byte")):
         table.add_row(name, f"{report[baseline]:.3f}", "", "baseline")

@@ -132,7 +132,7 @@ def evaluate(
     from dlm_ray.generation.loading import load
 
     model = load(checkpoint, weights)
-    with bar("rows x draws") as update:
+    with warnings_said(), bar("rows x draws") as update:
         scored = model.score(
             data, split=split, max_sequences=max_sequences, draws_per_sequence=draws, progress=update
         ).as_dict()

@@ -184,7 +184,9 @@ class Sweep(ConfigNode):
             found.append(
                 f"mode={self.mode} with metric={self.metric}, of which the {METRICS[self.metric]} is best; set mode: {METRICS[self.metric]}"
             )
-        if self.metric == "gradient_variance" and self.measure.gradient_draws < 2:
+        if self.measure.gradient_draws == 1:
+            found.append("measure.gradient_draws=1: a variance needs at least 2 draws; 0 leaves it out")
+        elif self.metric == "gradient_variance" and self.measure.gradient_draws < 2:
             found.append(
                 f"metric=gradient_variance is not measured with measure.gradient_draws={self.measure.gradient_draws}; set that to at least 2, or "
                 "choose another metric"

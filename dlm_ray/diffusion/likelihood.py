@@ -1,7 +1,7 @@
 """The likelihood of rows: exact for an autoregressive model, a bound for a diffusion model; its sums, strata, and intervals.
 
 A diffusion model's value is the ELBO over the full range of t with alpha(0) = 1 and alpha(1) = 0, so there is no reconstruction
-or prior term to add, and whatever the training did to its schedule does not enter.
+or prior term to add (GenMD4, whose range begins at t_1, adds its own), and whatever the training did to its schedule does not enter.
 """
 
 from __future__ import annotations
@@ -92,7 +92,8 @@ def token_nats(
 ) -> TokenNats:
     """The (bound on the) nats of every token of rows [N, L], from `num_draws` draws a row with t in strata; one exact pass if causal.
 
-    Two models that are scored with the same rows, seed and draws see the same masks, so their difference can be paired.
+    Two models that are scored with the same rows, seed and draws see the same masks, so their difference can be paired. Rows that are not a whole
+    number of the objective's blocks are padded (`pad_to_blocks`); the text does not see the padding, whatever `visibility_of` says.
     """
     assert objective.likelihood != "none", "this objective bounds nothing"
     num_draws = 1 if objective.likelihood == "exact" else num_draws
@@ -140,19 +141,23 @@ def draws_interval(totals: np.ndarray, num_bytes: float) -> tuple[float, float] 
     return bits_per_byte(totals.mean() - half, num_bytes), bits_per_byte(totals.mean() + half, num_bytes)
 
 
-def documents_interval(nats: np.ndarray, num_bytes: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """95 % bootstrap interval of sum(nats) / sum(bytes) in bits, over documents.
+def documents_interval(nats: np.ndarray, num_bytes: np.ndarray, seed: int = 0) -> tuple[float, float] | None:
+    """95 % bootstrap interval of sum(nats) / sum(bytes) in bits, over documents; None if fewer than two of them have text.
 
     Args:
         nats: [documents]; for a paired comparison, the difference between two models document by document.
         num_bytes: [documents].
         seed: of the resampling.
     """
+    if np.count_nonzero(num_bytes) < 2:
+        return None  # a resample of one document is that document: what others would have given cannot be known
     random = np.random.default_rng(seed)
     counts = random.multinomial(
         len(nats), np.full(len(nats), 1 / len(nats)), size=NUM_RESAMPLES
     )  # [resamples, documents]
-    ratios = (counts @ nats) / np.maximum(1, counts @ num_bytes) / math.log(2)
+    total_bytes = counts @ num_bytes
+    has_text = total_bytes > 0
+    ratios = (counts @ nats)[has_text] / total_bytes[has_text] / math.log(2)
     low, high = np.quantile(ratios, [0.025, 0.975])
     return float(low), float(high)
 

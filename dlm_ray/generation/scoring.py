@@ -30,7 +30,7 @@ class Scored:
         return likelihood.bits_per_byte(float(self.nats.sum()), float(self.num_bytes.sum()))
 
     def as_dict(self) -> dict[str, Any]:
-        """bits_per_byte with its intervals, and what they are over."""
+        """bits_per_byte with its intervals, and what they are over; an interval over one document or one draw is None."""
         return {
             "bits_per_byte": self.bits_per_byte,
             "is_bound": self.is_bound,
@@ -43,7 +43,7 @@ class Scored:
         }
 
     def minus(self, other: Scored) -> dict[str, Any]:
-        """This model's bits per byte less the other's, with the paired interval over documents."""
+        """This model's bits per byte less the other's, with the paired interval over documents (None if there is one document)."""
         assert (self.num_bytes == other.num_bytes).all(), "a paired comparison needs the same documents"
         difference = self.nats - other.nats
         return {

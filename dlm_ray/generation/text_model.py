@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, Unpack
 
@@ -142,7 +143,8 @@ class TextModel:
         """Bits per byte of a split of a data folder: exact for an autoregressive model, an upper bound for a diffusion model.
 
         Returns:
-            bits_per_byte, is_bound, ci95_documents (bootstrap), ci95_draws (given these rows; None if exact), and the counts.
+            bits_per_byte, is_bound, ci95_documents (bootstrap; None if there is one document), ci95_draws (given these rows; None if exact), and the
+            counts.
         """
         return self.score(
             data, split=split, max_sequences=max_sequences, draws_per_sequence=draws_per_sequence, seed=seed
@@ -160,19 +162,27 @@ class TextModel:
     ) -> Scored:
         """The same document by document.
 
+        Warns if rows are padded because they are not a whole number of the checkpoint's blocks, or are longer than those it was trained on.
+
         Raises:
-            UserError: if the data was made with another tokenizer, the split is empty, or the objective bounds no likelihood.
+            UserError: if the data was made with another tokenizer, its rows are longer than the network has positions, the split is empty, the
+                objective bounds no likelihood, or there is no row or draw to score.
         """
+        for key, value in {"draws": draws_per_sequence, "max-sequences": max_sequences}.items():
+            if value is not None and value < 1:
+                raise UserError(f"--{key} {value}: at least 1")
         if self.objective.likelihood == "none":
             raise UserError(
                 "this checkpoint's objective (ssd_lm) gives no bound of the likelihood: there are no bits per byte to report"
             )
-        theirs = load_index(data).tokenizer
+        index = load_index(data)
+        theirs = index.tokenizer
         if theirs.sha256 != self.tokenizer_identity.sha256:
             raise UserError(
                 f"{data} was made with tokenizer {theirs.name} (sha256 {theirs.sha256[:12]}) and the checkpoint with "
                 f"{self.tokenizer_identity.name} ({self.tokenizer_identity.sha256[:12]}); build the data with the checkpoint's tokenizer"
             )
+        self._check_rows(data, index.sequence_length)
         rows = read_split(data, split, max_sequences)
         if not rows:
             raise UserError(
@@ -202,6 +212,30 @@ class TextModel:
             int(maskable_positions(document_ids).sum()),
             self.objective.likelihood == "bound",
         )
+
+    def _check_rows(self, data: str, sequence_length: int) -> None:
+        """Say if the rows of `data` are not scored as the checkpoint was trained; raise UserError if they cannot be."""
+        padding, positions = (
+            likelihood.num_padding(self.objective, sequence_length),
+            self.denoiser.network.config.max_position_embeddings,
+        )
+        if sequence_length + padding > positions:
+            raise UserError(
+                f"{data} has rows of {sequence_length} tokens, scored in {sequence_length + padding} positions, and the network has {positions}; build the data "
+                "with smaller --sequence-length"
+            )
+        if padding:
+            warnings.warn(
+                f"{data} has rows of {sequence_length} tokens, which are not a whole number of this checkpoint's blocks of {self.objective.block_tokens}: "
+                f"each is scored with {padding} tokens of padding behind it, which no other token sees",
+                stacklevel=3,
+            )
+        if sequence_length > self.sequence_length:
+            warnings.warn(
+                f"{data} has rows of {sequence_length} tokens, and the checkpoint was trained on rows of {self.sequence_length}: it never saw the positions "
+                "behind them",
+                stacklevel=3,
+            )
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, without a start token; special tokens that it spells out are text (`data.special_tokens`).

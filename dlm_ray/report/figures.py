@@ -29,11 +29,12 @@ def curves(series: Mapping[str, Sequence[tuple[float, float]]], xlabel: str, yla
     return figure
 
 
-def intervals(rows: Sequence[tuple[str, float, float, float]], xlabel: str) -> Any:
-    """A dot with its interval a row of (label, value, low, high), the first on top."""
+def intervals(rows: Sequence[tuple[str, float, float | None, float | None]], xlabel: str) -> Any:
+    """A dot with its interval a row of (label, value, low, high), the first on top; a dot alone where there is no interval (None)."""
     figure, axes = _axes(7.0, 0.6 + 0.42 * len(rows))
     for place, (_, value, low, high) in enumerate(reversed(rows)):
-        axes.plot([low, high], [place, place], color=COLOURS[0], linewidth=2.2)
+        if low is not None and high is not None:
+            axes.plot([low, high], [place, place], color=COLOURS[0], linewidth=2.2)
         axes.plot([value], [place], "o", color=COLOURS[0], markersize=6)
         axes.annotate(
             f"{value:.3f}", (value, place), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=9

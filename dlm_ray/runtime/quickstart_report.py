@@ -27,7 +27,8 @@ def write_report(report: dict[str, Any], run_dirs: dict[str, Path], out: Path) -
     """Writes both files; `run_dirs` gives the learning curves."""
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     difference = report["paired"]["adapted_minus_scratch"]
-    low, high = difference["ci95_documents_paired"]
+    paired = difference["ci95_documents_paired"]
+    interval = f"95 % {paired[0]:+.3f} to {paired[1]:+.3f}" if paired else "no interval: one document"
     blocks: list[Block] = [
         Paragraph(
             f"A small autoregressive model ({report['base']}) was adapted to a masked diffusion model with annealed attention and shift, beside the same "
@@ -44,13 +45,13 @@ def write_report(report: dict[str, Any], run_dirs: dict[str, Path], out: Path) -
             ]
         ),
         Paragraph(
-            f"Adapted less scratch, paired over documents: {difference['bits_per_byte']:+.3f} bits per byte (95 % {low:+.3f} to {high:+.3f}).",
+            f"Adapted less scratch, paired over documents: {difference['bits_per_byte']:+.3f} bits per byte ({interval}).",
             "How well each model knows held-out text",
         ),
         Figure(
             intervals(
                 [
-                    (label, report[name]["bits_per_byte"], *report[name]["ci95_documents"])
+                    (label, report[name]["bits_per_byte"], *(report[name]["ci95_documents"] or (None, None)))
                     for name, label in _LABELS.items()
                 ],
                 "bits per byte (lower is better)",
@@ -65,7 +66,7 @@ def write_report(report: dict[str, Any], run_dirs: dict[str, Path], out: Path) -
                     [
                         label,
                         f"{report[name]['bits_per_byte']:.3f}",
-                        _range(report[name]["ci95_documents"]),
+                        _range(report[name]["ci95_documents"]) or "none: one document",
                         _range(report[name]["ci95_draws"]),
                     ]
                     for name, label in _LABELS.items()

@@ -148,7 +148,7 @@ def _figure(study: Study, records: Sequence[Record]) -> Any:
         if values:
             mean, low, high = statistics.t_interval(values)
             label = f"{arm.name} ({arm.published})" if arm.published else arm.name
-            rows.append((label, mean, mean if low is None else low, mean if high is None else high))
+            rows.append((label, mean, low, high))
     return figures.intervals(rows, f"{study.unit}; in brackets: published")
 
 

@@ -247,7 +247,7 @@ def _over_documents(name: str, pairs: Sequence[tuple[Record, Record]]) -> Compar
         [np.asarray(own.documents, float) - np.asarray(base.documents, float) for own, base in pairs], axis=0
     )
     weights = np.ones(len(differences)) if pairs[0][0].weights is None else np.asarray(pairs[0][0].weights, float)
-    low, high = statistics.bootstrap_interval(differences.tolist(), weights.tolist())
+    low, high = statistics.bootstrap_interval(differences.tolist(), weights.tolist()) or (None, None)
     visible = statistics.smallest_visible_effect(differences.tolist())
     return Comparison(
         name,

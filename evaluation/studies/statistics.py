@@ -72,14 +72,18 @@ def sign_flip_p(differences: Sequence[float], seed: int = 0) -> float:
 
 def bootstrap_interval(
     differences: Sequence[float], weights: Sequence[float] | None = None, seed: int = 0
-) -> tuple[float, float]:
-    """95 % interval of sum(differences) / sum(weights) over resampled pairs; the mean if no weights are given."""
+) -> tuple[float, float] | None:
+    """95 % interval of sum(differences) / sum(weights) over resampled pairs; the mean if no weights are given. None if fewer than two pairs weigh."""
     values = np.asarray(differences, dtype=np.float64)
     sizes = np.ones(len(values)) if weights is None else np.asarray(weights, dtype=np.float64)
+    if np.count_nonzero(sizes) < 2:
+        return None
     counts = np.random.default_rng(seed).multinomial(
         len(values), np.full(len(values), 1 / len(values)), size=NUM_RESAMPLES
     )
-    low, high = np.quantile((counts @ values) / np.maximum(counts @ sizes, 1e-300), [0.025, 0.975])
+    totals = counts @ sizes
+    weighs = totals > 0
+    low, high = np.quantile((counts @ values)[weighs] / totals[weighs], [0.025, 0.975])
     return float(low), float(high)
 
 

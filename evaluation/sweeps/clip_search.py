@@ -56,9 +56,9 @@ def search(
         progress: called with (done, all).
 
     Raises:
-        UserError: for an autoregressive checkpoint, blocks of 1, blocks that do not tile a row, or another tokenizer's data.
+        UserError: for an autoregressive checkpoint, blocks of 1, blocks that do not tile the data's rows, or another tokenizer's data.
     """
-    size = block_tokens or getattr(model.objective, "block_tokens", model.sequence_length)
+    size = block_tokens or getattr(model.objective, "block_tokens", load_index(data).sequence_length)
     _check(model, data, size)
     assert size is not None, "checked"
     held_out = read_split(data, split, rows)
@@ -127,7 +127,8 @@ def _check(model: TextModel, data: str, block_tokens: int | None) -> None:
         raise UserError(
             "this checkpoint's objective (ssd_lm) has no masks to clip; name one that was trained with masks"
         )
-    allowed = [number for number in range(2, model.sequence_length + 1) if model.sequence_length % number == 0]
+    index = load_index(data)
+    allowed = [number for number in range(2, index.sequence_length + 1) if index.sequence_length % number == 0]
     if block_tokens not in allowed:
         why = (
             "masking everything leaves blocks of 1 no variance: train them with objective.mask_sampler=count"
@@ -135,10 +136,10 @@ def _check(model: TextModel, data: str, block_tokens: int | None) -> None:
             else ""
         )
         raise UserError(
-            f"--block-tokens {block_tokens} on rows of {model.sequence_length}: allowed are {', '.join(map(str, allowed))}"
+            f"--block-tokens {block_tokens} on rows of {index.sequence_length}: allowed are {', '.join(map(str, allowed))}"
             + (f"; {why}" if why else "")
         )
-    theirs = load_index(data).tokenizer
+    theirs = index.tokenizer
     if theirs.sha256 != model.tokenizer_identity.sha256:
         raise UserError(
             f"{data} was made with tokenizer {theirs.name} ({theirs.sha256[:12]}) and the checkpoint with {model.tokenizer_identity.name} "

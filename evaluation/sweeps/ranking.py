@@ -53,12 +53,17 @@ class Ranked:
     """Its metric less the best's."""
     low: float | None
     high: float | None
-    """95 %, paired: over documents (bits_per_byte) or over common draws (nelbo_variance); None where neither pairs."""
+    """95 %, paired: over documents (bits_per_byte; None if there is one document) or over common draws (nelbo_variance); None where neither pairs."""
 
     @property
-    def is_tied(self) -> bool:
-        """Whether it cannot be told from the best: its interval covers 0. The best is the smallest value, and says who is tied with it."""
-        return self.place != 1 and self.low is not None and self.high is not None and self.low <= 0 <= self.high
+    def is_tied(self) -> bool | None:
+        """Whether it cannot be told from the best: its interval covers 0. None where there is no interval, so that it cannot be said.
+
+        The best is the smallest value, and says who is tied with it.
+        """
+        if self.place is None or self.place == 1:
+            return False
+        return None if self.low is None or self.high is None else self.low <= 0 <= self.high
 
 
 def ranked(rows: Sequence[TrialResult], metric: str, rank_by: str | None) -> list[Ranked]:
@@ -93,7 +98,9 @@ def _difference(row: TrialResult, first: TrialResult, metric: str) -> tuple[floa
     difference = own[metric] - other[metric]
     if metric == "bits_per_byte" and own["bytes"] == other["bytes"]:
         nats, num_bytes = np.subtract(own["nats"], other["nats"]), np.array(own["bytes"])
-        return bits_per_byte(float(nats.sum()), float(num_bytes.sum())), *documents_interval(nats, num_bytes)
+        return bits_per_byte(float(nats.sum()), float(num_bytes.sum())), *(
+            documents_interval(nats, num_bytes) or (None, None)
+        )
     if metric == "nelbo_variance":
         return t_interval(np.subtract(own["variances"], other["variances"]).tolist())
     return difference, None, None

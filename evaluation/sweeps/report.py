@@ -89,8 +89,9 @@ def _blocks(sweep: Sweep, found: Sequence[Ranked], confirmed: Sequence[TrialResu
             f"Ranked by {_UNITS[sweep.metric]}"
             + (f", among trials of the same {sweep.rank_by}" if sweep.rank_by else "")
             + f". All trials are scored on the same {sweep.measure.sequences} held-out rows with the same {sweep.measure.draws_per_sequence} draws each, over all of t "
-            "whatever they were trained on. `tied` cannot be told from the best of its group: the paired 95 % interval covers 0. What was stopped saw fewer "
-            "tokens and is not ranked. One seed a trial unless `seed` is in the table: intervals are not over training seeds.",
+            "whatever they were trained on. `tied` cannot be told from the best of its group: the paired 95 % interval covers 0. With one document, or a "
+            "metric that does not pair, there is no interval, and whether a trial is tied is not known. What was stopped saw fewer tokens "
+            "and is not ranked. One seed a trial unless `seed` is in the table: intervals are not over training seeds.",
             "The answer",
         ),
         Table("Trials", *_without_empty(_HEADER, [_cells(one) for one in found])),
@@ -153,6 +154,9 @@ _HEADER = (
 )  # fmt: skip
 
 
+_TIED = {True: "tied", False: "", None: "no interval"}
+
+
 def _cells(one: Ranked) -> list[str]:
     row = one.row
     clones = "; ".join(f"copy of {clone['from']} at step {clone['step']}" for clone in row.clones)
@@ -167,7 +171,7 @@ def _cells(one: Ranked) -> list[str]:
         _value(row, "gradient_variance"),
         "" if one.difference is None or one.place == 1 else f"{one.difference:+.4g}",
         "" if one.place == 1 or one.low is None else _range([one.low, one.high], "+.3g"),
-        "; ".join(text for text in ("tied" if one.is_tied else "", row.reason, clones) if text),
+        "; ".join(text for text in (_TIED[one.is_tied], row.reason, clones) if text),
         _value(row, "tokens_per_second", ".0f"),
     ]
 

@@ -100,6 +100,7 @@ def test_draws_are_within_their_ranges_for_every_grid_and_the_seed_decides(tmp_p
         ({"search": {"name": "random", "trials": 3}}, "nothing to draw, because every key of the space is a grid"),
         ({"metric": "perplexity"}, "metric='perplexity'; allowed are 'bits_per_byte', 'nelbo_variance', 'gradient_variance' or 'tokens_per_second'"),
         ({"metric": "gradient_variance"}, "not measured with measure.gradient_draws=0"),
+        ({"measure": {"gradient_draws": 1}}, "measure.gradient_draws=1: a variance needs at least 2 draws"),
         ({"metric": "tokens_per_second"}, "mode=min with metric=tokens_per_second, of which the max is best"),
         ({"space": {"objective.name": {"grid": ["autoregressive"]}}, "overrides": ["curriculum={}"], "metric": "nelbo_variance"},
          "is never reported of objective.name=autoregressive"),

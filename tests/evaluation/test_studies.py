@@ -15,6 +15,8 @@ from dlm_ray.config.errors import Stopped, UserError
 from dlm_ray.data.index import load_index
 from dlm_ray.data.reading import read_split
 from dlm_ray.data.tokenizer import load_tokenizer
+from dlm_ray.diffusion.absorbing import Absorbing
+from dlm_ray.diffusion.draws import maskable_positions
 from dlm_ray.training import loop
 
 FEW = {"NUM_LOSSES": 3, "NUM_GRADIENTS": 2}
@@ -232,6 +234,20 @@ def test_intervals_cover_what_they_should():
     assert statistics.t_interval([2.0]) == (2.0, None, None) and statistics.t_test_p([2.0]) is None
 
 
+def test_one_document_has_no_interval_over_documents(tmp_path):
+    assert statistics.bootstrap_interval([1.5]) is None
+    assert statistics.bootstrap_interval([1.5, 0.2], [10.0, 0.0]) is None
+
+    def of_one_document(arm, seed, folder):
+        whole = outcome(arm, seed, folder)
+        return Outcome(whole.metrics, whole.documents and whole.documents[:1], whole.weights and whole.weights[:1])
+
+    records = runner.run(STUDY, of_one_document, tmp_path)
+    [found] = [one for one in runner.compare(STUDY, records) if one.arm == "better" and one.over == "documents"]
+    assert found.n == 1 and found.low is None and found.high is None and found.difference < 0
+    assert write_report(STUDY, records, tmp_path / "report", "a machine", [])
+
+
 def test_text8_has_27_letters():
     assert text8.text8_form("Hello, World 42!\n\tNo_2") == "hello world four two no two"
     assert text8.text8_form("é--x") == "x"
@@ -282,12 +298,29 @@ def test_every_arm_of_the_objectives_study_runs_from_training_to_the_table(text8
     )
     parts = by_arm["MD4"].details["by_timesteps"]
     assert set(parts) == {"10", "continuous, shifted", "continuous"} and parts["10"]["prior"] > 0
+    rows = read_split(data, "held_out", 8)
+    scored = maskable_positions(np.stack([row.document_ids for row in rows])).sum()  # no start tokens, no padding
+    nats = 1e-4 * math.log(28) * scored
+    assert parts["10"]["reconstruction"] == pytest.approx(
+        nats / math.log(2) / sum(row.num_bytes.sum() for row in rows), rel=1e-6
+    )
     assert by_arm["AR"].metrics["nelbo_variance"] < 1e-12 < by_arm["MD4"].metrics["nelbo_variance"]
     corpus = json.loads((text8_folder / "corpus.json").read_text())
     text = write_report(small, records, tmp_path / "report", "two cores", objectives.notes(records, corpus, 2))[
         0
     ].read_text()
     assert "MD4, seed 0, evaluated at T = 10" in text and "| SSD-LM | 1 | none |" in text
+
+
+def test_a_bound_in_T_steps_is_evaluated_at_its_own_times():
+    """At T = 1 everything is masked, with weight 1; the reported bound would be over all of t."""
+    maskable = np.ones((4, 9), dtype=bool)
+    maskable[:, 0] = False
+    keys = [(0, row) for row in range(4)]
+    draw = objectives.OwnTimes(Absorbing(num_timesteps=1)).evaluation_draw(
+        0, keys, np.linspace(0.1, 0.9, 4), maskable, maskable
+    )
+    assert np.array_equal(draw.is_masked.numpy(), maskable) and (draw.weight[: draw.num_scored] == 1).all()
 
 
 def test_every_arm_of_the_block_size_study_runs_from_training_to_the_table(text8_folder, tmp_path, monkeypatch):

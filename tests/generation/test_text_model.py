@@ -7,13 +7,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_data, tiny_recipe
+from conftest import make_data, make_documents, tiny_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dlm_ray.checkpoint.export import export
+from dlm_ray.cli.main import console
 from dlm_ray.config.errors import UserError
+from dlm_ray.data.build import split_of
 from dlm_ray.data.reading import read_split
+from dlm_ray.diffusion import likelihood
 from dlm_ray.diffusion.draws import maskable_positions
+from dlm_ray.diffusion.objectives import Block
+from dlm_ray.diffusion.visibility import Visibility, documents_apart
 from dlm_ray.generation.loading import as_unadapted, load
 from dlm_ray.training import loop
 
@@ -62,6 +67,70 @@ def test_a_diffusion_models_bits_are_a_bound_with_intervals(runs, data_folder):
     more = load(runs / "adapted").bits_per_byte(data_folder, draws_per_sequence=32)
     assert scored["ci95_draws"][0] < more["bits_per_byte"] < scored["ci95_draws"][1]
     assert more["ci95_draws"][1] - more["ci95_draws"][0] < scored["ci95_draws"][1] - scored["ci95_draws"][0]
+
+
+@pytest.mark.parametrize("sequence_length", [12, 20, 24])
+def test_a_block_checkpoint_scores_rows_of_any_length_in_the_blocks_it_was_trained_with(
+    sequence_length, data_folder, tmp_path, recwarn
+):
+    """Rows that are not whole blocks are padded, which is said; the result is that of the same rows that were built with padding."""
+    loop.fit(
+        tiny_recipe(data_folder, "block", objective={"name": "block", "block_tokens": 8}, training__steps=2),
+        tmp_path / "run",
+    )
+    model = load(tmp_path / "run")
+    short = make_data(tmp_path / "short", sequence_length=sequence_length, tokenizer=model.tokenizer)
+    recwarn.clear()
+    found = model.score(short, draws_per_sequence=2)
+    said = [str(one.message) for one in recwarn if one.category is UserWarning]
+    if sequence_length % 8:
+        assert (
+            len(said) == 1
+            and f"rows of {sequence_length} tokens" in said[0]
+            and "blocks of 8" in said[0]
+            and "padding" in said[0]
+        )
+    else:
+        assert not said
+    rows = read_split(short, "held_out")
+    x_0 = np.zeros((len(rows), 24), dtype=np.int64)
+    document_ids = np.full((len(rows), 24), -1)
+    for target, row in zip((x_0, document_ids), ("input_ids", "document_ids"), strict=True):
+        target[:, :sequence_length] = [getattr(one, row) for one in rows]
+    visible = lambda ids: Visibility("bidirectional", document_ids=documents_apart(ids, True, model.device))  # noqa: E731
+    expected = likelihood.token_nats(
+        model.denoiser, Block(block_tokens=8), x_0, document_ids, visible, model.device, num_draws=2
+    )
+    assert found.nats.sum() == pytest.approx(expected.nats.sum(), rel=1e-5)
+    assert found.num_tokens == int(maskable_positions(document_ids).sum())
+
+
+def test_rows_that_the_network_has_no_positions_for_are_refused_and_longer_ones_than_the_trained_are_said(
+    runs, data_folder, tmp_path
+):
+    model = load(runs / "adapted")
+    with pytest.warns(UserWarning, match="rows of 40 tokens, and the checkpoint was trained on rows of 32"):
+        model.score(make_data(tmp_path / "longer", sequence_length=40, tokenizer=model.tokenizer), draws_per_sequence=1)
+    with pytest.raises(
+        UserError, match=r"rows of 80 tokens.*the network has 64; build the data with smaller --sequence-length"
+    ):
+        model.score(make_data(tmp_path / "too-long", sequence_length=80, tokenizer=model.tokenizer))
+
+
+@pytest.mark.parametrize("nothing", [{"draws_per_sequence": 0}, {"max_sequences": 0}, {"max_sequences": -3}], ids=str)
+def test_no_draws_or_rows_give_no_bound(nothing, runs, data_folder):
+    with pytest.raises(UserError, match=r"--(draws|max-sequences) (0|-3): at least 1"):
+        load(runs / "adapted").score(data_folder, **nothing)
+
+
+def test_one_document_has_no_interval_and_the_console_says_so(runs, data_folder, tmp_path, capsys):
+    model = load(runs / "base")
+    documents = [text for text in make_documents() if split_of(text, 0.2) == "train"][:3]
+    documents += [text for text in make_documents() if split_of(text, 0.2) == "held_out"][:1]
+    scored = model.bits_per_byte(make_data(tmp_path / "one", documents=documents, tokenizer=model.tokenizer, parts=1))
+    assert scored["documents"] == 1 and scored["ci95_documents"] is None
+    console.print_bits(scored)
+    assert "no interval over documents" in " ".join(capsys.readouterr().err.split())
 
 
 def test_comparisons_are_paired_on_documents_and_draws(runs, data_folder):

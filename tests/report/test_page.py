@@ -41,6 +41,12 @@ def test_the_same_blocks_give_the_same_page():
     assert whole() == whole()
 
 
+def test_a_value_without_an_interval_is_a_dot_alone():
+    figure = intervals([("one document", 1.0, None, None), ("many", 2.0, 1.5, 2.5)], "bits")
+    bars = [line for line in figure.axes[0].lines if line.get_linestyle() == "-" and line.get_marker() == "None"]
+    assert len(bars) == 1 and len(figure.axes[0].lines) == 3
+
+
 def test_labels_in_each_others_way_keep_their_order_and_stand_apart():
     figure = curves(
         {"worse": [(0, 1.0), (1, 0.502)], "best": [(0, 1.0), (1, 0.5)], "far": [(0, 1.0), (1, 0.9)]}, "x", "y"
