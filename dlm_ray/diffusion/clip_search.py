@@ -98,7 +98,8 @@ def sums(
         open_blocks = torch.from_numpy(maskable.reshape(-1, objective.block_tokens).any(1)).to(device)
         for i, (draw, nll) in enumerate(zip(draws, score(batch, draws), strict=True)):
             by_block = torch.zeros(len(open_blocks), dtype=torch.float64, device=device)
-            by_block.index_add_(0, draw.scored // objective.block_tokens, (draw.weight * nll).double())
+            count = draw.num_scored  # behind them is padding
+            by_block.index_add_(0, draw.scored[:count] // objective.block_tokens, (draw.weight * nll)[:count].double())
             mean = by_block[open_blocks] / objective.block_tokens
             masked = torch.tensor(float(draw.num_scored), dtype=torch.float64, device=device)
             total[i] += torch.stack([open_blocks.sum().double(), mean.sum(), (mean**2).sum(), masked])

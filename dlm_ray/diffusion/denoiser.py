@@ -94,6 +94,22 @@ class LossSum:
     """Detached scalar sums over scored positions, to log; the step divides them by the global number of scored positions."""
     by_token: dict[str, Tensor] = field(default_factory=dict)
     """Detached scalar sums to log that are divided by what the loss is divided by."""
+    over_tokens: dict[str, Tensor] = field(default_factory=dict)
+    """Scalar sums over all maskable positions that are differentiated and logged, too: each is divided by the global number of maskable
+    positions, whatever the loss is divided by."""
+
+    def total(self, count: int, num_maskable: int) -> Tensor:
+        """Return the sum to differentiate; the step divides it by `count`, which cancels in the sums that have a divisor of their own.
+
+        Args:
+            count: what the loss is divided by: `Objective.count` over the global batch.
+            num_maskable: maskable positions of the global batch.
+        """
+        if not self.over_tokens:
+            return self.weighted_sum
+        return self.weighted_sum + sum(self.over_tokens.values(), self.weighted_sum.new_zeros(())) * (
+            count / max(1, num_maskable)
+        )
 
 
 class Objective(Protocol):
@@ -132,9 +148,23 @@ def scored_rows(denoiser: Denoiser, hidden: Tensor, draw: Draw) -> Tensor:
     return hidden.flatten(0, 1)[denoiser.rows_for(draw.scored)]
 
 
+def reduce_scored(
+    denoiser: Denoiser, rows: Tensor, fn: Callable[..., Any], batch: Batch, *row_arguments: Tensor
+) -> Any:
+    """Apply fn(logits [n, V], targets [n], *row_arguments) to the hidden rows [R, D] that predict the scored positions of `batch`.
+
+    Padding of `draw.scored` gets a row of zeros and a target that has a logit. Its values and gradients are finite whatever the network
+    makes of the position that padding points at, so that its weight 0 makes them 0.
+    """
+    is_padding = ~batch.draw.is_scored
+    targets = batch.x_0.flatten()[batch.draw.scored].masked_fill(is_padding, 1 if denoiser.mask_id == 0 else 0)
+    return denoiser.reduce_logits(rows.masked_fill(is_padding[:, None], 0.0), fn, targets, *row_arguments)
+
+
 def nll_of(denoiser: Denoiser, rows: Tensor, batch: Batch) -> Tensor:
     """[R] float32: -log p(x_0) in nats at the scored positions of `batch`, from the hidden rows [R, D] that predict them."""
-    return denoiser.reduce_logits(rows, cross_entropy, batch.x_0.flatten()[batch.draw.scored])
+    nll: Tensor = reduce_scored(denoiser, rows, cross_entropy, batch)
+    return nll
 
 
 def score(denoiser: Denoiser, inputs: Tensor, batch: Batch) -> Tensor:

@@ -117,14 +117,19 @@ def train_step(
 ) -> StepResult:
     """Forward, backward, clip and update over the global batch of which `batches` is this rank's part.
 
-    The counts are on the host, so the division is known before the first backward pass and nothing waits for the device; only to skip a
-    step that is not finite does the host wait for its loss and norm, which are the same on all ranks.
+    Every sum is divided by the count of what it sums over. The counts are on the host, so the division is known before
+    the first backward pass and nothing waits for the device; only to skip a step that is not finite does the host wait
+    for its loss and norm, which are the same on all ranks.
     """
-    counts = torch.tensor(
-        [sum(objective.count(batch.draw) for batch in batches), sum(batch.draw.num_scored for batch in batches)]
+    draws = [batch.draw for batch in batches]
+    own_counts = (
+        [objective.count(draw) for draw in draws],
+        [draw.num_scored for draw in draws],
+        [draw.num_maskable for draw in draws],
     )
+    counts = torch.tensor([sum(column) for column in own_counts])
     dist.all_reduce(counts, group=host_group)
-    count, num_scored = max(1, int(counts[0])), int(counts[1])
+    count, num_scored, num_maskable = max(1, int(counts[0])), int(counts[1]), int(counts[2])
     sums: Tensor | None = None
     names: tuple[str, ...] = ()
     divisors: tuple[int, ...] = ()
@@ -132,10 +137,20 @@ def train_step(
         root.set_requires_gradient_sync(i == len(batches) - 1)
         loss: LossSum = root(batch)
         # FSDP2 averages gradients over ranks; the loss is a sum over them.
-        (loss.weighted_sum * (dist.get_world_size() / count)).backward()
-        names = (*loss.by_name, *loss.by_token)
-        divisors = (*[num_scored] * len(loss.by_name), *[count] * len(loss.by_token))
-        parts = torch.stack([loss.weighted_sum.detach(), *loss.by_name.values(), *loss.by_token.values()]).double()
+        total = loss.total(count, num_maskable)
+        (total * (dist.get_world_size() / count)).backward()
+        names = (*loss.by_name, *loss.by_token, *loss.over_tokens)
+        divisors = (
+            *[num_scored] * len(loss.by_name),
+            *[count] * len(loss.by_token),
+            *[num_maskable] * len(loss.over_tokens),
+        )
+        logged = (
+            *loss.by_name.values(),
+            *loss.by_token.values(),
+            *(value.detach() for value in loss.over_tokens.values()),
+        )
+        parts = torch.stack([total.detach(), *logged]).double()
         sums = parts if sums is None else sums + parts
     assert sums is not None, "a step has at least one micro-batch"
     total = sums[0].clone()

@@ -25,6 +25,8 @@ def validate(
 ) -> dict[str, Any]:
     """Nats a token and bits a byte of `rows`, and the unweighted cross-entropy by bin of t. Collective: every rank passes the same rows.
 
+    The bound is the one that `eval` reports: over all of t, whatever the schedule of training is, so that t is the share that is masked.
+
     Returns:
         nats_per_token, bits_per_byte, and for a diffusion objective nll_by_t: TIME_BINS means over t in equal bins of (0, 1). An objective
         without a bound has block_nll, the cross-entropy of a block's token, and block_nll_by_t.
@@ -52,12 +54,12 @@ def validate(
                 device,
                 is_real=len(part) > 0,
             )
-            nll = root(batch, score_only=True).double()
-            is_scored = batch.draw.is_scored.double()
-            sums[0] += (batch.draw.weight * nll).sum()
-            bins = (batch.draw.t_scored * TIME_BINS).long().clamp(max=TIME_BINS - 1)
-            sums[1 : 1 + TIME_BINS].index_add_(0, bins, is_scored * nll)
-            sums[1 + TIME_BINS :].index_add_(0, bins, is_scored)
+            count = batch.draw.num_scored  # behind them is padding, which counts for nothing whatever its value is
+            nll = root(batch, score_only=True)[:count].double()
+            sums[0] += (batch.draw.weight[:count] * nll).sum()
+            bins = (batch.draw.t_scored[:count] * TIME_BINS).long().clamp(max=TIME_BINS - 1)
+            sums[1 : 1 + TIME_BINS].index_add_(0, bins, nll)
+            sums[1 + TIME_BINS :].index_add_(0, bins, torch.ones_like(nll))
     reshard(root)
     dist.all_reduce(sums)
     nats = sums[0].item() / draws

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dlm_ray.diffusion import likelihood
 from dlm_ray.diffusion.denoiser import Batch
 from dlm_ray.diffusion.draws import DrawKey, maskable_positions
 from dlm_ray.diffusion.visibility import Visibility, documents_apart
@@ -31,6 +32,7 @@ def over_draws(
     copies = objective.draws_per_sequence
     x_0 = np.stack([row.input_ids for row in rows]).astype(np.int64).repeat(copies, axis=0)
     document_ids = np.stack([row.document_ids for row in rows]).astype(np.int32).repeat(copies, axis=0)
+    x_0, document_ids = likelihood.pad_to_blocks(objective, x_0, document_ids)
     maskable = maskable_positions(document_ids)
     device = next(denoiser.parameters()).device
     pattern = "causal" if objective.is_causal else "bidirectional"
@@ -41,7 +43,9 @@ def over_draws(
         draw = objective.draw(DrawKey(seed, step, range(len(x_0)), len(x_0)), x_0, maskable)
         result = objective(denoiser, Batch(torch.from_numpy(x_0).to(device), draw.to(device), visible))
         count = max(1, objective.count(draw))
-        return result.weighted_sum / count, float(result.by_token.get("bound", result.weighted_sum.detach())) / count
+        return result.total(count, draw.num_maskable) / count, float(
+            result.by_token.get("bound", result.weighted_sum.detach())
+        ) / count
 
     with torch.no_grad():
         losses = [loss(step)[1] for step in range(num_losses)]

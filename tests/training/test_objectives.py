@@ -89,6 +89,28 @@ def test_a_head_of_zeros_begins_at_ln_v_a_token(data_folder, tmp_path):
     assert curve(tmp_path / "run")[0]["loss"] == pytest.approx(math.log(vocab), rel=1e-5)
 
 
+@pytest.mark.parametrize("term", ["autoregressive", "alignment"])
+def test_a_term_over_all_tokens_weighs_the_same_however_few_of_them_are_masked(term, data_folder, tmp_path):
+    """`global_masked` divides the sum over masked tokens by their number, and a mean over all tokens by all tokens."""
+    loop.fit(tiny_recipe(data_folder, "base", objective__name="autoregressive", training__steps=2), tmp_path / "base")
+    own = {
+        "model__architecture": None,
+        "model__base": str(tmp_path / "base"),
+        f"objective__{term}_weight": 0.5,
+        "training__steps": 2,
+    }
+    own |= {"objective__schedule": {"name": "polynomial", "exponent": 12.0}}  # masks few
+    first = {}
+    for normalize_by in ("all_tokens", "global_masked"):
+        recipe = tiny_recipe(data_folder, normalize_by, **own, objective__normalize_by=normalize_by)
+        loop.fit(recipe, tmp_path / normalize_by)
+        first[normalize_by] = curve(tmp_path / normalize_by)[0]
+    assert first["global_masked"][term] == pytest.approx(first["all_tokens"][term], rel=1e-6)
+    for line in first.values():
+        assert line["loss"] == pytest.approx(line["bound"] + line[term], rel=1e-6)
+    assert first["global_masked"]["bound"] > 5 * first["all_tokens"]["bound"]
+
+
 class Overflows(Masked):
     """An objective of somebody's own whose loss is infinite at step 6."""
 

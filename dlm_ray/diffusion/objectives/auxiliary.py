@@ -18,7 +18,7 @@ from dlm_ray.diffusion.visibility import Visibility
 
 @dataclass(frozen=True)
 class AuxiliaryLosses:
-    """Weights of the terms; every sum is over tokens, so that it is divided as the loss is."""
+    """Weights of the terms. The confidence is summed over masked tokens and divided as the loss is; the two others are means over all tokens."""
 
     confidence_weight: float = 0.0
     """CAP (LLaDA2.0): the entropy of p at masked positions whose most probable token is already the right one."""
@@ -42,27 +42,25 @@ class AuxiliaryLosses:
         entropy = -(log_probs.exp() * log_probs.clamp(min=-1e4)).sum(-1)
         return cross_entropy(logits, targets), entropy * (logits.argmax(-1) == targets)
 
-    def sums(
-        self, denoiser: Denoiser, batch: Batch, states: tuple[Tensor, ...], confidence: Tensor | None
-    ) -> dict[str, Tensor]:
-        """The terms by name, weighted and summed over tokens."""
+    def over_tokens(self, denoiser: Denoiser, batch: Batch, states: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        """The terms that do not depend on what is masked, by name: weighted sums over all maskable positions."""
         found = {}
         past = Visibility("causal", document_ids=batch.visibility.document_ids)
-        if confidence is not None:
-            found["confidence"] = self.confidence_weight * (confidence * batch.draw.is_scored).sum()
+        maskable = batch.draw.maskable
         if self.autoregressive_weight:
             hidden = denoiser.hidden(batch.x_0, past).flatten(0, 1)  # [B * L, D]
-            everywhere = torch.arange(len(hidden), device=hidden.device)
-            rows = hidden[denoiser.rows_for(everywhere)]
-            nll = denoiser.reduce_logits(rows, cross_entropy, batch.x_0.flatten())
-            found["autoregressive"] = self.autoregressive_weight * (nll * batch.draw.maskable.flatten()).sum()
+            rows = hidden[denoiser.rows_for(torch.arange(len(hidden), device=hidden.device))]
+            is_context = ~maskable.flatten()
+            # As in `reduce_scored`: what is not scored is finite whatever its logits are.
+            targets = batch.x_0.flatten().masked_fill(is_context, 1 if denoiser.mask_id == 0 else 0)
+            nll = denoiser.reduce_logits(rows.masked_fill(is_context[:, None], 0.0), cross_entropy, targets)
+            found["autoregressive"] = self.autoregressive_weight * nll.masked_fill(is_context, 0.0).sum()
         if self.alignment_weight:
             assert self.teacher is not None, "alignment needs the frozen model"
             with torch.no_grad():
-                targets = self.teacher(batch.x_0, past)
-            blocks = zip(states[1:], targets[1:], strict=True)
-            distance = torch.stack(
-                [1 - F.cosine_similarity(own.float(), theirs.float(), dim=-1) for own, theirs in blocks]
-            ).mean(0)  # [B, L]
-            found["alignment"] = self.alignment_weight * (distance * batch.draw.maskable).sum()
+                targets_by_layer = self.teacher(batch.x_0, past)
+            blocks = zip(states[1:], targets_by_layer[1:], strict=True)
+            by_block = [1 - F.cosine_similarity(own.float(), theirs.float(), dim=-1) for own, theirs in blocks]
+            distance = torch.stack(by_block).mean(0)  # [B, L]
+            found["alignment"] = self.alignment_weight * distance.masked_fill(~maskable, 0.0).sum()
         return found

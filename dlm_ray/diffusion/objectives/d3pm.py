@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dlm_ray.diffusion.absorbing import Absorbing, step_before
-from dlm_ray.diffusion.denoiser import Batch, Denoiser, LossSum, cross_entropy
+from dlm_ray.diffusion.denoiser import Batch, Denoiser, LossSum, cross_entropy, reduce_scored, scored_rows
 from dlm_ray.diffusion.draws import Draw, DrawKey, make_draw
 from dlm_ray.diffusion.objectives.masked import Masked
 
@@ -43,20 +43,26 @@ class D3pm(Masked):
             masks.t.numpy(), masks.is_masked.numpy(), scored, np.full(len(scored), float(self.num_timesteps)), maskable
         )
 
+    def training_nats(self, denoiser: Denoiser, batch: Batch) -> Tensor:
+        """[R] nats: the weighted KL of every token."""
+        return batch.draw.weight * self._kl(denoiser, batch)[0]
+
     def forward(self, denoiser: Denoiser, batch: Batch) -> LossSum:
         """The literal sum, and the closed form to log."""
+        kl, closed = self._kl(denoiser, batch)
+        return LossSum((batch.draw.weight * kl).sum(), by_token={"closed_form": (batch.draw.weight * closed).sum()})
+
+    def _kl(self, denoiser: Denoiser, batch: Batch) -> tuple[Tensor, Tensor]:
+        """[R] nats each: the literal KL of a token, and its closed form without a gradient."""
         draw = batch.draw
         row = draw.scored // batch.x_0.shape[1]
         alpha_t = self.schedule.alpha(draw.t)[row]
         alpha_s = 1 - self.schedule.mask_probability(step_before(draw.t, self.num_timesteps))[row]
         is_masked = draw.is_masked.flatten()[draw.scored]
-        targets = batch.x_0.flatten()[draw.scored]
-        hidden = denoiser.hidden(self.process.inputs(denoiser, batch), batch.visibility).flatten(0, 1)
-        kl, nll = denoiser.reduce_logits(
-            hidden[denoiser.rows_for(draw.scored)], self.posterior_kl, targets, is_masked, alpha_s, alpha_t
-        )
-        closed = draw.weight * nll.detach() * is_masked * (alpha_s - alpha_t) / (1 - alpha_t)
-        return LossSum((draw.weight * kl).sum(), by_token={"closed_form": closed.sum()})
+        hidden = denoiser.hidden(self.process.inputs(denoiser, batch), batch.visibility)
+        rows = scored_rows(denoiser, hidden, draw)
+        kl, nll = reduce_scored(denoiser, rows, self.posterior_kl, batch, is_masked, alpha_s, alpha_t)
+        return kl, nll.detach() * is_masked * (alpha_s - alpha_t) / (1 - alpha_t)
 
     def posterior_kl(
         self, logits: Tensor, x_0: Tensor, is_masked: Tensor, alpha_s: Tensor, alpha_t: Tensor

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dlm_ray.diffusion.absorbing import Absorbing
-from dlm_ray.diffusion.denoiser import Batch, Denoiser, LossSum, scored_rows
+from dlm_ray.diffusion.denoiser import Batch, Denoiser, LossSum, reduce_scored, scored_rows
 from dlm_ray.diffusion.draws import EVALUATION_MASK, MASK, Draw, DrawKey, make_draw, times, uniforms
 
 T_1 = 1e-3
@@ -53,6 +53,7 @@ class GenMD4(nn.Module):
 
     def draw(self, key: DrawKey, x_0: np.ndarray, maskable: np.ndarray) -> Draw:
         """Times in [t_1, 1], one for a pair; every token masked with probability t ** w; the masked ones are scored with weight 1 - t_1."""
+        assert key.global_batch_size % 2 == 0, "rows come in pairs"
         pairs = replace(key, rows=[row // 2 for row in key.rows], global_batch_size=key.global_batch_size // 2)
         t, is_masked = self._masks(
             key.seed, MASK, [(key.step, row) for row in key.rows], times(self.process.times, pairs)[:, 0], x_0, maskable
@@ -78,6 +79,10 @@ class GenMD4(nn.Module):
         targets = batch.x_0.flatten()[draw.scored]
         integrand = self._integrand(denoiser, batch)[0] * draw.is_masked.flatten()[draw.scored]
         return (1 - T_1) * integrand + self._reconstruction(targets)
+
+    def training_nats(self, denoiser: Denoiser, batch: Batch) -> Tensor:
+        """[R] nats: what the masked positions of a training draw add to the estimate of the bound, without the reconstruction's constant."""
+        return batch.draw.weight * self._integrand(denoiser, batch)[0]
 
     def forward(self, denoiser: Denoiser, batch: Batch) -> LossSum:
         """The surrogate whose gradient is that of the bound: L^1 + L^2 + stop(L^1 - L^2) (log q(x^1) - log q(x^2)), over pairs."""
@@ -118,7 +123,8 @@ class GenMD4(nn.Module):
 
         hidden = denoiser.hidden(self.process.inputs(denoiser, batch), batch.visibility)
         t = draw.t[draw.scored // batch.x_0.shape[1]]
-        return denoiser.reduce_logits(scored_rows(denoiser, hidden, draw), bracket, batch.x_0.flatten()[draw.scored], t)
+        parts: tuple[Tensor, Tensor] = reduce_scored(denoiser, scored_rows(denoiser, hidden, draw), bracket, batch, t)
+        return parts
 
     def _log_q(self, batch: Batch) -> Tensor:
         """[B]: log q(x_t | x_0) = sum over masked of w_x ln t + sum over unmasked of ln(1 - t ** w_x)."""

@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from dlm_ray.diffusion.absorbing import Absorbing, Process
-from dlm_ray.diffusion.denoiser import Batch, Denoiser, LossSum, cross_entropy, nll_of, scored_rows
+from dlm_ray.diffusion.denoiser import Batch, Denoiser, LossSum, cross_entropy, nll_of, reduce_scored, scored_rows
 from dlm_ray.diffusion.draws import Draw, DrawKey
 from dlm_ray.diffusion.objectives.auxiliary import AuxiliaryLosses
 
@@ -66,29 +66,34 @@ class Masked(nn.Module):
             denoiser, denoiser.hidden(self.process.inputs(denoiser, batch), batch.visibility), batch.draw
         )
 
+    def training_nats(self, denoiser: Denoiser, batch: Batch) -> Tensor:
+        """[R] nats: what the scored positions of a training draw add to the estimate of the bound, weights included."""
+        return batch.draw.weight * self.token_nll(denoiser, batch)
+
     def forward(self, denoiser: Denoiser, batch: Batch) -> LossSum:
         """The weighted sum over masked tokens, and the unweighted one to log (comparable between weights and papers)."""
-        extra: dict[str, Tensor] = {}
         if self.terms.any:
-            nll, extra = self._with_terms(denoiser, batch)
-        else:
-            nll = nll_of(denoiser, self.rows(denoiser, batch), batch)
-        weighted = (batch.draw.weight * nll).sum()
-        unweighted = (nll.detach() * batch.draw.is_scored).sum()
-        by_token = {name: value.detach() for name, value in extra.items()} | (
-            {"bound": weighted.detach()} if extra else {}
-        )
-        return LossSum(weighted + sum(extra.values(), weighted.new_zeros(())), {"masked_nll": unweighted}, by_token)
+            return self._with_terms(denoiser, batch)
+        nll = nll_of(denoiser, self.rows(denoiser, batch), batch)
+        return LossSum((batch.draw.weight * nll).sum(), {"masked_nll": self._masked_nll(nll, batch)})
 
-    def _with_terms(self, denoiser: Denoiser, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """[R] nats, and the terms that are added to the weighted sum."""
+    def _with_terms(self, denoiser: Denoiser, batch: Batch) -> LossSum:
+        """The same with the terms: what is a sum over masked tokens is divided as the loss is, all others by the number of tokens."""
         states: tuple[Tensor, ...] = ()
         if self.terms.alignment_weight:
             states = denoiser.states(self.process.inputs(denoiser, batch), batch.visibility)
         rows = scored_rows(denoiser, states[-1], batch.draw) if states else self.rows(denoiser, batch)
-        targets = batch.x_0.flatten()[batch.draw.scored]
+        by_token, confidence = {}, rows.new_zeros(())
         if self.terms.confidence_weight:
-            nll, confidence = denoiser.reduce_logits(rows, self.terms.confidence, targets)
+            nll, entropy = reduce_scored(denoiser, rows, self.terms.confidence, batch)
+            confidence = self.terms.confidence_weight * (entropy * batch.draw.is_scored).sum()
+            by_token["confidence"] = confidence.detach()
         else:
-            nll, confidence = denoiser.reduce_logits(rows, cross_entropy, targets), None
-        return nll, self.terms.sums(denoiser, batch, states, confidence)
+            nll = reduce_scored(denoiser, rows, cross_entropy, batch)
+        weighted = (batch.draw.weight * nll).sum()
+        by_token["bound"] = weighted.detach()
+        over_tokens = self.terms.over_tokens(denoiser, batch, states)
+        return LossSum(weighted + confidence, {"masked_nll": self._masked_nll(nll, batch)}, by_token, over_tokens)
+
+    def _masked_nll(self, nll: Tensor, batch: Batch) -> Tensor:
+        return (nll.detach() * batch.draw.is_scored).sum()

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dlm_ray.diffusion.denoiser import Batch, Denoiser, LossSum, scored_rows
+from dlm_ray.diffusion.denoiser import Batch, Denoiser, LossSum, reduce_scored, scored_rows
 from dlm_ray.diffusion.objectives.masked import Masked
 
 
@@ -39,9 +39,10 @@ class Sedd(Masked):
             return nll, torch.expm1(log_z) - log_z
 
         hidden = denoiser.hidden(self.process.inputs(denoiser, batch), batch.visibility)
-        return denoiser.reduce_logits(
-            scored_rows(denoiser, hidden, batch.draw), score_entropy, batch.x_0.flatten()[batch.draw.scored]
+        parts: tuple[Tensor, Tensor] = reduce_scored(
+            denoiser, scored_rows(denoiser, hidden, batch.draw), score_entropy, batch
         )
+        return parts
 
     def token_nll(self, denoiser: Denoiser, batch: Batch) -> Tensor:
         """[R] nats: score entropy in units of MD4's weight, of which MD4's loss is a part."""
