@@ -38,7 +38,8 @@ def measure(run_dir: str, asked: Measure, data: str) -> dict[str, Any]:
 
     Returns:
         step; bits_per_byte (over all of t, whatever was trained) with ci95_documents and ci95_draws; nats and bytes by document, for pairs;
-        nelbo_variance, the mean of `variances` [variance_draws], None for an autoregressive model; gradient_variance if it is asked for;
+        nelbo_variance, the mean of `variances` [variance_draws], both None for an autoregressive model and for a single block of text;
+        gradient_variance if it is asked for;
         nll_by_t and tokens_per_second from the run's own log.
     """
     checkpoint = our_checkpoint(run_dir)
@@ -67,7 +68,8 @@ def measure(run_dir: str, asked: Measure, data: str) -> dict[str, Any]:
     variances = block_variances(
         model, objective, read_split(data, "held_out", asked.variance_sequences), asked.variance_draws
     )
-    found |= {"variances": variances, "nelbo_variance": float(np.mean(variances))}
+    if variances is not None:
+        found |= {"variances": variances, "nelbo_variance": float(np.mean(variances))}
     if asked.gradient_draws:
         rows = read_split(data, "train", asked.gradient_sequences)
         options = {
@@ -80,39 +82,45 @@ def measure(run_dir: str, asked: Measure, data: str) -> dict[str, Any]:
     return found
 
 
-def block_variances(model: TextModel, objective: Any, rows: Any, num_draws: int) -> list[float]:
+def block_variances(model: TextModel, objective: Any, rows: Any, num_draws: int) -> list[float] | None:
     """BD3-LM's statistic (arXiv 2503.09573, section 5): the variance over blocks of a block's mean weighted loss, once for each of `num_draws`.
 
-    A row is one block where the objective has none. Trials with the same rows see the same random numbers, so that their values pair up.
+    A row is one block where the objective has none. A row stands in a batch as often as in training, so that draws that belong in pairs are
+    of one text. Trials with the same rows, and as many draws a row, see the same random numbers, so that their values pair up.
 
     Returns:
-        [num_draws] in nats a token squared.
+        [num_draws] in nats a token squared; None if there is but one block.
     """
     x_0 = np.stack([row.input_ids for row in rows]).astype(np.int64)
     document_ids = np.stack([row.document_ids for row in rows]).astype(np.int32)
+    x_0, document_ids = likelihood.pad_to_blocks(objective, x_0, document_ids)
+    x_0, document_ids = (array.repeat(objective.draws_per_sequence, axis=0) for array in (x_0, document_ids))
     size = getattr(objective, "block_tokens", x_0.shape[1])
     found = []
     for number in range(num_draws):
         losses = []
-        for first in range(0, len(rows), _BATCH_ROWS):
+        for first in range(0, len(x_0), _BATCH_ROWS):
             part = slice(first, first + _BATCH_ROWS)
             maskable = maskable_positions(document_ids[part])
-            key = DrawKey(_SEED, number, range(len(rows))[part], len(rows))
+            key = DrawKey(_SEED, number, range(len(x_0))[part], len(x_0))
             draw = objective.draw(key, x_0[part], maskable).to(model.device)
             visible = Visibility(
                 "bidirectional", document_ids=documents_apart(document_ids[part], model.document_mask, model.device)
             )
             with torch.no_grad():
-                nll = objective.token_nll(
+                nats = objective.training_nats(
                     model.denoiser, Batch(torch.from_numpy(x_0[part]).to(model.device), draw, visible)
                 )
             count = draw.num_scored
-            weighted = (draw.weight * nll).double().cpu().numpy()[:count]
+            weighted = nats.double().cpu().numpy()[:count]
             blocks = np.bincount(
                 draw.scored[:count].cpu().numpy() // size, weights=weighted, minlength=maskable.size // size
             )
             losses.append(blocks[maskable.reshape(-1, size).any(1)] / size)
-        found.append(float(np.concatenate(losses).var(ddof=1)))
+        of_blocks = np.concatenate(losses)
+        if len(of_blocks) < 2:
+            return None
+        found.append(float(of_blocks.var(ddof=1)))
     assert all(math.isfinite(one) for one in found), "a committed checkpoint scores finitely"
     return found
 

@@ -6,12 +6,17 @@ import math
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from conftest import tiny_recipe
 from dlm_ray.evaluation.sweeps import report
-from dlm_ray.evaluation.sweeps.measure import measure
+from dlm_ray.evaluation.sweeps.measure import block_variances, measure
 from dlm_ray.evaluation.sweeps.ranking import TrialResult, best, ranked
 
+from dlm_ray.cli.main import console
 from dlm_ray.config.sweep import Measure, Sweep
+from dlm_ray.data.reading import read_split
+from dlm_ray.diffusion.absorbing import Absorbing
+from dlm_ray.diffusion.objectives import D3pm, Masked
 from dlm_ray.generation.loading import load
 from dlm_ray.report import figures
 from dlm_ray.training import loop
@@ -63,6 +68,60 @@ def test_a_causal_model_has_no_variance_over_draws(measured):
     assert measured["ar"]["nelbo_variance"] is None and not measured["ar"]["is_bound"]
 
 
+PAIRED = {
+    "complementary": {"objective__complementary": True, "objective__draws_per_row": 2},
+    "genmd4": {"objective__name": "genmd4"},
+    "block, complementary": {
+        "objective": {"name": "block", "block_tokens": 8, "complementary": True, "draws_per_sequence": 4},
+        "training__global_batch_size": 4,
+    },
+}
+
+
+@pytest.mark.parametrize("rows", [2, 5, 9])
+@pytest.mark.parametrize("changes", PAIRED.values(), ids=PAIRED)
+def test_draws_that_come_in_pairs_are_measured_on_any_number_of_rows(changes, rows, data_folder, tmp_path):
+    folder = run(tmp_path, data_folder, validation__sequences=3, **changes)
+    asked = Measure(
+        rows=rows,
+        draws_per_sequence=2,
+        variance_draws=2,
+        variance_sequences=rows,
+        gradient_draws=2,
+        gradient_sequences=3,
+    )
+    found = measure(folder, asked, data_folder)
+    assert len(found["variances"]) == 2 and found["nelbo_variance"] > 0 and found["gradient_variance"] > 0
+
+
+def test_pairs_are_two_draws_of_one_text(data_folder, tmp_path, monkeypatch):
+    """What one of a pair masks, the other leaves clean: of the same row, as in training."""
+    model = load(run(tmp_path, data_folder))
+    objective = Masked(Absorbing(complementary=True), draws_per_sequence=2)
+    seen = []
+    monkeypatch.setattr(objective, "training_nats", lambda denoiser, batch: seen.append(batch) or batch.draw.weight)
+    block_variances(model, objective, read_split(data_folder, "held_out", 3), 1)
+    x_0, is_masked, maskable = (
+        torch.cat([of(batch) for batch in seen])
+        for of in (lambda b: b.x_0, lambda b: b.draw.is_masked, lambda b: b.draw.maskable)
+    )
+    assert torch.equal(x_0[::2], x_0[1::2]) and torch.equal(is_masked[::2] ^ is_masked[1::2], maskable[::2])
+
+
+def test_the_variance_of_d3pms_bound_is_near_that_of_the_bound_which_it_approximates(data_folder, tmp_path):
+    """Its terms are the KLs that it is trained with, which with a small epsilon are near MD4's, and not T times every token's cross-entropy."""
+    rows = read_split(data_folder, "held_out", 12)
+    model = load(run(tmp_path, data_folder, objective__name="d3pm", objective__num_timesteps=50))
+    closed = block_variances(model, Masked(Absorbing(num_timesteps=50)), rows, 8)
+    literal = block_variances(model, D3pm(Absorbing(num_timesteps=50)), rows, 8)
+    assert np.mean(literal) == pytest.approx(np.mean(closed), rel=0.5)
+
+
+def test_a_single_block_of_text_has_no_variance_over_blocks(measured, data_folder):
+    model = load(measured["folders"]["row"])
+    assert block_variances(model, model.objective, read_split(data_folder, "held_out", 1), 2) is None
+
+
 def row(number, settings, values, status="finished", **measured_as):
     nats = np.array(values, dtype=float)
     fields = {
@@ -100,6 +159,29 @@ def test_ties_are_decided_by_the_paired_interval():
     assert [one.is_tied for one in found] == [False, True, False, False, False]
     assert [one.row.status for one in found[3:]] == ["stopped", "failed"] and best(found) == [found[0].row]
     assert found[2].low > 0 and found[2].difference == pytest.approx(0.5 / math.log(2) / 10, rel=0.4)
+
+
+def test_with_one_document_no_trial_is_called_tied_or_better_than_another(tmp_path, capsys):
+    """The paired bootstrap over one document has no width: whatever the difference is, it would be told apart from 0."""
+    found = ranked(
+        [row(0, {"a": 0}, [20.0], ci95_documents=None), row(1, {"a": 1}, [20.1], ci95_documents=None)],
+        "bits_per_byte",
+        None,
+    )
+    assert [(one.place, one.low, one.high, one.is_tied) for one in found] == [
+        (1, None, None, False),
+        (2, None, None, None),
+    ]
+    assert found[1].difference > 0
+    sweep = Sweep(name="s", recipe="quickstart", space={"a": {"grid": [0, 1]}}, metric="bits_per_byte")
+    report.write(sweep, found, [], tmp_path, 90.0)
+    lines = json.loads((tmp_path / "results.json").read_text())
+    assert [line["tied"] for line in lines] == [False, None] and pq.read_table(
+        tmp_path / "results.parquet"
+    ).to_pylist()[1]["tied"] is None
+    assert "no interval" in (tmp_path / "report.html").read_text()
+    console.print_sweep({"trials": lines}, "bits_per_byte", tmp_path)
+    assert "no interval" in " ".join(capsys.readouterr().out.split())
 
 
 def test_trials_are_compared_within_their_group_and_the_larger_is_better_for_speed():
