@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from dlm_ray.config.errors import DamageError, StorageError, UserError
+from dlm_ray.config.paths import check_url
 
 DTYPES = {
     torch.float32: "float32",
@@ -69,6 +70,7 @@ def key_value_store(path: str) -> dict[str, Any]:
     Raises:
         UserError: for another scheme.
     """
+    check_url(path, "path")
     if "://" not in path:
         return {"driver": "file", "path": os.path.abspath(path).rstrip("/") + "/"}
     scheme, _, rest = path.partition("://")
@@ -76,8 +78,6 @@ def key_value_store(path: str) -> dict[str, Any]:
     inner = inner.rstrip("/") + "/" if inner else ""
     if scheme == "gs":
         return {"driver": "gcs", "bucket": bucket, "path": inner}
-    if scheme != "s3":
-        raise UserError(f"{path}: {scheme}:// is not supported; use a local path, s3:// or gs://")
     # Few retries: a dead endpoint has to be an error within seconds.
     spec = {
         "driver": "s3",

@@ -20,6 +20,7 @@ from dlm_ray.checkpoint.commit import Manifest
 from dlm_ray.checkpoint.description import KEY, OBJECTIVE_FILE, Description, check_restorable
 from dlm_ray.checkpoint.weights import our_checkpoint, weight_prefix
 from dlm_ray.config.errors import UserError
+from dlm_ray.config.paths import local_path
 
 FILE_BYTES = 4 * 10**9
 # Before it, `is_causal: false` in a configuration is ignored without a word, and the model would run causal.
@@ -102,9 +103,8 @@ def export(checkpoint_dir: str, out: str, *, weights: str | None = None, dtype: 
 
 def check_is_new(out: str) -> None:
     """Raises UserError unless `out` is a local folder that is not there yet, or is empty."""
-    if "://" in out:
-        raise UserError(f"{out} is not on a local disk; choose a local folder and copy it from there")
-    if Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
+    target = local_path(out, "FOLDER", "a local folder that does not exist yet")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{out} exists and is not empty; choose another folder, or remove it")
 
 

@@ -102,7 +102,12 @@ def check_own(directory: str) -> None:
 
 
 def broken(directory: str, seals: Mapping[str, FileDigest]) -> list[str]:
-    """What is wrong with the files of a checkpoint, one line each, without reading its tensors."""
+    """What is wrong with the files of a checkpoint, one line each, without reading its tensors.
+
+    Of a checkpoint that was copied to a bucket nothing is found here: what is read of it has checksums, and no part of a file is read alone.
+    """
+    if "://" in directory:
+        return []
     findings = []
     for name, expected in seals.items():
         path = Path(directory) / name

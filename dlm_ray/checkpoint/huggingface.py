@@ -14,6 +14,7 @@ from torch import Tensor
 from dlm_ray.checkpoint.description import OBJECTIVE_FILE
 from dlm_ray.checkpoint.model_files import ModelFiles
 from dlm_ray.config.errors import DamageError, UserError
+from dlm_ray.config.paths import is_url
 
 # What a folder is downloaded and copied with, besides *.safetensors.
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
@@ -72,6 +73,11 @@ def resolve_folder(name_or_path: str) -> Path:
     Raises:
         UserError: if it is neither.
     """
+    if is_url(name_or_path):
+        raise UserError(
+            f"{name_or_path} is no checkpoint of ours: neither it nor a step in it has a manifest.json. A Hugging Face folder is read from a local disk "
+            "alone; copy it, or give its hub name"
+        )
     folder = Path(name_or_path)
     if (folder / "config.json").is_file():
         return folder

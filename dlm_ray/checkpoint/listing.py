@@ -13,6 +13,7 @@ import tensorstore as ts
 from dlm_ray.checkpoint import arrays, files
 from dlm_ray.checkpoint.commit import MANIFEST, read_manifest
 from dlm_ray.config.errors import DamageError
+from dlm_ray.config.paths import check_url
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +103,7 @@ def _best(run_dir: str, steps: list[int], count: int) -> list[int]:
 
 def _steps(run_dir: str) -> dict[int, bool]:
     """Whether it has a manifest, of every step that there is something of, in order."""
-    if "://" in run_dir:
+    if "://" in check_url(run_dir, "path"):
         keys = _remote_keys(run_dir, "step_")
     else:
         keys = [f"{path.name}/{MANIFEST if is_committed(str(path)) else ''}" for path in Path(run_dir).glob("step_*")]

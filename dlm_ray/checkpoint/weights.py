@@ -9,6 +9,7 @@ from torch import Tensor
 from dlm_ray.checkpoint import commit, listing
 from dlm_ray.checkpoint.model_files import fill_with_extra_row
 from dlm_ray.config.errors import UserError
+from dlm_ray.config.paths import check_url
 
 
 def load_weights(
@@ -64,6 +65,7 @@ def weight_prefix(arrays: Collection[str], weights: str | None, checkpoint: str)
 
 def our_checkpoint(path: str) -> str | None:
     """The step directory that `path` means, if it is a checkpoint of ours or a run directory with one; None for anything else."""
+    check_url(path, "CHECKPOINT")
     if listing.is_committed(path):
         return path
     return listing.latest(path)

@@ -10,7 +10,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 Checkpoint = Annotated[
     str,
     typer.Argument(
-        help="A step directory, a run directory (its last step), a Hugging Face folder, a hub name or a GGUF file."
+        help="A step directory or a run directory (its last step), local, s3:// or gs://; a Hugging Face folder, a hub "
+        "name or a GGUF file."
     ),
 ]
 Weights = Annotated[str | None, typer.Option(help="`ema` or `raw`; by default `ema` if the run kept an average.")]

@@ -17,7 +17,7 @@ checkpoint_app = typer.Typer(no_args_is_help=True, help="List, verify and prune 
 
 def export(
     checkpoint: Annotated[str, typer.Argument(help="A step directory, or a run directory (its last step).")],
-    folder: Annotated[Path, typer.Argument(help="A folder that is not there yet.")],
+    folder: Annotated[Path, typer.Argument(help="A local folder that does not exist yet.")],
     weights: Weights = None,
     as_json: Json = False,
 ) -> None:

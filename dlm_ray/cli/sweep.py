@@ -11,6 +11,7 @@ import typer
 from dlm_ray.cli.arguments import Checkpoint, Json, Weights
 from dlm_ray.cli.console import bar, print_clips, print_message, print_sweep, show_result
 from dlm_ray.config.errors import UserError
+from dlm_ray.config.paths import local_path
 
 
 class _SweepGroup(typer.core.TyperGroup):
@@ -95,6 +96,8 @@ def sweep_clip_search(
         raise UserError(f"--enforce {enforce}: one of none, counts")
     if gradients == 1:
         raise UserError("--gradients 1: a variance needs at least 2 draws; 0 leaves it out")
+    if out is not None:
+        local_path(out, "--out")
     model = load(checkpoint, weights)
     with bar("batches") as update:
         chosen: Any = enforce

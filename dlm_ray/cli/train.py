@@ -31,7 +31,7 @@ def quickstart(
 def train(
     recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe.")],
     overrides: Overrides = None,
-    out: Annotated[Path, typer.Option(help="The run lies in OUT/<name>-<hash>.")] = Path("runs"),
+    out: Annotated[Path, typer.Option(help="A local folder; the run directory is OUT/<name>-<hash>.")] = Path("runs"),
     fresh: Annotated[bool, typer.Option("--fresh", help="Start another run beside one that is there.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check the recipe and print it, with all defaults.")

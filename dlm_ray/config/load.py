@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from dlm_ray.config.errors import UserError
+from dlm_ray.config.paths import local_path
 from dlm_ray.config.recipe import Recipe
 
 # Where a run may be placed, how it is watched and what it does when something fails do not change what comes out of it.
@@ -131,7 +132,7 @@ _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping
 
 
 def _text(path: str, kind: str) -> str:
-    file = Path(path)
+    file = local_path(path, f"the {kind}", "a local file, or the name of a shipped one")
     if file.is_file():
         return file.read_text()
     known = shipped() if kind == "recipe" else shipped_sweeps()

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from dlm_ray.config.errors import UserError
 from dlm_ray.config.load import _parse, all_keys, listed, set_key
+from dlm_ray.config.paths import local_path
 from dlm_ray.config.server import Server
 
 KEYS_VARIABLE = "DLM_RAY_API_KEYS"
@@ -29,7 +30,7 @@ def load_server(target: str, overrides: Sequence[str] = ()) -> Server:
         UserError: with every mistake that was found.
     """
     if target.endswith((".yaml", ".yml")):
-        file = Path(target)
+        file = local_path(target, "the server's file", "a local file")
         if not file.is_file():
             raise UserError(f"there is no file {target!r}")
         tree = _parse(file.read_text(), target, "server")

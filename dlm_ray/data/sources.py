@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dlm_ray.config.errors import DamageError, UserError
+from dlm_ray.config.paths import local_path
 
 PART_BYTES = 8 * 2**20
 
@@ -85,7 +86,7 @@ def located_documents(part: SourceChunk, text_field: str) -> Iterator[tuple[str,
 def _files(inputs: Sequence[str]) -> Iterator[Path]:
     """Absolute paths: what reads a part may run in another folder."""
     for given in inputs:
-        path = Path(given).absolute()
+        path = local_path(given, "SOURCE", "files or folders on a local disk").absolute()
         if path.is_dir():
             yield from sorted(one for one in path.rglob("*") if one.is_file() and not _is_hidden(one.relative_to(path)))
         elif path.is_file():

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from dlm_ray.config.errors import UserError
+from dlm_ray.config.paths import check_url
 
 
 def is_remote(path: str) -> bool:
@@ -55,7 +56,7 @@ def read(path: str) -> bytes:
 def write(path: str, content: bytes) -> None:
     """The whole file at once: a reader sees the old content or the new, never a part."""
     if not is_remote(path):
-        target = Path(path)
+        target = Path(check_url(path, "path"))
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, partial = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
         try:

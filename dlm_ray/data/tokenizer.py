@@ -34,6 +34,16 @@ class TokenizerIdentity:
     """Begins every segment: the beginning-of-text token, or the end-of-text token of tokenizers without one."""
     end_id: int
 
+    def differs_from(self, other: TokenizerIdentity) -> str:
+        """What is different, for a message; empty if ids of the one mean what they mean to the other, start and end of a text included."""
+        if self.sha256 != other.sha256:
+            return f"tokenizer {self.name} (sha256 {self.sha256[:12]}) and not {other.name} ({other.sha256[:12]})"
+        if (self.start_id, self.end_id) != (other.start_id, other.end_id):
+            return (
+                f"start token {self.start_id} and end token {self.end_id}, and not {other.start_id} and {other.end_id}"
+            )
+        return ""
+
     def as_dict(self) -> dict[str, Any]:
         """For an index or a manifest."""
         return asdict(self)

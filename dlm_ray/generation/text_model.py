@@ -176,11 +176,9 @@ class TextModel:
                 "this checkpoint's objective (ssd_lm) gives no bound of the likelihood: there are no bits per byte to report"
             )
         index = load_index(data)
-        theirs = index.tokenizer
-        if theirs.sha256 != self.tokenizer_identity.sha256:
+        if difference := index.tokenizer.differs_from(self.tokenizer_identity):
             raise UserError(
-                f"{data} was made with tokenizer {theirs.name} (sha256 {theirs.sha256[:12]}) and the checkpoint with "
-                f"{self.tokenizer_identity.name} ({self.tokenizer_identity.sha256[:12]}); build the data with the checkpoint's tokenizer"
+                f"{data} was made with {difference} as the checkpoint; build the data with the checkpoint's tokenizer"
             )
         self._check_rows(data, index.sequence_length)
         rows = read_split(data, split, max_sequences)

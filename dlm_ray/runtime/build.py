@@ -16,6 +16,7 @@ import ray
 import ray.data
 
 from dlm_ray.config.errors import DamageError, UserError
+from dlm_ray.config.paths import check_url
 from dlm_ray.data import index as indexes
 from dlm_ray.data import sources, storage
 from dlm_ray.data.build import Settings, build_part, write_index
@@ -64,6 +65,7 @@ def build(
         )
     if not 0 <= held_out < 1:
         raise UserError(f"--held-out {held_out} is a share of the documents: at least 0 and below 1")
+    check_url(out, "--out")
     parts = sources.list_parts(inputs)
     out = out if storage.is_remote(out) else str(Path(out).absolute())
     with tempfile.TemporaryDirectory() as folder:

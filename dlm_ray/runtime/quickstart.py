@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dlm_ray.config.load import load_recipe
+from dlm_ray.config.paths import local_path
 from dlm_ray.config.recipe import Recipe
 from dlm_ray.runtime import cluster  # before anything that imports Ray: it sets what Ray reads then
 
@@ -95,7 +96,7 @@ def quickstart(
     """
     started = time.time()
     size = SMOKE if smoke else Size()
-    out = out.absolute()
+    out = local_path(out, "--out").absolute()
     out.mkdir(parents=True, exist_ok=True)
     stages = _Stages(show)
     recipes = _recipes(out, size, smoke, overrides)

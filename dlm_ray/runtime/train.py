@@ -15,6 +15,7 @@ from typing import Any
 from dlm_ray.checkpoint import commit, listing
 from dlm_ray.config.errors import DamageError, Stopped, StorageError, UserError
 from dlm_ray.config.load import dump, run_name
+from dlm_ray.config.paths import local_path
 from dlm_ray.config.recipe import Elastic, Parallelism, Recipe
 from dlm_ray.runtime import cluster  # first of all: it sets what Ray reads when it is imported
 
@@ -66,7 +67,7 @@ def fit(recipe: Recipe, out: str | Path = "runs", *, fresh: bool = False, on_eve
         RuntimeError: if the workers failed more often than `parallelism.max_failures`, with the cause.
         Stopped: after SIGTERM, or once there is a file `stop` in the run directory; the state is committed, and the same call goes on.
     """
-    run_dir = _run_dir(recipe, Path(out).absolute(), fresh)
+    run_dir = _run_dir(recipe, local_path(out, "--out").absolute(), fresh)
     finished = _finished(recipe, run_dir)
     if finished is not None:
         return finished

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dlm_ray.config.errors import Stopped, UserError
 from dlm_ray.config.load import load_recipe, run_name
+from dlm_ray.config.paths import folder_argument
 from dlm_ray.training.loop import fit
 
 
@@ -17,7 +18,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m dlm_ray.training", description=__doc__)
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--out", type=Path, default=Path("runs"))
+    parser.add_argument("--out", type=folder_argument, default=Path("runs"))
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:

@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from dlm_ray.checkpoint import agreement, commit, listing
 from dlm_ray.config.errors import DamageError, Stopped, UserError
+from dlm_ray.config.paths import local_path
 from dlm_ray.config.recipe import Recipe, Source
 from dlm_ray.data.index import load_data_tokenizer
 from dlm_ray.data.order import Cursor, Order
@@ -80,8 +81,9 @@ def fit(
         FloatingPointError: if loss or gradient is not finite (`training.max_skipped_steps` times in a row); the last checkpoint is good.
         Stopped: after SIGTERM, or once there is a file `stop` in `run_dir`; the state is committed.
     """
-    with _process_group(recipe), guards.StopRequest(Path(run_dir)) as stop, ExitStack() as held:
-        run = _Run(recipe, Path(run_dir), held, patience_seconds)
+    run_dir = local_path(run_dir, "run_dir")
+    with _process_group(recipe), guards.StopRequest(run_dir) as stop, ExitStack() as held:
+        run = _Run(recipe, run_dir, held, patience_seconds)
         return run.train(stream, report, stop, is_machine_leaving or (lambda: False))
 
 

@@ -79,10 +79,10 @@ def resolve(recipe: Recipe, is_causal: bool, tokenizer: TokenizerIdentity) -> Ne
     assert recipe.model.base is not None, "a recipe has a base or an architecture"
     base = recipe.model.base
     fields, base_mask_id, base_identity = describe_base(base)
-    if base_identity.sha256 != tokenizer.sha256:
+    if difference := base_identity.differs_from(tokenizer):
         raise UserError(
-            f"model.base={base} was made with tokenizer {base_identity.name} (sha256 {base_identity.sha256[:12]}) and data.sources with "
-            f"{tokenizer.name} ({tokenizer.sha256[:12]}); build the data with `dlm-ray data build --tokenizer {base}`, or change model.base"
+            f"model.base={base} was made with {difference} as data.sources; build the data with `dlm-ray data build --tokenizer {base}`, or change "
+            "model.base"
         )
     config = families.read_config(fields)
     if config.vocab_size < tokenizer.vocab_size:

@@ -30,6 +30,7 @@ from dlm_ray.evaluation.speed.sampling import timed
 from torch.distributed.device_mesh import init_device_mesh
 
 from dlm_ray.config.load import validate
+from dlm_ray.config.paths import folder_argument
 from dlm_ray.config.recipe import Recipe
 from dlm_ray.models import families
 from dlm_ray.training import optimizer as optimization
@@ -276,8 +277,8 @@ def main() -> None:
     parser.add_argument("--shape", choices=list(SHAPES), required=True)
     parser.add_argument("--repetitions", type=int, default=REPETITIONS)
     parser.add_argument("--seconds", type=float, default=120.0, help="of serving: so long clients go on asking")
-    parser.add_argument("--folder", type=Path, help="of checkpoint: on the disk that is measured")
-    parser.add_argument("--out", type=Path, help="a folder that gets speed_<what>_<shape>.json")
+    parser.add_argument("--folder", type=folder_argument, help="of checkpoint: on the disk that is measured")
+    parser.add_argument("--out", type=folder_argument, help="a folder that gets speed_<what>_<shape>.json")
     arguments = parser.parse_args()
     shape, repetitions = arguments.shape, arguments.repetitions
     for what in arguments.what:

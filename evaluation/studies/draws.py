@@ -20,6 +20,7 @@ from dlm_ray.evaluation.studies.runner import Arm, Outcome, Study
 from dlm_ray.evaluation.studies.variance import over_draws
 
 from dlm_ray.config.errors import UserError
+from dlm_ray.config.paths import folder_argument
 from dlm_ray.data.reading import read_split
 from dlm_ray.diffusion import schedules
 from dlm_ray.diffusion.absorbing import Absorbing
@@ -97,9 +98,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m dlm_ray.evaluation.studies.draws", description=(__doc__ or "").splitlines()[0]
     )
-    parser.add_argument("--runs", type=Path, required=True, help="folder of the study `objectives`")
+    parser.add_argument("--runs", type=folder_argument, required=True, help="folder of the study `objectives`")
     parser.add_argument(
-        "--results", type=Path, help="folder that gets the table, the figure and the numbers; --runs/draws if absent"
+        "--results",
+        type=folder_argument,
+        help="folder that gets the table, the figure and the numbers; --runs/draws if absent",
     )
     parser.add_argument("--minutes", type=float, help="start no run that would end later")
     arguments = parser.parse_args()

@@ -26,6 +26,7 @@ from dlm_ray.evaluation.studies.runner import Arm, Outcome, Study
 from dlm_ray.evaluation.studies.variance import over_draws
 
 from dlm_ray.config.load import validate
+from dlm_ray.config.paths import folder_argument
 from dlm_ray.config.recipe import Recipe
 from dlm_ray.data.index import load_index
 from dlm_ray.data.reading import read_split
@@ -266,17 +267,22 @@ def command_line(module: str, about: str, steps: int, *, needs_quickstart: bool 
     """What a study in this setting is asked; sets the threads of torch."""
     parser = argparse.ArgumentParser(prog=f"python -m {module}", description=about.splitlines()[0])
     parser.add_argument(
-        "--out", type=Path, required=True, help="folder of the runs; the same command goes on where it stopped"
+        "--out",
+        type=folder_argument,
+        required=True,
+        help="folder of the runs; the same command goes on where it stopped",
     )
     if needs_quickstart:
         parser.add_argument(
             "--quickstart",
-            type=Path,
+            type=folder_argument,
             required=True,
             help="folder that `dlm-ray quickstart --out` has filled: data and base",
         )
     parser.add_argument(
-        "--results", type=Path, help="folder that gets the table, the figure and the numbers; --out if absent"
+        "--results",
+        type=folder_argument,
+        help="folder that gets the table, the figure and the numbers; --out if absent",
     )
     parser.add_argument("--minutes", type=float, help="start no run that would end later")
     parser.add_argument("--seeds", type=int, default=3)

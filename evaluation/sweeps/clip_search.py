@@ -13,6 +13,7 @@ import torch
 from dlm_ray.evaluation.studies.variance import over_draws
 
 from dlm_ray.config.errors import UserError
+from dlm_ray.config.paths import local_path
 from dlm_ray.data.index import load_index
 from dlm_ray.data.reading import read_split
 from dlm_ray.diffusion import clip_search
@@ -109,7 +110,7 @@ def search(
 
 def write(found: list[Measured], out: Path, about: dict[str, Any]) -> list[Path]:
     """clip_search.json and clip_search.svg, a heat map of the variance over beta and omega, into the folder `out`."""
-    out.mkdir(parents=True, exist_ok=True)
+    local_path(out, "out").mkdir(parents=True, exist_ok=True)
     paths = [out / "clip_search.json", out / "clip_search.svg"]
     paths[0].write_text(json.dumps({**about, "candidates": [asdict(one) for one in found]}, indent=1) + "\n")
     cells = {(one.beta if one.beta > 1e-3 else 0.0, one.omega): one.variance for one in found}

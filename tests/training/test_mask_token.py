@@ -131,6 +131,27 @@ def test_a_network_with_more_rows_than_the_tokenizer_has_tokens_may_use_one_of_t
         model.sample(length_tokens=6, steps=2)
 
 
+def test_data_whose_texts_begin_or_end_otherwise_than_the_bases_are_refused(data, tmp_path):
+    """The same tokens in other roles, as a chat model's end token is another than its base's: the hash of the tokenizer is the same."""
+    tokenizer = load_data_tokenizer(data)
+    tokenizer.eos_token = "<|pad|>"
+    other = make_data(tmp_path / "other", tokenizer=tokenizer)
+    assert load_index(other).tokenizer.sha256 == load_index(data).tokenizer.sha256
+    loop.fit(tiny_recipe(data, training__steps=2, validation__sequences=0), tmp_path / "run")
+    with pytest.raises(
+        UserError, match="was made with start token 0 and end token 0, and not 0 and 300 as data.sources"
+    ):
+        setup.resolve(
+            tiny_recipe(other, model__architecture=None, model__base=str(tmp_path / "run")),
+            False,
+            load_index(other).tokenizer,
+        )
+    with pytest.raises(
+        UserError, match="was made with start token 0 and end token 300, and not 0 and 0 as the checkpoint"
+    ):
+        load(tmp_path / "run").score(other)
+
+
 class OverflowsAlone(Masked):
     """An objective whose loss is infinite at step 3 and whose gradient is not: that of -log p where p is 0 by definition."""
 

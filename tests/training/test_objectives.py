@@ -319,6 +319,8 @@ def test_an_export_is_loaded_as_the_checkpoint_is(trained, data_folder, tmp_path
         return
     model, again = dlm_ray.load(run_dir), dlm_ray.load(export(metrics["checkpoint"], str(tmp_path / "exported")))
     assert known(again) == known(model)
+    raw = export(metrics["checkpoint"], str(tmp_path / "raw"), weights="raw")
+    assert known(dlm_ray.load(raw)) == known(dlm_ray.load(run_dir, "raw"))
     assert model.sequence_length == 32 < model.denoiser.network.config.max_position_embeddings
     assert (
         again.score(data_folder, draws_per_sequence=2).bits_per_byte

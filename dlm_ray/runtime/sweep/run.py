@@ -20,6 +20,7 @@ from dlm_ray.checkpoint.description import check_restorable
 from dlm_ray.config import space as spaces
 from dlm_ray.config.errors import UserError
 from dlm_ray.config.load import dump
+from dlm_ray.config.paths import local_path
 from dlm_ray.config.recipe import Recipe
 from dlm_ray.config.space import Settings
 from dlm_ray.config.sweep_load import Loaded, start_recipe
@@ -52,7 +53,7 @@ def sweep(loaded: Loaded, out: Path, *, resume: bool = False, emit: Emit = lambd
         UserError: if `out` holds a sweep and it is another one or `resume` is False, or if the trials do not fit data, base or cluster.
     """
     started = time.monotonic()
-    out = out.absolute()
+    out = local_path(out, "--out").absolute()
     _claim(loaded, out, resume)
     with cluster.session():
         plan = _prepare(loaded, out, emit)
