@@ -94,37 +94,48 @@ class ShardReader:
         for place, reference in enumerate(references):
             wanted[reference.source, reference.shard].append(place)
         rows: list[DataSequence | None] = [None] * len(references)
-        for (source, number), places in wanted.items():
-            index = self.indexes[source]
-            shard = index.splits[self.split].shards[number]
-            if finding := self._finding(source, number, shard):
-                for place in places:
-                    rows[place] = _padding(index.sequence_length, source, shard.part, finding)
-                continue
-            with self._opened(source, number, shard) as stream:
-                for place in sorted(places, key=lambda place: references[place].row):
-                    arrays = shards.read_row(stream, references[place].row, index.sequence_length)
-                    where = f"row {references[place].row} of {storage.join(self.paths[source], shard.file)}"
-                    rows[place] = DataSequence(
-                        arrays["input_ids"],
-                        arrays["document_ids"],
-                        arrays["num_bytes"],
-                        source,
-                        shard.part,
-                        place=where,
-                    )
+        for key, places in wanted.items():
+            source, number = key
+            shard = self.indexes[source].splits[self.split].shards[number]
+            if key not in self._findings:
+                try:
+                    for place, row in self._rows_of(key, shard, {place: references[place].row for place in places}):
+                        rows[place] = row
+                    continue
+                except DamageError as error:
+                    if not self._skips:
+                        raise
+                    self._findings[key] = str(error)
+            for place in places:
+                rows[place] = _padding(self.indexes[source].sequence_length, source, shard.part, self._findings[key])
         return [row for row in rows if row is not None]
 
-    def _finding(self, source: int, number: int, shard: Shard) -> str:
-        """Why the shard is skipped; empty if it is good, or if damage is not skipped."""
-        key = source, number
-        if self._skips and key not in self._findings:
-            try:
-                with self._opened(source, number, shard):
-                    self._findings[key] = ""
-            except DamageError as error:
-                self._findings[key] = str(error)
-        return self._findings.get(key, "")
+    def _rows_of(
+        self, key: tuple[int, int], shard: Shard, numbers: dict[int, int]
+    ) -> Iterator[tuple[int, DataSequence]]:
+        """The rows of one shard, front to back, each with its place; `numbers` are those of the rows, by place."""
+        source, sequence_length = key[0], self.indexes[key[0]].sequence_length
+        try:
+            with self._opened(*key, shard) as stream:
+                for place, number in sorted(numbers.items(), key=lambda item: item[1]):
+                    arrays = shards.read_row(stream, number, sequence_length)
+                    where = f"row {number} of {storage.join(self.paths[source], shard.file)}"
+                    yield (
+                        place,
+                        DataSequence(
+                            arrays["input_ids"],
+                            arrays["document_ids"],
+                            arrays["num_bytes"],
+                            source,
+                            shard.part,
+                            place=where,
+                        ),
+                    )
+        except (EOFError, FileNotFoundError) as error:
+            path = storage.join(self.paths[source], shard.file)
+            raise DamageError(
+                f"shard {path} was whole when it was checked, and no longer is ({error}); restore it"
+            ) from error
 
     @contextmanager
     def _opened(self, source: int, number: int, shard: Shard) -> Iterator[BinaryIO]:

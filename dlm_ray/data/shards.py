@@ -53,10 +53,16 @@ def row_layout(sequence_length: int) -> SampleLayout:
 
 
 def read_row(stream: BinaryIO, row: int, sequence_length: int) -> dict[str, np.ndarray]:
-    """The arrays [L] int32 of row number `row` of a shard, by field."""
+    """The arrays [L] int32 of row number `row` of a shard, by field.
+
+    Raises:
+        EOFError: if the shard ends before the row does.
+    """
     layout = row_layout(sequence_length)
     stream.seek(row * layout.stride_bytes)
     content = stream.read(layout.stride_bytes)
+    if len(content) < layout.stride_bytes:
+        raise EOFError(f"it ends within row {row}")
     return {
         field: np.frombuffer(content, np.dtype("<i4"), sequence_length, offset)
         for field, offset in layout.offsets.items()

@@ -75,6 +75,27 @@ def test_a_flipped_byte_names_the_shard_and_both_hashes(data_folder, tmp_path):
         read_split(str(folder), "train")
 
 
+@pytest.mark.parametrize("harm", ["truncate", "remove"])
+def test_a_shard_that_is_lost_after_it_was_checked_is_damage_or_skipped(data_folder, tmp_path, harm):
+    folder = tmp_path / "data"
+    shutil.copytree(data_folder, folder)
+    index = load_index(str(folder))
+    readers = {mode: ShardReader([str(folder)], [index], on_bad_sample=mode) for mode in ("fail", "skip")}
+    wanted = [SequenceReference(0, 0, 0), SequenceReference(0, 0, 5), SequenceReference(0, 1, 3)]
+    whole = [row.input_ids.tolist() for row in readers["fail"].read(wanted)]
+    assert [row.input_ids.tolist() for row in readers["skip"].read(wanted)] == whole
+    victim = folder / index.splits["train"].shards[0].file
+    if harm == "truncate":
+        victim.write_bytes(victim.read_bytes()[: victim.stat().st_size // index.splits["train"].shards[0].rows * 3])
+    else:
+        victim.unlink()
+    with pytest.raises(DamageError, match=f"shard {victim} was whole when it was checked, and no longer is"):
+        readers["fail"].read(wanted)
+    *lost, kept = readers["skip"].read(wanted)
+    assert kept.input_ids.tolist() == whole[2] and not kept.finding
+    assert all((row.document_ids == -1).all() and "no longer is" in row.finding for row in lost)
+
+
 def test_two_sources_must_agree_in_tokenizer_and_row_length(data_folder, tmp_path):
     other_tokenizer = make_data(tmp_path / "tokenizer", vocab=320)
     with pytest.raises(UserError, match="was made with tokenizer"):
