@@ -10,6 +10,7 @@ from conftest import python_module, tiny_recipe
 from dlm_ray.config.errors import UserError
 from dlm_ray.config.load import validate
 from dlm_ray.generation.loading import load
+from dlm_ray.generation.text_model import TextModel
 from dlm_ray.training import loop
 
 
@@ -74,6 +75,17 @@ def test_a_block_of_the_whole_row_is_the_whole_canvas_and_can_infill(runs):
         load(runs / "block8").infill("the", "reads", length_tokens=3)
     with pytest.raises(UserError, match="--block-tokens 8: a block sees no suffix"):
         model.infill("the", "reads", length_tokens=3, block_tokens=8)
+
+
+def test_a_context_that_is_not_whole_blocks_is_used_as_far_as_they_fill_it(runs):
+    own = load(runs / "block8")
+    parts = {"objective": own.objective, "document_mask": True}
+    wide, fitting = (
+        TextModel(own.denoiser, own.tokenizer, own.tokenizer_identity, sequence_length=size, **parts)
+        for size in (30, 24)
+    )
+    assert wide.sequence_length == 24
+    assert wide.sample("the", length_tokens=40, seed=1) == fitting.sample("the", length_tokens=40, seed=1)
 
 
 def test_a_size_that_was_not_trained_is_warned_of_with_both_named(runs):
@@ -146,6 +158,9 @@ def test_what_does_not_belong_is_said(runs, data_folder):
         ({"threshold": -0.1, "rule": "threshold"}, r"--threshold -0.1: a probability, from 0 to 1"),
         ({"threshold": 0.5}, "--threshold 0.5 belongs to --rule threshold, and the rule is confidence"),
         ({"rule": "factor", "factor": 0.0}, "--factor 0.0: more than 0"),
+        ({"temperature": float("inf")}, "--temperature inf: 0 or more, and finite"),
+        ({"temperature": float("nan")}, "--temperature nan: 0 or more, and finite"),
+        ({"rule": "factor", "factor": float("inf")}, "--factor inf: more than 0, and finite"),
         ({"rule": "entropy_bounded", "entropy_bound": -1.0}, "--entropy-bound -1.0: 0 or more"),
         ({"rule": "ancestral", "remask": 1.5}, "--remask 1.5: a probability"),
         ({"block_tokens": 5}, "--block-tokens 5: blocks have to fill the context of 32 tokens"),

@@ -18,7 +18,7 @@ from helpers.service import client, hosted, until
 from dlm_ray.config.errors import UserError
 from dlm_ray.config.server import Server
 from dlm_ray.generation.sampling import _RULE_OF
-from dlm_ray.serving.http.protocol import Completion, Infill, Score
+from dlm_ray.serving.http.protocol import Chat, Completion, Infill, Score
 from dlm_ray.serving.worker import EngineWorker
 
 KINDS = ("ar", "whole", "block8", "block32", "sedd", "genmd4")
@@ -99,7 +99,14 @@ class Cases:
         }
         if self.can_infill:
             self.base["/v1/infill"] = {"prefix": "the", "suffix": " row", "length_tokens": 4, "seed": 1}
-        self.schemas = {"/v1/completions": Completion, "/v1/score": Score, "/v1/infill": Infill}
+        self.model.tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        self.base["/v1/chat/completions"] = {"messages": [{"role": "user", "content": "a"}], "seed": 1}
+        self.schemas = {
+            "/v1/completions": Completion,
+            "/v1/score": Score,
+            "/v1/infill": Infill,
+            "/v1/chat/completions": Chat,
+        }
 
     def of_length(self, length):
         """A text of so many tokens."""
@@ -173,6 +180,8 @@ class Cases:
                 ids = [chance.choice([0, 1, 7, 299, 300, 301, *self.ids]) for _ in range(length)]
                 if path == "/v1/score":
                     body["text"] = text
+                elif path == "/v1/chat/completions":
+                    body["messages"] = [{"role": "user", "content": text}] * chance.randint(0, 2)
                 elif path == "/v1/infill":
                     body[chance.choice(["prefix", "suffix"])] = text
                     body["length_tokens"] = chance.choice([length, [length], [1, length, 2], [length] * 8])
@@ -199,7 +208,7 @@ def check(path, body, answer):
     else:
         said = strict(answer.text)
         assert all(choice["finish_reason"] in ("length", "stop") for choice in said["choices"])
-        texts = [choice["text"] for choice in said["choices"]]
+        texts = [text_of(choice) for choice in said["choices"]]
         stops = body.get("stop") or []
         assert not any(stop in text for text in texts for stop in ([stops] if isinstance(stops, str) else stops))
 
@@ -208,14 +217,19 @@ def strict(text):
     return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} in {text}"))
 
 
+def text_of(choice):
+    """Of a completion, a chat, or a part of either."""
+    return choice["text"] if "text" in choice else choice.get("message", choice.get("delta", {})).get("content", "")
+
+
 def own_part(answer):
     """An answer without its number and time."""
     if answer.headers["content-type"].startswith("text/event-stream"):
         chunks = [strict(line.removeprefix("data: ")) for line in answer.text.strip().split("\n\n")[:-1]]
         canvases = [chunk["dlm_ray"]["canvas"] for chunk in chunks if "canvas" in chunk.get("dlm_ray", {})]
-        return "".join(choice["text"] for chunk in chunks for choice in chunk["choices"]), canvases
+        return "".join(text_of(choice) for chunk in chunks for choice in chunk["choices"]), canvases
     said = answer.json()
-    return [choice["text"] for choice in said["choices"]] if "choices" in said else {**said, "object": None}
+    return [text_of(choice) for choice in said["choices"]] if "choices" in said else {**said, "object": None}
 
 
 async def beside_innocents(host, app, rounds, chance):
