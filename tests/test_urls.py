@@ -19,7 +19,7 @@ from dlm_ray.config.server import Server
 from dlm_ray.data import storage
 from dlm_ray.data.index import load_index
 from dlm_ray.serving.pinning import pinned
-from dlm_ray.serving.worker import Host
+from dlm_ray.serving.worker import EngineWorker
 from dlm_ray.training import loop, setup
 
 LOCAL = "is written and read on a local disk alone, and not at a URL yet; give a local"
@@ -144,7 +144,7 @@ def test_a_checkpoint_in_a_bucket_is_sampled_scored_and_served_as_on_the_disk(re
 
     server = pinned(Server(checkpoint=remote[1], name="own"))
     assert server.checkpoint == weights.our_checkpoint(remote[1])
-    host = Host(server)
+    host = EngineWorker(server)
     try:
         scored = [asyncio.run(host.score("the model", 4, 0))["nats"] for host in (host, host)]
         assert scored[0] == scored[1] and host.describe()["defaults"]["top_p"] == 0.9

@@ -17,8 +17,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from dlm_ray.checkpoint import arrays, commit, listing
-from dlm_ray.checkpoint.huggingface import fill_with_extra_row
 from dlm_ray.checkpoint.layout import block_of, check_tiling
+from dlm_ray.checkpoint.model_files import fill_with_extra_row
 from dlm_ray.config.errors import DamageError, UserError
 
 FIELDS = {
