@@ -61,7 +61,7 @@ def test_imports_go_down(path):
 def test_a_file_says_what_it_is_for_and_stays_readable(path):
     text = path.read_text()
     assert (ast.get_docstring(ast.parse(text)) or "").strip(), "no docstring"
-    assert len(text.splitlines()) <= 470
+    assert len(text.splitlines()) <= 500
 
 
 def test_the_floors_are_all_the_rooms_there_are():

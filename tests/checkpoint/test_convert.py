@@ -99,7 +99,7 @@ def test_directions_that_do_not_exist_are_refused_and_leave_nothing(gguf_file, t
     out = str(tmp_path / "out")
     with pytest.raises(UserError, match="GGUF is only read"):
         convert(str(gguf_file), str(tmp_path / "other.gguf"))
-    with pytest.raises(UserError, match="not on a local disk"):
+    with pytest.raises(UserError, match="on a local disk alone"):
         convert(str(gguf_file), "s3://bucket/folder")
     with pytest.raises(UserError, match="exists and is not empty"):
         convert(str(gguf_file), str(tmp_path))

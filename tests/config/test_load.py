@@ -194,7 +194,7 @@ def test_a_wrong_override_says_what_is_allowed(recipe_file, override, message):
             ["objective.name=genmd4", "training.micro_batch_size=1"],
             "training.micro_batch_size=1 is fewer than the 2 draws of a row",
         ),
-        (["optimizer={rate: constant, min_lr_ratio: 0.1}"], "optimizer.min_lr_ratio=0.1 is where a rate falls to"),
+        (["optimizer={lr_schedule: constant, min_lr_ratio: 0.1}"], "optimizer.min_lr_ratio=0.1 is where a rate falls to"),
         (["seed=4294967296"], "below 2**32"),
     ],
 )

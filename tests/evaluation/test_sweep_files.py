@@ -12,7 +12,7 @@ from dlm_ray.evaluation.sweeps import report
 from dlm_ray.evaluation.sweeps.measure import block_variances, measure
 from dlm_ray.evaluation.sweeps.ranking import TrialResult, best, ranked
 
-from dlm_ray.cli.main import console
+from dlm_ray.cli import console
 from dlm_ray.config.sweep import Measure, Sweep
 from dlm_ray.data.reading import read_split
 from dlm_ray.diffusion.absorbing import Absorbing
@@ -69,7 +69,7 @@ def test_a_causal_model_has_no_variance_over_draws(measured):
 
 
 PAIRED = {
-    "complementary": {"objective__complementary": True, "objective__draws_per_row": 2},
+    "complementary": {"objective__complementary": True, "objective__draws_per_sequence": 2},
     "genmd4": {"objective__name": "genmd4"},
     "block, complementary": {
         "objective": {"name": "block", "block_tokens": 8, "complementary": True, "draws_per_sequence": 4},
@@ -83,7 +83,7 @@ PAIRED = {
 def test_draws_that_come_in_pairs_are_measured_on_any_number_of_rows(changes, rows, data_folder, tmp_path):
     folder = run(tmp_path, data_folder, validation__sequences=3, **changes)
     asked = Measure(
-        rows=rows,
+        sequences=rows,
         draws_per_sequence=2,
         variance_draws=2,
         variance_sequences=rows,

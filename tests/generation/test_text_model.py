@@ -11,7 +11,7 @@ from conftest import make_data, make_documents, tiny_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dlm_ray.checkpoint.export import export
-from dlm_ray.cli.main import console
+from dlm_ray.cli import console
 from dlm_ray.config.errors import UserError
 from dlm_ray.data.build import split_of
 from dlm_ray.data.reading import read_split

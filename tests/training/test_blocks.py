@@ -102,7 +102,7 @@ def test_the_clip_search_replaces_the_clip_and_a_resumed_run_keeps_it(data_folde
 def test_no_clip_is_searched_while_another_block_size_is_trained(data_folder, tmp_path):
     """It is measured at `objective.block_tokens`: a stage at another size would be trained on an interval that was found for this one."""
     recipe = block(
-        data_folder, curriculum={"block_sizes": STAGES, "clip_search": {"every_steps": 1, "rows": 2, "draws": 1}}
+        data_folder, curriculum={"block_sizes": STAGES, "clip_search": {"every_steps": 1, "sequences": 2, "draws": 1}}
     )
     assert [step for step in range(1, 9) if clip_search.is_due(recipe, step)] == [
         5,

@@ -31,11 +31,11 @@ CURRICULA = {
     "none": {},
     "annealed": {"annealing": {"pattern": "window", "steps": 2}},
     "staged": {"block_sizes": [{"block_tokens": 1, "steps": 1}]},
-    "searched": {"clip_search": {"every_steps": 1, "rows": 3, "draws": 1}},
+    "searched": {"clip_search": {"every_steps": 1, "sequences": 3, "draws": 1}},
     "all": {
         "annealing": {"pattern": "bernoulli", "steps": 2},
         "block_sizes": [{"block_tokens": 2, "steps": 1}],
-        "clip_search": {"every_steps": 1, "rows": 3, "draws": 1},
+        "clip_search": {"every_steps": 1, "sequences": 3, "draws": 1},
     },
 }
 GRID = {

@@ -31,7 +31,7 @@ OBJECTIVES = {
     "masked-cosine": {"objective__schedule": {"name": "cosine"}},
     "masked-count": {"objective__mask_sampler": "count"},
     "masked-discrete": {"objective__num_timesteps": 50},
-    "masked-complementary": {"objective__complementary": True, "objective__draws_per_row": 2},
+    "masked-complementary": {"objective__complementary": True, "objective__draws_per_sequence": 2},
     "masked-clipped": {"objective__clip": {"beta": 0.3, "omega": 0.8}},
     "masked-context": {"objective__context_weights": 0.3, "objective__times": "antithetic"},
     "masked-terms": {"objective__confidence_weight": 0.5, "objective__autoregressive_weight": 0.2},

@@ -48,7 +48,7 @@ CASES = {
         "objective__weight": "flat",
         "objective__normalize_by": "global_masked",
     },
-    "masked, pairs": {"objective__complementary": True, "objective__draws_per_row": 2},
+    "masked, pairs": {"objective__complementary": True, "objective__draws_per_sequence": 2},
     "masked, context weights": {"objective__context_weights": 0.3},
     "masked, an existing id is the mask": {"model__mask_token": "unused"},
     "block, K = 1": _block(1),
@@ -90,7 +90,7 @@ def test_a_head_of_zeros_is_ln_v_nats_a_token_wherever_a_bound_is_reported(chang
         "optimizer": {"learning_rate": 1e-30, "warmup_steps": 0},
         "ema": None,
         "training": {"steps": 1, "global_batch_size": 4, "micro_batch_size": 4},
-        "validation": {"every_steps": 1, "rows": ROWS},
+        "validation": {"every_steps": 1, "sequences": ROWS},
     }
     validated = loop.fit(tiny_recipe(data_folder, "zeros", **own, **changes), tmp_path)["validation"]["nats_per_token"]
     model = load(tmp_path)
