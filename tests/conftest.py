@@ -1,9 +1,6 @@
-"""What tests share: small real data folders, one Ray cluster, one S3 server on loopback."""
+"""Fixtures of the whole session: a small data folder, one Ray cluster, one S3 server on loopback."""
 
-import json
 import os
-import socket
-import sys
 import tempfile
 
 # Before Ray is imported anywhere: it reads these once.
@@ -20,96 +17,16 @@ os.environ["PYTHONPATH"] = os.pathsep.join([os.path.dirname(__file__), os.enviro
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from helpers.data import make_data  # noqa: E402
+from helpers.processes import free_port  # noqa: E402
 
 torch.set_num_threads(1)
-
-SENTENCE = "the model reads a row and writes what it has not seen because every token may be masked or kept as chance will have it"
-WORDS = SENTENCE.split()
-
-
-def make_documents(count=60, seed=0):
-    """English-like documents with structure to learn: sentences that walk through WORDS."""
-    generator = torch.Generator().manual_seed(seed)
-    texts = []
-    for number in range(count):
-        length = int(torch.randint(20, 160, (1,), generator=generator))
-        start = int(torch.randint(0, len(WORDS), (1,), generator=generator))
-        texts.append(f"Document {number}: " + " ".join(WORDS[(start + i) % len(WORDS)] for i in range(length)) + ".\n")
-    return texts
-
-
-def make_data(
-    folder,
-    *,
-    sequence_length=32,
-    documents=None,
-    held_out=0.2,
-    sequences_per_shard=64,
-    vocab=300,
-    tokenizer=None,
-    parts=2,
-):
-    """A data folder by the same per-part functions that the Ray build calls, in this process."""
-    from dlm_ray.data import build, sources
-    from dlm_ray.data.tokenizer import identity, load_tokenizer, train_tokenizer
-
-    documents = documents or make_documents()
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = tokenizer or train_tokenizer(documents, vocab)
-    tokenizer.save_pretrained(str(folder / "tokenizer"))
-    own = identity(load_tokenizer(str(folder / "tokenizer")))
-    settings = build.Settings(own.sha256, sequence_length, held_out, "text", sequences_per_shard)
-    results = []
-    for number in range(parts):
-        source = folder.parent / f"{folder.name}-{number}.jsonl"
-        source.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents[number::parts]))
-        piece = sources.Piece(str(source), "jsonl", 0, source.stat().st_size, source.stat().st_size)
-        results.append(
-            build.build_part(sources.SourceChunk(number, (piece,)), str(folder / "tokenizer"), settings, str(folder))
-        )
-    build.write_index(str(folder), results, sequence_length, own, {"settings": {}, "inputs": []})
-    return str(folder)
 
 
 @pytest.fixture(scope="session")
 def data_folder(tmp_path_factory):
     """About 250 rows of 32 tokens in several shards and two parts."""
     return make_data(tmp_path_factory.mktemp("data") / "small")
-
-
-def tiny_recipe(data, name="tiny", **changes):
-    """A recipe of a network that trains in a second; `changes` are dotted keys with __ for the dot."""
-    from dlm_ray.config.load import set_key, validate
-
-    tree = {
-        "name": name,
-        "model": {
-            "architecture": {
-                "family": "llama",
-                "width": 32,
-                "num_layers": 2,
-                "num_heads": 2,
-                "max_positions": 64,
-                "tie_embeddings": True,
-            }
-        },
-        "data": {"sources": [{"path": data}], "window_shards": 2},
-        "optimizer": {"learning_rate": 3e-3, "warmup_steps": 2},
-        "ema": {"decay": 0.9},
-        "training": {"steps": 8, "global_batch_size": 12, "micro_batch_size": 6},
-        "validation": {"every_steps": 4, "sequences": 6},
-        "checkpoint": {"every_steps": 4},
-        "tracking": {"log_every_steps": 1},
-    }
-    for key, value in changes.items():
-        assert not set_key(tree, f"{key.replace('__', '.')}={json.dumps(value)}")
-    return validate(tree, name)
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="session")
@@ -167,16 +84,3 @@ def s3(tmp_path_factory):
         else:
             os.environ[name] = value
     server.stop()
-
-
-def python_module(module, *arguments, timeout=120, **environment):
-    """Runs `python -m module` as a user would; returns the finished process."""
-    import subprocess
-
-    return subprocess.run(
-        [sys.executable, "-m", module, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env={**os.environ, **environment},
-    )

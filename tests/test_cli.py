@@ -6,7 +6,7 @@ import sys
 import time
 
 import pytest
-from conftest import python_module
+from helpers.processes import python_module
 
 
 def run(*arguments, **options):

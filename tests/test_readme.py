@@ -4,7 +4,9 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import make_data, python_module, tiny_recipe
+from helpers.data import make_data
+from helpers.processes import python_module
+from helpers.recipes import tiny_recipe
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

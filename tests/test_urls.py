@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_recipe
+from helpers.recipes import tiny_recipe
 
 import dlm_ray
 from dlm_ray.checkpoint import commit, weights

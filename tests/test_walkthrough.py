@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from conftest import tiny_recipe
+from helpers.recipes import tiny_recipe
 
 from dlm_ray.data.order import Cursor, Order
 from dlm_ray.data.reading import open_sources

@@ -6,7 +6,7 @@ import random
 
 import pytest
 import yaml
-from conftest import python_module
+from helpers.processes import python_module
 
 from dlm_ray.config import space
 from dlm_ray.config.errors import UserError

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
-from conftest import make_data, make_documents
+from helpers.data import make_data, make_documents
 
 from dlm_ray.config.errors import DamageError, UserError
 from dlm_ray.config.recipe import Source

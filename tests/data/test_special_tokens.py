@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from conftest import make_data
+from helpers.data import make_data
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from tokenizers_of_all_kinds import DOCUMENTS, KINDS
 from transformers import PreTrainedTokenizerFast

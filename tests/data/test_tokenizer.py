@@ -1,7 +1,7 @@
 """Byte counts are exact for any text, and an identity follows the content."""
 
 import pytest
-from conftest import make_documents
+from helpers.data import make_documents
 from tokenizers import Tokenizer
 
 from dlm_ray.config.errors import UserError

@@ -1,6 +1,6 @@
 """Tiny tokenizers of the kinds that there are, trained on the spot: each has a start, an end and a padding token of its own but the first."""
 
-from conftest import make_documents
+from helpers.data import make_documents
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 

@@ -7,8 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers.toy import LENGTH, MASK, VOCAB, TableDenoiser
-from test_samplers import (
+from helpers.laws import (
     FULL,
     chi_square_z,
     empty_canvas,
@@ -17,6 +16,7 @@ from test_samplers import (
     independent_positions,
     tally,
 )
+from helpers.toy import LENGTH, MASK, VOCAB, TableDenoiser
 
 from dlm_ray.diffusion.draws import SAMPLING, generator
 from dlm_ray.diffusion.samplers.adjust import banned, chained, forced, pattern

@@ -3,8 +3,9 @@
 import json
 
 import pytest
-from conftest import python_module, tiny_recipe
 from dlm_ray.evaluation.sweeps import clip_search
+from helpers.processes import python_module
+from helpers.recipes import tiny_recipe
 
 import dlm_ray
 from dlm_ray.config.errors import UserError

@@ -6,10 +6,10 @@ import math
 
 import numpy as np
 import pytest
-from conftest import tiny_recipe
 from dlm_ray.evaluation.studies import annealing, block_size, draws, objectives, runner, statistics, text8
 from dlm_ray.evaluation.studies.report import write_report
 from dlm_ray.evaluation.studies.runner import Arm, Outcome, Record, Study
+from helpers.recipes import tiny_recipe
 
 from dlm_ray.config.errors import Stopped, UserError
 from dlm_ray.data.index import load_index

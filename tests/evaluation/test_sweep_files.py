@@ -7,10 +7,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import tiny_recipe
 from dlm_ray.evaluation.sweeps import report
 from dlm_ray.evaluation.sweeps.measure import block_variances, measure
 from dlm_ray.evaluation.sweeps.ranking import TrialResult, best, ranked
+from helpers.recipes import tiny_recipe
 
 from dlm_ray.cli import console
 from dlm_ray.config.sweep import Measure, Sweep

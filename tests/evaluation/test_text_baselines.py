@@ -5,9 +5,9 @@ import math
 from collections import Counter
 
 import pytest
-from conftest import make_documents
 from dlm_ray.evaluation.generation import ngram_statistics
 from dlm_ray.evaluation.text_baselines import unigram_score, xz_bits_per_byte
+from helpers.data import make_documents
 
 from dlm_ray.data.build import split_of
 from dlm_ray.data.index import load_index

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_recipe
+from helpers.recipes import tiny_recipe
+from helpers.runs import assert_same_tensors, metrics, tensors
 
 from dlm_ray.checkpoint import commit, listing
 from dlm_ray.config.errors import DamageError
@@ -49,16 +50,6 @@ def recipe_of(data, **changes):
     return tiny_recipe(data, "bad", objective__name=f"{__name__}:OverflowsAt", training__steps=12, **changes)
 
 
-def tensors(run_dir):
-    directory = listing.latest(str(run_dir))
-    return {name: commit.read_tensor(directory, name) for name in commit.read_manifest(directory).arrays}
-
-
-def assert_same(one, other):
-    expected, found = tensors(one), tensors(other)
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-
-
 def test_steps_that_are_not_finite_are_left_out_and_counted_and_a_resume_counts_on(bad_steps, data_folder, tmp_path):
     bad_steps |= {3, 6, 7}
     recipe = recipe_of(data_folder, training__max_skipped_steps=2)
@@ -69,7 +60,7 @@ def test_steps_that_are_not_finite_are_left_out_and_counted_and_a_resume_counts_
     shutil.copytree(tmp_path / "run", tmp_path / "cut")
     shutil.rmtree(tmp_path / "cut/step_00000012")  # it goes on at step 8, behind the three
     loop.fit(recipe, tmp_path / "cut")
-    assert_same(tmp_path / "run", tmp_path / "cut")
+    assert_same_tensors(tmp_path / "run", tmp_path / "cut")
 
 
 def test_the_warm_up_of_the_average_counts_updates_and_not_steps_that_are_left_out(
@@ -146,7 +137,7 @@ def test_a_spike_is_logged_with_the_step_and_the_alarm_knows_the_losses_before_a
     recipe = tiny_recipe(data_folder, "spike", **changes)
     loop.fit(recipe, tmp_path / "run")
     path = Path(tmp_path / "run/metrics.jsonl")
-    events = [json.loads(line) for line in path.read_text().splitlines()]
+    events = metrics(tmp_path / "run")
     assert not any("loss_spike" in event for event in events)
     # A resume behind losses that were far lower: the first loss of its own is a spike beside them.
     path.write_text(
@@ -156,7 +147,7 @@ def test_a_spike_is_logged_with_the_step_and_the_alarm_knows_the_losses_before_a
     )
     shutil.rmtree(tmp_path / "run/step_00000030")
     loop.fit(recipe, tmp_path / "run")
-    rang = [event["step"] for event in map(json.loads, path.read_text().splitlines()) if event.get("loss_spike")]
+    rang = [event["step"] for event in metrics(tmp_path / "run") if event.get("loss_spike")]
     assert rang[0] == 21 and "loss spike at step 21" in caplog.text
 
 
@@ -206,7 +197,7 @@ def test_skipped_rows_are_counted_and_listed_and_every_other_row_is_what_it_was(
     shutil.rmtree(tmp_path / "cut/step_00000026")
     loop.fit(recipe, tmp_path / "cut")
     assert commit.read_manifest(listing.latest(str(tmp_path / "cut"))).extra["faults"]["skipped_rows"] == skipped
-    assert_same(tmp_path / "run", tmp_path / "cut")
+    assert_same_tensors(tmp_path / "run", tmp_path / "cut")
     good = ShardReader([data_folder], [load_index(data_folder)]).read(references)
     left = ShardReader([folder], [index], on_bad_sample="skip").read(references)
     for one, reference, row in zip(good, references, left, strict=True):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_recipe
+from helpers.recipes import tiny_recipe
 from helpers.victim import group
 
 from dlm_ray.checkpoint import commit, listing

@@ -1,13 +1,12 @@
 """A disk that is full: said before a save if it can be known, and during one; the checkpoint before stays, and the run does as its recipe says."""
 
-import json
 import resource
 import subprocess
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_recipe
+from helpers.recipes import tiny_recipe
+from helpers.runs import assert_same_tensors, metrics
 
 from dlm_ray.checkpoint import commit, listing
 from dlm_ray.config.errors import DamageError
@@ -59,8 +58,11 @@ def test_a_full_disk_is_gone_past_if_the_recipe_says_so(full_at_save, data_folde
     reported = []
     loop.fit(recipe, tmp_path / "run", report=lambda metrics, directory: reported.append(metrics["step"]))
     assert reported == [4, 12] and "the checkpoint of step 8 failed, and the run goes on without it" in caplog.text
-    events = [json.loads(line) for line in Path(tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert [event["checkpoint"] is None for event in events if "of_step" in event] == [False, True, False]
+    assert [event["checkpoint"] is None for event in metrics(tmp_path / "run") if "of_step" in event] == [
+        False,
+        True,
+        False,
+    ]
     assert_is_the_run_that_had_room(recipe, tmp_path)
 
 
@@ -73,9 +75,7 @@ def test_the_last_checkpoint_has_to_succeed(full_at_save, data_folder, tmp_path)
 
 def assert_is_the_run_that_had_room(recipe, tmp_path):
     loop.fit(recipe, tmp_path / "roomy")
-    one, other = (listing.latest(str(tmp_path / name)) for name in ("roomy", "run"))
-    for name in commit.read_manifest(one).arrays:
-        assert torch.equal(commit.read_tensor(one, name), commit.read_tensor(other, name)), name
+    assert_same_tensors(tmp_path / "roomy", tmp_path / "run")
 
 
 @pytest.fixture

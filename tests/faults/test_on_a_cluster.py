@@ -1,17 +1,16 @@
 """On Ray: drivers that are killed and asked to stop, mistakes that are not tried again, machines that go and come."""
 
-import json
 import os
 import signal
 import subprocess
 import sys
-import time
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import tiny_recipe
+from helpers.processes import until
+from helpers.recipes import tiny_recipe
+from helpers.runs import assert_same_tensors, losses, metrics
 
 from dlm_ray.checkpoint import commit, listing
 from dlm_ray.config.errors import Stopped
@@ -19,24 +18,6 @@ from dlm_ray.config.load import dump
 from dlm_ray.training import loop
 
 pytestmark = [pytest.mark.ray, pytest.mark.faults]
-
-
-def lines(run_dir):
-    path = Path(run_dir, "metrics.jsonl")
-    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
-
-
-def losses(run_dir):
-    return {line["step"]: line["loss"] for line in lines(run_dir) if "loss" in line}
-
-
-def wait_for(condition, process, seconds=120):
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline and process.poll() is None:
-        if condition():
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"it did not come about; exit code {process.poll()}")
 
 
 def test_a_driver_that_is_killed_and_one_that_is_asked_to_stop_change_nothing(ray_session, data_folder, tmp_path):
@@ -57,12 +38,12 @@ def test_a_driver_that_is_killed_and_one_that_is_asked_to_stop_change_nothing(ra
         return max((max(losses(path.parent), default=0) for path in tmp_path.glob("driven-*/metrics.jsonl")), default=0)
 
     first = started()
-    wait_for(lambda: last_step() >= 45, first)
+    until(lambda: last_step() >= 45, 120, first)
     first.kill()
     first.wait()
     killed_at = last_step()
     second = started()  # the workers of the first may still be there
-    wait_for(lambda: last_step() > max(killed_at, 60) + 40, second)
+    until(lambda: last_step() > max(killed_at, 60) + 40, 120, second)
     second.send_signal(signal.SIGTERM)
     _, said = second.communicate(timeout=120)
     assert second.returncode == 75 and "holds its state, and the same command goes on" in " ".join(said.split()), said
@@ -72,9 +53,7 @@ def test_a_driver_that_is_killed_and_one_that_is_asked_to_stop_change_nothing(ra
     [run_dir] = tmp_path.glob("driven-*")
     loop.fit(recipe, tmp_path / "alone")
     assert losses(run_dir) == losses(tmp_path / "alone")
-    one, other = listing.latest(str(run_dir)), listing.latest(str(tmp_path / "alone"))
-    for name in commit.read_manifest(one).arrays:
-        assert torch.equal(commit.read_tensor(one, name), commit.read_tensor(other, name)), name
+    assert_same_tensors(tmp_path / "alone", run_dir)
 
 
 def test_a_file_stops_two_workers_together(ray_session, data_folder, tmp_path):
@@ -149,7 +128,7 @@ def test_machines_that_go_and_come_are_lost_and_taken_up_again(ray_session, data
     assert [workers for workers, _ in seen] == [2, 1, 2]
     run_dir = next(tmp_path.glob("elastic-*"))
     together = losses(run_dir)
-    assert {line["workers"] for line in lines(run_dir) if "workers" in line} == {1, 2}
+    assert {line["workers"] for line in metrics(run_dir) if "workers" in line} == {1, 2}
     # Alone to where it was stopped; the recipe's own number of steps says how the rate falls, so it is stopped, too.
     last = max(together)
 
@@ -181,7 +160,7 @@ def machine(ray):
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    wait_for(lambda: len([node for node in ray.nodes() if node["Alive"]]) > before, process)
+    until(lambda: len([node for node in ray.nodes() if node["Alive"]]) > before, 120, process)
     return _Machine(process)
 
 

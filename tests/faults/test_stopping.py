@@ -6,12 +6,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
-import torch
-from conftest import tiny_recipe
+from helpers.processes import until
+from helpers.recipes import tiny_recipe
+from helpers.runs import assert_same_run, losses
 from helpers.victim import Death, group
 
 from dlm_ray.checkpoint import commit, listing
@@ -22,23 +21,6 @@ from dlm_ray.data.index import load_index
 from dlm_ray.data.order import Cursor, Order
 from dlm_ray.data.reading import ShardReader
 from dlm_ray.training import guards, loop
-
-
-def tensors(run_dir):
-    directory = listing.latest(str(run_dir))
-    return {name: commit.read_tensor(directory, name) for name in commit.read_manifest(directory).arrays}
-
-
-def losses(run_dir):
-    lines = [json.loads(line) for line in Path(run_dir, "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line["loss"] for line in lines if "loss" in line}
-
-
-def assert_same_run(one, other):
-    assert losses(one) == losses(other)
-    expected, found = tensors(one), tensors(other)
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def test_sigterm_to_one_rank_commits_on_all_and_the_run_that_goes_on_is_the_run_that_was_not_asked(
@@ -63,7 +45,7 @@ def test_the_command_without_ray_exits_with_75_and_goes_on_when_it_is_typed_agai
     (tmp_path / "recipe.yaml").write_text(dump(recipe))
     command = [sys.executable, "-m", "dlm_ray.training", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    assert wait_for(lambda: any(losses(path.parent) for path in tmp_path.glob("typed-*/metrics.jsonl")), process)
+    until(lambda: any(losses(path.parent) for path in tmp_path.glob("typed-*/metrics.jsonl")), 60, process)
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 75 and "stopped after step" in said and "holds its state" in said
@@ -74,16 +56,6 @@ def test_the_command_without_ray_exits_with_75_and_goes_on_when_it_is_typed_agai
     assert again.returncode == 0, again.stderr
     assert f"resumed from {run_dir}/step_{stopped_at:08d}" in again.stderr
     assert again.stdout.strip() == f"{run_dir}/step_00000200"
-
-
-def wait_for(condition, process):
-    """Polls until it holds or the process ends."""
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and process.poll() is None:
-        if condition():
-            return True
-        time.sleep(0.02)
-    return False
 
 
 def test_a_file_stops_a_run_and_is_gone_when_it_has(data_folder, tmp_path):

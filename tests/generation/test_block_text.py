@@ -5,7 +5,8 @@ import warnings
 
 import pytest
 import torch
-from conftest import python_module, tiny_recipe
+from helpers.processes import python_module
+from helpers.recipes import tiny_recipe
 
 from dlm_ray.config.errors import UserError
 from dlm_ray.config.load import validate

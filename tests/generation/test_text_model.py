@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_data, make_documents, tiny_recipe
+from helpers.data import make_data, make_documents
+from helpers.recipes import tiny_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dlm_ray.checkpoint.export import export

@@ -1,1 +1,1 @@
-"""What several tests share."""
+"""Builders, oracles and processes that several test files use."""

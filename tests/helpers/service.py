@@ -2,17 +2,16 @@
 
 import asyncio
 import contextlib
-import socket
 import threading
-import time
 
 import httpx
-from conftest import tiny_recipe
 
 from dlm_ray.config.server import Server
 from dlm_ray.serving.http.app import build
 from dlm_ray.serving.worker import EngineWorker
 from dlm_ray.training import loop
+from helpers.processes import free_port, until
+from helpers.recipes import tiny_recipe
 
 
 def train(data_folder, folder, *names):
@@ -68,9 +67,7 @@ def listening(app):
     """The URL of the application on a free port."""
     import uvicorn
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error", lifespan="off"))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
     thread.start()
@@ -80,12 +77,3 @@ def listening(app):
     finally:
         server.should_exit = True
         thread.join(timeout=10)
-
-
-def until(condition, seconds=30.0):
-    """Waits until it holds; returns the seconds that took."""
-    started = time.monotonic()
-    while not condition():
-        assert time.monotonic() - started < seconds, "it never came to be"
-        time.sleep(0.01)
-    return time.monotonic() - started

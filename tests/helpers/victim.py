@@ -8,11 +8,12 @@ import multiprocessing
 import os
 import random
 import signal
-import socket
 import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+from helpers.processes import free_port
 
 MOMENTS = ("step", "staging", "write", "merge", "manifest", "report")
 OF_RANK_0 = ("merge", "manifest")
@@ -41,9 +42,7 @@ class Death:
 
 def group(recipe, run_dir, num_ranks, *, death=None, watch=None, timeout=120, **options):
     """Runs `fit` in `num_ranks` processes; their exit codes (0: finished, 75: stopped, 1: any error, -9: killed)."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     ranks = []
     for rank in range(num_ranks):
         arguments = (rank, num_ranks, port, recipe, str(run_dir), death, watch, options)

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from helpers.networks import LENGTH, RULES, VOCAB, build, denoiser_of, stock
 from helpers.recomputing import Recomputing
-from test_families import LENGTH, VOCAB, build, stock
 
 from dlm_ray.config.recipe import FAMILIES
 from dlm_ray.diffusion.draws import SAMPLING, generator
@@ -15,33 +15,12 @@ from dlm_ray.diffusion.samplers.requests import Request, Stops, unigram_entropy_
 from dlm_ray.diffusion.samplers.rules import (
     Ancestral,
     Confidence,
-    EntropyBounded,
-    Factor,
     FirstHitting,
     LeftToRight,
     Threshold,
 )
 from dlm_ray.diffusion.schedules import Polynomial
 from dlm_ray.diffusion.visibility import Visibility
-
-RULES = {
-    "first_hitting": FirstHitting(),
-    "ancestral": Ancestral(Polynomial()),
-    "remasking": Ancestral(Polynomial(), remask=0.3),
-    "confidence": Confidence(Polynomial()),
-    "margin": Confidence(Polynomial(), "margin"),
-    "threshold": Threshold(0.2),
-    "factor": Factor(3.0),
-    "entropy_bounded": EntropyBounded(4.0),
-}
-
-
-def denoiser_of(family, shift=True, mask_id=VOCAB):
-    """In float64, with logits that are far from uniform, so that confidence differs."""
-    denoiser = build(family, mask_id=mask_id, shift=shift)[0].double().requires_grad_(False)
-    head = denoiser.network.get_output_embeddings().weight
-    head.mul_(20)
-    return denoiser
 
 
 def requests_of(lengths, **options):

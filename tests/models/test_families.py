@@ -1,15 +1,14 @@
 """The gates of every supported family: leak, causal logits, meta build, export, and the base's own loss."""
 
-import copy
 import json
 
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM
+from helpers.networks import LENGTH, VOCAB, architecture, build, stock
 
 from dlm_ray.config.errors import UserError
-from dlm_ray.config.recipe import FAMILIES, Architecture
+from dlm_ray.config.recipe import FAMILIES
 from dlm_ray.diffusion.denoiser import Batch
 from dlm_ray.diffusion.draws import maskable_positions
 from dlm_ray.diffusion.objectives import Autoregressive
@@ -17,38 +16,6 @@ from dlm_ray.diffusion.objectives.autoregressive import exact_draw
 from dlm_ray.diffusion.visibility import Visibility, annealed
 from dlm_ray.models import families, parallel
 from dlm_ray.models.denoiser import HuggingFaceDenoiser
-
-VOCAB, LENGTH = 61, 24
-
-
-def architecture(family, tied=False):
-    grouped = None if family == "gpt2" else 2
-    return Architecture(
-        family=family,
-        width=32,
-        num_layers=2,
-        num_heads=4,
-        num_key_value_heads=grouped,
-        max_positions=LENGTH,
-        tie_embeddings=tied,
-    )
-
-
-def build(family, mask_id=VOCAB, shift=True, tied=False):
-    config = families.scratch_config(architecture(family, tied), VOCAB + 1, 0, 0)
-    denoiser = parallel.build(config, mask_id, shift)
-    parallel.materialize(denoiser, torch.device("cpu"))
-    parallel.initialize(denoiser, seed=1)
-    return denoiser.eval(), config
-
-
-def stock(denoiser, config, is_causal=True):
-    config = copy.deepcopy(config)
-    if not is_causal:
-        config.is_causal = False
-    model = AutoModelForCausalLM.from_config(config).eval()
-    model.load_state_dict(denoiser.network.state_dict())
-    return model
 
 
 def logits(denoiser, ids, visibility):

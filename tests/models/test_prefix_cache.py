@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from test_block_sampling import RULES, denoiser_of
-from test_families import LENGTH, VOCAB, build
+from helpers.networks import LENGTH, RULES, VOCAB, build, denoiser_of
 
 from dlm_ray.diffusion.samplers.blocks import BlockSampler
 from dlm_ray.diffusion.samplers.requests import Request

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import make_documents
+from helpers.data import make_documents
 
 from dlm_ray.data import storage
 from dlm_ray.data.index import load_index

@@ -9,14 +9,14 @@ import weakref
 from types import SimpleNamespace
 
 import pytest
-from helpers import service  # noqa: E402
+from helpers import service
 
-from dlm_ray.config.errors import UserError  # noqa: E402
-from dlm_ray.config.server import Server  # noqa: E402
-from dlm_ray.generation.loading import load  # noqa: E402
-from dlm_ray.serving.http.app import build  # noqa: E402
-from dlm_ray.serving.model_pool import ModelPool  # noqa: E402
-from dlm_ray.serving.pinning import pinned  # noqa: E402
+from dlm_ray.config.errors import UserError
+from dlm_ray.config.server import Server
+from dlm_ray.generation.loading import load
+from dlm_ray.serving.http.app import build
+from dlm_ray.serving.model_pool import ModelPool
+from dlm_ray.serving.pinning import pinned
 
 
 @pytest.fixture(scope="module")

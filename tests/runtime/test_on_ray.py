@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_documents, tiny_recipe
+from helpers.data import make_documents
+from helpers.recipes import tiny_recipe
+from helpers.runs import assert_equal_tensors, checkpoint_tensors, losses
 
 from dlm_ray.checkpoint import commit, listing
 from dlm_ray.config.errors import DamageError, UserError
@@ -22,11 +24,6 @@ from dlm_ray.diffusion.objectives import Masked
 from dlm_ray.training import loop
 
 pytestmark = pytest.mark.ray
-
-
-def losses(run_dir):
-    lines = [json.loads(line) for line in Path(run_dir, "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
 def test_ray_data_streams_the_rows_that_this_process_would_read(ray_session, data_folder, monkeypatch):
@@ -136,8 +133,7 @@ def test_two_workers_take_the_same_steps_as_one_process_and_a_killed_one_changes
     assert losses(cut.run_dir) == losses(whole.run_dir)
     one, two = commit.read_manifest(cut.checkpoint), commit.read_manifest(whole.checkpoint)
     assert one.cursor == two.cursor
-    for name in one.arrays:
-        assert torch.equal(commit.read_tensor(cut.checkpoint, name), commit.read_tensor(whole.checkpoint, name)), name
+    assert_equal_tensors(checkpoint_tensors(whole.checkpoint), checkpoint_tensors(cut.checkpoint))
 
     # One process: the same rows and masks, the loss equal but for the order of sums.
     loop.fit(recipe("alone"), tmp_path / "alone")

@@ -6,7 +6,6 @@ import re
 import signal
 import socket
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -15,10 +14,11 @@ import httpx
 import openai
 import pytest
 import yaml
-from helpers import service  # noqa: E402
+from helpers import service
+from helpers.processes import free_port, until
 
-from dlm_ray.config.errors import UserError  # noqa: E402
-from dlm_ray.config.server import Server  # noqa: E402
+from dlm_ray.config.errors import UserError
+from dlm_ray.config.server import Server
 
 pytestmark = pytest.mark.ray
 SHIPPED = Path(__file__).parent.parent.parent / "configs/serve"
@@ -34,9 +34,7 @@ def served(ray_session, data_folder, tmp_path_factory):
     from dlm_ray.runtime.serve import deploy as runtime
 
     folder = service.train(data_folder, tmp_path_factory.mktemp("served"), "block8")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
 
     def server(count):
         return Server(
@@ -101,8 +99,8 @@ def test_a_client_that_disconnects_frees_its_slot_within_a_second(served, stream
         content = httpx.Request("POST", url, json=body).content
         head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(content)}\r\n\r\n"
         line.sendall(head.encode() + content)
-        service.until(lambda: active() == 1)
-    assert service.until(lambda: active() == 0) < 1.0
+        until(lambda: active() == 1)
+    assert until(lambda: active() == 0) < 1.0
 
 
 def test_a_replica_killed_under_load_costs_no_whole_answer_and_ends_streams_with_an_error(served):
@@ -127,9 +125,7 @@ def test_a_replica_killed_under_load_costs_no_whole_answer_and_ends_streams_with
             texts[number].append(own.completions.create(**asked).choices[0].text)
 
     def wait_for(num_texts):
-        deadline = time.monotonic() + 60
-        while min(map(len, texts)) < num_texts and time.monotonic() < deadline:
-            time.sleep(0.1)
+        until(lambda: min(map(len, texts)) >= num_texts, 60)
 
     def streamed(number):
         try:
@@ -166,11 +162,11 @@ def test_the_end_finishes_what_was_accepted(served):
     def num_texts():
         return int(re.search(r"texts_under_way (\d+)", httpx.get(f"{url}/metrics").text)[1])
 
-    service.until(lambda: num_texts() == 0)
+    until(lambda: num_texts() == 0)
     with ThreadPoolExecutor(1) as clients:
         body = {"model": "tiny", "prompt": "the model", "max_tokens": 400, "temperature": 0}
         answer = clients.submit(httpx.post, f"{url}/v1/completions", json=body, timeout=60)
-        service.until(lambda: num_texts() == 1 or answer.done())
+        until(lambda: num_texts() == 1 or answer.done())
         assert not answer.done(), answer.result().text
         runtime.stop()
         assert answer.result().status_code == 200

@@ -1,7 +1,6 @@
 """A service that changes while it is asked: another checkpoint, one that cannot be loaded, more replicas and fewer, an engine that dies."""
 
 import shutil
-import socket
 import sys
 import threading
 import time
@@ -11,12 +10,13 @@ from contextlib import contextmanager, suppress
 import httpx
 import openai
 import pytest
-from conftest import tiny_recipe
-from helpers import service  # noqa: E402
+from helpers import service
+from helpers.processes import free_port, until
+from helpers.recipes import tiny_recipe
 
-from dlm_ray.config.errors import UserError  # noqa: E402
-from dlm_ray.config.server import Server  # noqa: E402
-from dlm_ray.training import loop  # noqa: E402
+from dlm_ray.config.errors import UserError
+from dlm_ray.config.server import Server
+from dlm_ray.training import loop
 
 pytestmark = pytest.mark.ray
 
@@ -44,9 +44,7 @@ def served(ray_session, runs):
 
     from dlm_ray.runtime.serve import deploy as runtime
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
 
     def settings(**parts):
         own = {
@@ -103,13 +101,13 @@ def test_another_checkpoint_takes_over_under_load_with_one_replica_and_no_reques
     url, settings = served
     [before] = httpx.get(f"{url}/v1/models").json()["data"]
     with asked_all_the_time(url) as answers:
-        service.until(lambda: len(answers) > 6)
+        until(lambda: len(answers) > 6)
         own = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
         long = own.completions.create(model="tiny", prompt="the model", temperature=0, max_tokens=1000, stream=True)
         next(long)
         assert runtime.replace(settings(checkpoint=str(runs / "longer"))) == url
         finished = time.monotonic()
-        service.until(lambda: sum(asked > finished for asked, _ in answers) > 6)
+        until(lambda: sum(asked > finished for asked, _ in answers) > 6)
         ends = [chunk.choices[0].finish_reason for chunk in long if chunk.choices[0].finish_reason]
     [after] = httpx.get(f"{url}/v1/models").json()["data"]
     assert (before["checkpoint"]["name"], after["checkpoint"]["name"]) == (
@@ -138,7 +136,7 @@ def test_a_checkpoint_that_cannot_be_loaded_leaves_the_old_one_serving(served, r
     with asked_all_the_time(url) as answers:
         with pytest.raises(UserError, match="the old service goes on as it was: the service did not come up"):
             runtime.replace(settings(checkpoint=str(runs / "damaged")))
-        service.until(lambda: len(answers) > 12)
+        until(lambda: len(answers) > 12)
     assert len({text for _, text in answers}) == 1
     assert httpx.get(f"{url}/v1/models").json()["data"][0]["checkpoint"] == before["checkpoint"]
 
@@ -157,9 +155,9 @@ def test_load_brings_a_second_replica_and_idleness_takes_it_away(served, runs):
     runtime.replace(settings(engine={"slots": 2}, replicas={"cpus": 0.2, "autoscaling": scaling}))
     assert len(engines()) == 1
     with asked_all_the_time(url) as answers:
-        service.until(lambda: len(engines()) == 2, 90)
-        service.until(lambda: len(answers) > 12, 60)
-    service.until(lambda: len(engines()) == 1, 90)
+        until(lambda: len(engines()) == 2, 90)
+        until(lambda: len(answers) > 12, 60)
+    until(lambda: len(engines()) == 1, 90)
     assert httpx.get(f"{url}/readyz").status_code == 200
 
 
@@ -178,7 +176,7 @@ def test_a_replica_whose_engine_has_died_is_replaced(served):
         residents._hosts["small"]._do(sys.exit)
 
     ray.get(ray.get_actor(name, namespace="serve").__ray_call__.remote(die))
-    service.until(lambda: name not in engines(), 60)
+    until(lambda: name not in engines(), 60)
     own = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
     for model in ("tiny", "small"):
         assert own.completions.create(model=model, prompt="the model", max_tokens=9).choices[0].finish_reason

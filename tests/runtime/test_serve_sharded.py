@@ -3,14 +3,14 @@
 import asyncio
 import os
 import signal
-import socket
 
 import httpx
 import pytest
-from helpers import service  # noqa: E402
+from helpers import service
+from helpers.processes import free_port, until
 
-from dlm_ray.config.errors import UserError  # noqa: E402
-from dlm_ray.config.server import Server  # noqa: E402
+from dlm_ray.config.errors import UserError
+from dlm_ray.config.server import Server
 
 pytestmark = pytest.mark.ray
 ASKED = {"model": "tiny", "prompt": "the model", "max_tokens": 30, "seed": 7}
@@ -29,9 +29,7 @@ def test_two_processes_serve_the_text_of_one_and_end_together(ray_session, data_
         return [actor.pid for actor in alive if part in (actor.name or "") or part == actor.class_name]
 
     checkpoint = service.train(data_folder, tmp_path, "block8") / "block8"
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     server = Server(
         checkpoint=str(checkpoint),
         name="tiny",
@@ -49,8 +47,8 @@ def test_two_processes_serve_the_text_of_one_and_end_together(ray_session, data_
         assert answer.json()["choices"] == alone.json()["choices"]
         [leader], [follower] = processes("#engine#"), processes("Follower")
         os.kill(follower, signal.SIGKILL)
-        service.until(lambda: leader not in processes("#engine#"), seconds=10)
+        until(lambda: leader not in processes("#engine#"), seconds=10)
     finally:
         runtime.stop()
-    service.until(lambda: not (processes("#engine#") or processes("Follower")), seconds=20)
-    service.until(lambda: {group.state for group in list_placement_groups(own_cluster)} <= {"REMOVED"}, seconds=20)
+    until(lambda: not (processes("#engine#") or processes("Follower")), seconds=20)
+    until(lambda: {group.state for group in list_placement_groups(own_cluster)} <= {"REMOVED"}, seconds=20)

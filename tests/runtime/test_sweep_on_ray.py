@@ -6,13 +6,13 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from conftest import tiny_recipe
+from helpers.processes import until
+from helpers.recipes import tiny_recipe
+from helpers.runs import losses
 
 from dlm_ray.config.errors import UserError
 from dlm_ray.config.load import dump, load_recipe
@@ -54,10 +54,7 @@ def test_trials_run_and_one_that_fails_is_a_row_with_its_reason(ray_session, dat
     assert [line["status"] for line in pq.read_table(out / "results.parquet").to_pylist()] == ["finished", "failed"]
     assert (out / "report.html").read_text().count("FloatingPointError") == 1
     assert load_recipe(str(out / "best.yaml")).optimizer.learning_rate == 3e-3
-    deadline = time.monotonic() + 60
-    while ray.available_resources().get("CPU") != 4 and time.monotonic() < deadline:
-        time.sleep(0.5)
-    assert ray.available_resources()["CPU"] == 4
+    until(lambda: ray.available_resources().get("CPU") == 4, 60)
     assert {one["state"] for one in placement_group_table().values()} <= {"REMOVED"}
 
     with pytest.raises(UserError, match="holds a sweep already; --resume goes on with it"):
@@ -77,13 +74,12 @@ def test_a_trial_whose_worker_is_killed_is_a_row_with_its_reason(ray_session, da
     from dlm_ray.runtime.sweep.run import sweep
 
     def kill():
-        while not (
-            notes := [
-                path for path in (tmp_path / "out/trials/0001").glob("*/writer.lock") if "process" in path.read_text()
-            ]
-        ):
-            time.sleep(0.05)
-        os.kill(int(notes[0].read_text().split()[1]), signal.SIGKILL)
+        def notes():
+            locks = (tmp_path / "out/trials/0001").glob("*/writer.lock")
+            return [text for text in (path.read_text() for path in locks) if "process" in text]
+
+        until(notes, 120)
+        os.kill(int(notes()[0].split()[1]), signal.SIGKILL)
 
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
@@ -114,12 +110,11 @@ def test_the_worse_member_of_a_population_goes_on_as_a_copy_of_the_better_one(ra
     assert any(
         f"trial {copy['number']} went on as a copy of trial {donor['number']} at step 4" in line for line in said
     )
-    steps = [json.loads(line) for line in (Path(copy["run_dir"]) / "metrics.jsonl").read_text().splitlines()]
-    logged = {line["step"]: line["loss"] for line in steps if "loss" in line}
-    theirs = [json.loads(line) for line in (Path(donor["run_dir"]) / "metrics.jsonl").read_text().splitlines()]
-    assert list(logged) == list(range(1, 9)) and [logged[n] for n in range(1, 6)] == [
-        line["loss"] for line in theirs if "loss" in line and line["step"] <= 5
-    ]  # the copy's fifth step is of the donor's fourth state, before its own learning rate has done anything
+    logged, theirs = losses(copy["run_dir"]), losses(donor["run_dir"])
+    assert list(logged) == list(range(1, 9))
+    assert all(
+        logged[n] == theirs[n] for n in range(1, 6)
+    )  # the copy's fifth step is of the donor's fourth state, before its own learning rate has done anything
     manifest = commit.read_manifest(f"{copy['run_dir']}/step_00000004")
     assert manifest.extra["copied_from"] == f"{donor['run_dir']}/step_00000004"
 
@@ -148,9 +143,7 @@ def test_a_sweep_whose_process_was_killed_goes_on_to_the_same_table(data_folder,
     assert [one["status"] for one in expected] == ["finished"] * 3
 
     running = command(tmp_path, killed)
-    while not (killed / "trials").exists() or len(list((killed / "trials").glob("*/trial.json"))) < 2:
-        assert running.poll() is None, running.communicate()[1]
-        time.sleep(0.2)
+    until(lambda: len(list(killed.glob("trials/*/trial.json"))) >= 2, 600, running)
     running.kill()
     running.communicate()
     assert not (killed / "results.parquet").exists()

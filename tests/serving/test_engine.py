@@ -4,16 +4,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import tiny_recipe
+from helpers.jobs import finish, job
+from helpers.recipes import tiny_recipe
 
 from dlm_ray.config.errors import UserError
 from dlm_ray.config.server import Engine as Settings
 from dlm_ray.diffusion.samplers.rules import LeftToRight
 from dlm_ray.diffusion.visibility import Visibility
 from dlm_ray.generation.loading import load
-from dlm_ray.generation.sampling import resolve_sampling
 from dlm_ray.serving.engine import Engine, NetworkLost
-from dlm_ray.serving.jobs import Job, TextStream
+from dlm_ray.serving.jobs import TextStream
 from dlm_ray.training import loop
 
 
@@ -34,35 +34,6 @@ def runs(data_folder, tmp_path_factory):
     )
     loop.fit(recipe, folder / "block8")
     return folder
-
-
-def job(
-    model,
-    prompt="the model",
-    length=12,
-    *,
-    suffix=None,
-    stream_canvas=False,
-    stops=(),
-    deadline=None,
-    number=0,
-    request="r",
-    **options,
-):
-    ids = [model.tokenizer_identity.start_id, *model.encode(prompt)]
-    chosen = resolve_sampling(options, model.sampled_as(), length)
-    after = None if suffix is None else model.encode(suffix)
-    return Job(request, ids, length, chosen, after, options.get("seed", 0), number, stops, stream_canvas, deadline)
-
-
-def finish(engine, now=0.0, texts=None):
-    """Ticks until nothing is left; texts by job, and all updates."""
-    texts, updates = {} if texts is None else texts, []
-    while engine.num_active or engine.waiting:
-        for update in engine.tick(now):
-            updates.append(update)
-            texts[update.job] = texts.get(update.job, "") + update.text
-    return texts, updates
 
 
 WAYS = {

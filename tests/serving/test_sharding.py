@@ -9,9 +9,9 @@ import time
 
 import pytest
 import torch
-from conftest import tiny_recipe
 from helpers import service
-from test_engine import finish, job
+from helpers.jobs import finish, job
+from helpers.recipes import tiny_recipe
 from torch.distributed.tensor import DTensor
 
 from dlm_ray.checkpoint.export import export

@@ -1,13 +1,12 @@
 """A run of block diffusion: its curriculum over block sizes, its clip search, and what its checkpoint says of itself."""
 
-import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_recipe
+from helpers.recipes import tiny_recipe
+from helpers.runs import losses, metrics
 
 import dlm_ray
 from dlm_ray.checkpoint import commit, listing
@@ -16,10 +15,6 @@ from dlm_ray.config.errors import UserError
 from dlm_ray.diffusion.absorbing import Clip
 from dlm_ray.diffusion.objectives import Autoregressive, Block
 from dlm_ray.training import clip_search, curriculum, loop, setup
-
-
-def lines_of(run_dir):
-    return [json.loads(line) for line in Path(run_dir, "metrics.jsonl").read_text().splitlines()]
 
 
 def block(data, name="blocks", block_tokens=4, **changes):
@@ -34,8 +29,8 @@ def test_block_sizes_come_in_order_and_end_at_the_objectives(data_folder, tmp_pa
     recipe = block(data_folder, curriculum__block_sizes=STAGES)
     assert [curriculum.block_tokens(recipe, step) for step in range(8)] == [1, 1, 32, 32, 32, 4, 4, 4]
     assert curriculum.block_tokens(recipe, None) == 4
-    metrics = loop.fit(recipe, tmp_path / "run")
-    assert [line["block_tokens"] for line in lines_of(tmp_path / "run") if "loss" in line] == [
+    result = loop.fit(recipe, tmp_path / "run")
+    assert [line["block_tokens"] for line in metrics(tmp_path / "run") if "loss" in line] == [
         1,
         1,
         32,
@@ -45,7 +40,7 @@ def test_block_sizes_come_in_order_and_end_at_the_objectives(data_folder, tmp_pa
         4,
         4,
     ]
-    capabilities = commit.read_manifest(metrics["checkpoint"]).capabilities
+    capabilities = commit.read_manifest(result["checkpoint"]).capabilities
     assert (capabilities["canvas"], capabilities["block_tokens"], capabilities["infill"]) == ("blocks", 4, False)
 
 
@@ -68,8 +63,7 @@ def test_adapting_an_ar_model_at_blocks_of_one_continues_it(data_folder, tmp_pat
     }
     loop.fit(tiny_recipe(data_folder, "ar", objective__name="autoregressive", **common), tmp_path / "ar")
     loop.fit(block(data_folder, "one", 1, objective__mask_sampler="count", **common), tmp_path / "one")
-    ar, one = ([line["loss"] for line in lines_of(tmp_path / name) if "loss" in line] for name in ("ar", "one"))
-    assert ar == one
+    assert losses(tmp_path / "ar") == losses(tmp_path / "one")
     network = dlm_ray.load(tmp_path / "one").denoiser
     assert network.mask_id is not None
 
@@ -81,21 +75,21 @@ def test_the_clip_search_replaces_the_clip_and_a_resumed_run_keeps_it(data_folde
         checkpoint__every_steps=6,
         curriculum__clip_search={"every_steps": 4, "sequences": 6, "draws": 2},
     )
-    metrics = loop.fit(recipe, tmp_path / "run")
-    found = [(line["step"], line["clip_search"]) for line in lines_of(tmp_path / "run") if "clip_search" in line]
+    result = loop.fit(recipe, tmp_path / "run")
+    found = [(line["step"], line["clip_search"]) for line in metrics(tmp_path / "run") if "clip_search" in line]
     assert [step for step, _ in found] == [4, 8]
     for _, candidates in found:
         assert len(candidates) == 36
         variances = [one["variance"] for one in candidates]
         assert variances == sorted(variances) and variances[0] < variances[-1]
-    manifest = commit.read_manifest(metrics["checkpoint"])
+    manifest = commit.read_manifest(result["checkpoint"])
     assert manifest.extra["clip"] == [found[-1][1][0]["beta"], found[-1][1][0]["omega"]]
     # From step 6 on again: the clip of step 4 is in force, and the search of step 8 gives what it gave.
-    shutil.rmtree(metrics["checkpoint"])
+    shutil.rmtree(result["checkpoint"])
     assert listing.latest(str(tmp_path / "run")).endswith("6")
     again = loop.fit(recipe, tmp_path / "run")
     assert {name: value for name, value in again.items() if name in ("loss", "gradient_norm")} == {
-        name: metrics[name] for name in ("loss", "gradient_norm")
+        name: result[name] for name in ("loss", "gradient_norm")
     }
 
 
@@ -111,7 +105,7 @@ def test_no_clip_is_searched_while_another_block_size_is_trained(data_folder, tm
         8,
     ]  # before the steps that are at 4 tokens
     loop.fit(recipe, tmp_path / "run")
-    assert [line["step"] for line in lines_of(tmp_path / "run") if "clip_search" in line] == [5, 6, 7]
+    assert [line["step"] for line in metrics(tmp_path / "run") if "clip_search" in line] == [5, 6, 7]
 
 
 def test_the_search_changes_the_draws_of_the_steps_behind_it(data_folder):
@@ -143,9 +137,9 @@ def test_blocks_have_to_tile_a_row(data_folder, changes, message):
 
 
 def test_a_loaded_or_exported_checkpoint_knows_its_block_size(data_folder, tmp_path):
-    metrics = loop.fit(block(data_folder, training__steps=2, validation__sequences=0), tmp_path / "run")
+    result = loop.fit(block(data_folder, training__steps=2, validation__sequences=0), tmp_path / "run")
     assert dlm_ray.load(tmp_path / "run").objective.block_tokens == 4
-    exported = dlm_ray.load(export(metrics["checkpoint"], str(tmp_path / "exported")))
+    exported = dlm_ray.load(export(result["checkpoint"], str(tmp_path / "exported")))
     assert exported.objective.block_tokens == 4
     ours = dlm_ray.load(tmp_path / "run").bits_per_byte(data_folder, max_sequences=4)["bits_per_byte"]
     assert exported.bits_per_byte(data_folder, max_sequences=4)["bits_per_byte"] == pytest.approx(ours)

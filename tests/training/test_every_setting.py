@@ -8,7 +8,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_recipe
+from helpers.recipes import tiny_recipe
 
 from dlm_ray.config.objective import NAMES, Objective
 from dlm_ray.config.recipe import Curriculum

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from conftest import make_data, make_documents, tiny_recipe
 from gguf import GGMLQuantizationType as Q
 from gguf_files import CONFIGS, SHAPE, random_network, write_gguf
+from helpers.data import make_data, make_documents
+from helpers.recipes import tiny_recipe
 
 from dlm_ray.checkpoint import commit, listing
 from dlm_ray.checkpoint.pretrained import open_pretrained

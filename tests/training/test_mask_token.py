@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_data, make_documents, tiny_recipe
+from helpers.data import make_data, make_documents
+from helpers.recipes import tiny_recipe
 
 from dlm_ray.checkpoint.export import export
 from dlm_ray.config.errors import UserError

@@ -4,12 +4,13 @@ import json
 import math
 import os
 import shutil
-import socket
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_recipe
+from helpers.processes import free_port
+from helpers.recipes import tiny_recipe
+from helpers.runs import assert_same_tensors, metrics, tensors
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
@@ -68,13 +69,7 @@ OBJECTIVES = {
 
 
 def curve(run_dir):
-    lines = [json.loads(line) for line in Path(run_dir, "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if "loss" in line]
-
-
-def tensors(run_dir):
-    directory = listing.latest(str(run_dir))
-    return {name: commit.read_tensor(directory, name) for name in commit.read_manifest(directory).arrays}
+    return [event for event in metrics(run_dir) if "loss" in event]
 
 
 def test_a_head_of_zeros_begins_at_ln_v_a_token(data_folder, tmp_path):
@@ -159,10 +154,7 @@ def test_two_ranks_are_one_process_also_with_own_parameters_and_a_frozen_teacher
         tiny_recipe(data_folder, "d3pm", **OBJECTIVES["d3pm"]),
         tiny_recipe(data_folder, "block", **OBJECTIVES["block-search"]),
     ]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(_fit_on_a_rank, args=(port, recipes, str(tmp_path / "two")), nprocs=2)
+    torch.multiprocessing.spawn(_fit_on_a_rank, args=(free_port(), recipes, str(tmp_path / "two")), nprocs=2)
     for recipe in recipes:
         loop.fit(recipe, tmp_path / "one" / recipe.name)
         for one, two in zip(curve(tmp_path / "one" / recipe.name), curve(tmp_path / "two" / recipe.name), strict=True):
@@ -210,15 +202,11 @@ def trained(request, data_folder, tmp_path_factory):
 
 
 def test_it_trains_and_its_validation_falls(trained):
-    recipe, run_dir, metrics = trained
+    recipe, run_dir, result = trained
     name = "block_nll" if recipe.objective.name == "ssd_lm" else "nats_per_token"
-    lines = [
-        json.loads(line)["validation"][name]
-        for line in Path(run_dir, "metrics.jsonl").read_text().splitlines()
-        if "validation" in line
-    ]
-    assert lines[-1] < lines[0]
-    assert metrics["step"] == 16
+    validated = [event["validation"][name] for event in metrics(run_dir) if "validation" in event]
+    assert validated[-1] < validated[0]
+    assert result["step"] == 16
 
 
 def test_it_resumes_bit_for_bit(trained, tmp_path):
@@ -226,10 +214,7 @@ def test_it_resumes_bit_for_bit(trained, tmp_path):
     shutil.copytree(run_dir, tmp_path / "run")
     shutil.rmtree(listing.latest(str(tmp_path / "run")))
     loop.fit(recipe, tmp_path / "run")
-    expected = tensors(run_dir)
-    resumed = tensors(tmp_path / "run")
-    assert expected.keys() == resumed.keys()
-    assert all(torch.equal(resumed[name], tensor) for name, tensor in expected.items())
+    assert_same_tensors(run_dir, tmp_path / "run")
 
 
 def test_how_a_batch_is_cut_does_not_change_it(trained, tmp_path):
@@ -252,20 +237,20 @@ def test_it_is_sampled_by_its_own_rules_and_by_no_other(trained):
 
 
 def test_it_is_scored_by_a_bound_over_the_full_range_or_not_at_all(trained, data_folder):
-    recipe, run_dir, metrics = trained
+    recipe, run_dir, result = trained
     model = dlm_ray.load(run_dir)
     if recipe.objective.name == "ssd_lm":
         with pytest.raises(UserError, match="no bits per byte"):
             model.score(data_folder)
-        assert commit.read_manifest(metrics["checkpoint"]).capabilities["likelihood"] == "none"
+        assert commit.read_manifest(result["checkpoint"]).capabilities["likelihood"] == "none"
     else:
         scored = model.bits_per_byte(data_folder, draws_per_sequence=4)
         assert scored["is_bound"] and 1.0 < scored["bits_per_byte"] < 6.0
 
 
 def test_what_is_learned_beside_the_network_is_averaged_and_left_out_of_exports(trained, tmp_path):
-    recipe, run_dir, metrics = trained
-    own = {name for name in commit.read_manifest(metrics["checkpoint"]).arrays if "objective." in name}
+    recipe, run_dir, result = trained
+    own = {name for name in commit.read_manifest(result["checkpoint"]).arrays if "objective." in name}
     if recipe.objective.name == "genmd4":
         assert own == {
             "objective.theta",
@@ -273,16 +258,16 @@ def test_what_is_learned_beside_the_network_is_averaged_and_left_out_of_exports(
             "optimizer.objective.theta.exp_avg",
             "optimizer.objective.theta.exp_avg_sq",
         }
-        stored = commit.read_tensor(metrics["checkpoint"], "ema.objective.theta")
+        stored = commit.read_tensor(result["checkpoint"], "ema.objective.theta")
         assert torch.equal(dlm_ray.load(run_dir).objective.theta, stored)
         assert stored.std() > 0 if recipe.objective.exponents == "per_token" else len(stored) == 1
     else:
         assert bool(own) == (recipe.objective.name == "ssd_lm")
     if recipe.objective.name == "ssd_lm":
         with pytest.raises(UserError, match="SSD-LM"):
-            export(metrics["checkpoint"], str(tmp_path / "exported"))
+            export(result["checkpoint"], str(tmp_path / "exported"))
         return
-    folder = export(metrics["checkpoint"], str(tmp_path / "exported"))
+    folder = export(result["checkpoint"], str(tmp_path / "exported"))
     with safe_open(folder / "model.safetensors", "pt") as archive:
         assert not any("objective" in name for name in archive.keys())  # noqa: SIM118
     assert (folder / "dlm_ray_objective.safetensors").exists() == bool(own)
@@ -314,12 +299,12 @@ def known(model):
 
 
 def test_an_export_is_loaded_as_the_checkpoint_is(trained, data_folder, tmp_path):
-    recipe, run_dir, metrics = trained
+    recipe, run_dir, result = trained
     if recipe.objective.name == "ssd_lm":
         return
-    model, again = dlm_ray.load(run_dir), dlm_ray.load(export(metrics["checkpoint"], str(tmp_path / "exported")))
+    model, again = dlm_ray.load(run_dir), dlm_ray.load(export(result["checkpoint"], str(tmp_path / "exported")))
     assert known(again) == known(model)
-    raw = export(metrics["checkpoint"], str(tmp_path / "raw"), weights="raw")
+    raw = export(result["checkpoint"], str(tmp_path / "raw"), weights="raw")
     assert known(dlm_ray.load(raw)) == known(dlm_ray.load(run_dir, "raw"))
     assert model.sequence_length == 32 < model.denoiser.network.config.max_position_embeddings
     assert (

@@ -1,6 +1,5 @@
 """A run in one process: it learns, resumes bit for bit, and does not depend on how its batch is cut."""
 
-import json
 import random
 import shutil
 from pathlib import Path
@@ -8,7 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import WORDS, make_data, tiny_recipe
+from helpers.data import WORDS, make_data
+from helpers.recipes import tiny_recipe
+from helpers.runs import assert_same_run, losses, metrics, tensors
 
 from dlm_ray.checkpoint import commit, listing
 from dlm_ray.config.errors import DamageError, UserError
@@ -22,33 +23,23 @@ from dlm_ray.training.curriculum import annealing_ratio
 from dlm_ray.training.step import micro_batches, num_micro_steps
 
 
-def losses(run_dir):
-    lines = [json.loads(line) for line in Path(run_dir, "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line["loss"] for line in lines if "loss" in line}
-
-
-def tensors(run_dir):
-    directory = listing.latest(str(run_dir))
-    return {name: commit.read_tensor(directory, name) for name in commit.read_manifest(directory).arrays}
-
-
 @pytest.fixture(scope="module")
 def base(data_folder, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("runs") / "base"
-    metrics = loop.fit(tiny_recipe(data_folder, "base", objective__name="autoregressive", training__steps=60), run_dir)
-    return run_dir, metrics
+    return run_dir, loop.fit(
+        tiny_recipe(data_folder, "base", objective__name="autoregressive", training__steps=60), run_dir
+    )
 
 
 def test_an_autoregressive_run_learns(base):
-    run_dir, metrics = base
+    run_dir, result = base
     curve = losses(run_dir)
     assert curve[60] < curve[1] - 1.0
-    assert metrics["validation"]["nats_per_token"] < curve[1] - 0.5 and metrics["validated_step"] == 60
-    events = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    assert [event["step"] for event in events if "validation" in event] == list(
+    assert result["validation"]["nats_per_token"] < curve[1] - 0.5 and result["validated_step"] == 60
+    assert [event["step"] for event in metrics(run_dir) if "validation" in event] == list(
         range(4, 61, 4)
     )  # each said once, of its own step
-    assert metrics["checkpoint"] == listing.latest(str(run_dir))
+    assert result["checkpoint"] == listing.latest(str(run_dir))
 
 
 def test_adaptation_starts_from_the_base_and_anneals(base, data_folder, tmp_path):
@@ -59,15 +50,11 @@ def test_adaptation_starts_from_the_base_and_anneals(base, data_folder, tmp_path
         model__base=str(base[0]),
         curriculum__annealing={"pattern": "bernoulli", "steps": 4},
     )
-    metrics = loop.fit(recipe, tmp_path / "run")
-    visible = [
-        json.loads(line)["annealing_ratio"]
-        for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()
-        if '"loss"' in line
-    ]
+    result = loop.fit(recipe, tmp_path / "run")
+    visible = [event["annealing_ratio"] for event in metrics(tmp_path / "run") if "loss" in event]
     assert visible == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0]
-    assert len(metrics["validation"]["nll_by_t"]) == 5
-    manifest = commit.read_manifest(metrics["checkpoint"])
+    assert len(result["validation"]["nll_by_t"]) == 5
+    manifest = commit.read_manifest(result["checkpoint"])
     assert manifest.model["mask_id"] == manifest.model["config"]["vocab_size"] - 1
     assert manifest.capabilities["infill"] and manifest.capabilities["likelihood"] == "bound"
 
@@ -78,10 +65,8 @@ def test_an_interrupted_run_is_the_run_that_was_not_bit_for_bit(data_folder, tmp
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     shutil.rmtree(tmp_path / "cut/step_00000008")  # as if it had died after its fourth step
     loop.fit(recipe, tmp_path / "cut")
-    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
-    one, two = tensors(tmp_path / "cut"), tensors(tmp_path / "whole")
-    assert one.keys() == two.keys() and any(name.startswith("ema.") for name in one)
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+    assert any(name.startswith("ema.") for name in tensors(tmp_path / "cut"))
 
 
 def test_accumulation_changes_no_mask_and_the_loss_by_rounding_only(data_folder, tmp_path):

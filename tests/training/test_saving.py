@@ -1,17 +1,12 @@
 """Asynchronous checkpoints: the training goes on while one is written, and what is written is the state of its own step."""
 
-import json
 import threading
 
-import torch
-from conftest import tiny_recipe
+from helpers.recipes import tiny_recipe
+from helpers.runs import assert_equal_tensors, checkpoint_tensors, metrics
 
 from dlm_ray.checkpoint import commit, listing
 from dlm_ray.training import loop
-
-
-def tensors(directory):
-    return {name: commit.read_tensor(directory, name) for name in commit.read_manifest(directory).arrays}
 
 
 def test_training_goes_on_while_a_checkpoint_is_written_which_holds_its_own_step(data_folder, tmp_path, monkeypatch):
@@ -42,8 +37,9 @@ def test_training_goes_on_while_a_checkpoint_is_written_which_holds_its_own_step
     loop.fit(recipe, tmp_path / "goes-on")
     assert written_after[0] >= 6
     for number in (4, 8):
-        one, other = (tensors(listing.step_directory(str(tmp_path / name), number)) for name in ("waits", "goes-on"))
-        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+        assert_equal_tensors(
+            *(checkpoint_tensors(listing.step_directory(str(tmp_path / name), number)) for name in ("waits", "goes-on"))
+        )
 
 
 def test_a_run_that_fails_while_a_checkpoint_is_written_leaves_it_whole_or_not_at_all(
@@ -78,7 +74,6 @@ def test_a_run_that_fails_while_a_checkpoint_is_written_leaves_it_whole_or_not_a
 
 def test_the_metrics_say_how_long_each_save_held_the_training_up(data_folder, tmp_path):
     loop.fit(tiny_recipe(data_folder, "said"), tmp_path / "run")
-    events = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    saves = [event for event in events if "of_step" in event]
+    saves = [event for event in metrics(tmp_path / "run") if "of_step" in event]
     assert [save["of_step"] for save in saves] == [4, 8] and all(0 < save["blocked_seconds"] < 60 for save in saves)
     assert saves[-1]["checkpoint"] == listing.latest(str(tmp_path / "run"))

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import tiny_recipe
+from helpers.recipes import tiny_recipe
 
 from dlm_ray.config.server import Server
 from dlm_ray.data.reading import read_split

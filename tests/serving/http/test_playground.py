@@ -4,6 +4,7 @@ import threading
 
 from helpers import service
 from helpers.browser import opened
+from helpers.processes import until
 from helpers.service import hosted, listening
 
 CONTROL = 2
@@ -63,6 +64,6 @@ def test_a_typed_prompt_is_seen_to_fill_and_an_infilled_one_too(data_folder, tmp
             page.press("Escape", 27)
             page.until("document.getElementById('status').textContent == 'stopped'")
             goes_on.set()
-            service.until(lambda: host.engine.num_active == 0)
+            until(lambda: host.engine.num_active == 0)
             assert page.complaints == []
             assert all(asked.startswith((url, "data:", "about:")) for asked in page.requested)
