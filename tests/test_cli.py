@@ -6,11 +6,8 @@ import sys
 import time
 
 import pytest
-from helpers.processes import python_module
-
-
-def run(*arguments, **options):
-    return python_module("dlm_ray", *arguments, **options)
+from helpers.commands import dlm_ray
+from helpers.processes import ForkedModule
 
 
 def test_help_comes_in_under_a_second_and_imports_nothing_heavy():
@@ -62,26 +59,29 @@ def test_help_comes_in_under_a_second_and_imports_nothing_heavy():
     ],
 )
 def test_mistakes_exit_with_their_code_and_one_message(arguments, code, message):
-    done = run(*arguments)
+    done = dlm_ray(*arguments)
     assert done.returncode == code, done.stderr
-    assert message in " ".join(done.stderr.split())
+    assert message in done.message
     assert "Traceback" not in done.stderr and not done.stdout
 
 
 def test_debug_shows_the_traceback():
-    assert "Traceback" in run("--debug", "data", "inspect", "/nowhere").stderr
+    assert "Traceback" in dlm_ray("--debug", "data", "inspect", "/nowhere").stderr
 
 
 def test_json_is_one_object_on_stdout():
-    whole = json.loads(run("train", "quickstart_base", "--dry-run", "--json").stdout)
-    assert whole["objective"]["name"] == "autoregressive"
-    assert json.loads(run("schema", "recipe").stdout)["title"] == "Recipe"
-    assert json.loads(run("doctor", "--json").stdout)["cores"] >= 1
+    recipe = json.loads(dlm_ray("train", "quickstart_base", "--dry-run", "--json").stdout)
+    assert recipe["objective"]["name"] == "autoregressive"
+    assert json.loads(dlm_ray("schema", "recipe").stdout)["title"] == "Recipe"
+    assert json.loads(dlm_ray("doctor", "--json").stdout)["cores"] >= 1
+
+
+def test_python_m_dlm_ray_is_the_command(tmp_path):
+    code, _, stderr = ForkedModule(tmp_path, "dlm_ray", "trian").wait()
+    assert code == 2 and "No such command" in stderr
 
 
 def test_an_unknown_family_is_named_with_the_known_ones(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bloom"}))
-    done = run("eval", str(tmp_path), "--data", "x")
-    assert done.returncode == 2 and "supported families are gpt2, llama, qwen2, qwen3, mistral" in " ".join(
-        done.stderr.split()
-    )
+    done = dlm_ray("eval", tmp_path, "--data", "x")
+    assert done.returncode == 2 and "supported families are gpt2, llama, qwen2, qwen3, mistral" in done.message

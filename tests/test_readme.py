@@ -4,8 +4,8 @@ import re
 from pathlib import Path
 
 import pytest
+from helpers.commands import dlm_ray
 from helpers.data import make_data
-from helpers.processes import python_module
 from helpers.recipes import tiny_recipe
 
 ROOT = Path(__file__).parent.parent
@@ -28,7 +28,7 @@ def test_the_python_api_in_ten_lines(ray_session, tmp_path, monkeypatch, capsys)
 
 @pytest.mark.parametrize("verb", sorted(set(re.findall(r"^dlm-ray (data \w+|checkpoint \w+|\w+)", README, re.M))))
 def test_every_verb_that_is_shown_exists(verb):
-    assert python_module("dlm_ray", *verb.split(), "--help").returncode == 0
+    assert dlm_ray(*verb.split(), "--help").returncode == 0
 
 
 def test_every_file_that_is_named_is_there():

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import os
 import random
 import shutil
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 import tensorstore as ts
 import torch
 import torch.distributed as dist
+from helpers.processes import run_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -463,9 +463,6 @@ def rank_saves_and_loads(rank, folder):
         commit.save(f"{folder}/two/step_00000001", tensors, FIELDS)
     dist.barrier()  # a rank that leaves first would reset the other's connection
     dist.destroy_process_group()
-    os._exit(
-        0
-    )  # a busy machine has been seen to abort in torch's own threads while the interpreter ended, after all of this
 
 
 def test_two_ranks_save_what_one_loads_and_the_other_way_round(tmp_path):
@@ -473,7 +470,7 @@ def test_two_ranks_save_what_one_loads_and_the_other_way_round(tmp_path):
     expected |= {"replicated": torch.arange(5.0), "empty": torch.zeros(0, 4), "one row": torch.ones(1, 4)}
     expected |= {"columns": torch.arange(15.0).reshape(3, 5), "plain": torch.tensor(7)}
     commit.save(str(tmp_path / "one/step_00000001"), expected, FIELDS)
-    torch.multiprocessing.spawn(rank_saves_and_loads, args=(str(tmp_path),), nprocs=2)
+    assert run_ranks(rank_saves_and_loads, 2, str(tmp_path)) == [0, 0]
     loaded = blank(expected)
     commit.load(str(tmp_path / "two/step_00000001"), loaded)
     assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())

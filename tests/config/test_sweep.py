@@ -6,7 +6,7 @@ import random
 
 import pytest
 import yaml
-from helpers.processes import python_module
+from helpers.commands import dlm_ray
 
 from dlm_ray.config import space
 from dlm_ray.config.errors import UserError
@@ -160,7 +160,7 @@ def test_an_unknown_sweep_is_told_the_near_ones():
 
 
 def test_the_schema_of_a_sweep_is_printed():
-    printed = json.loads(python_module("dlm_ray", "schema", "sweep").stdout)
+    printed = json.loads(dlm_ray("schema", "sweep").stdout)
     assert printed["title"] == "Sweep" and set(printed["properties"]) == set(Sweep.model_fields)
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from dlm_ray.evaluation.sweeps import clip_search
-from helpers.processes import python_module
+from helpers import commands
 from helpers.recipes import tiny_recipe
 
 import dlm_ray
@@ -20,20 +20,8 @@ def checkpoint(data_folder, tmp_path_factory):
 
 
 def test_the_verb_prints_a_clip_and_writes_a_table_and_a_heat_map(checkpoint, data_folder, tmp_path):
-    arguments = [
-        "sweep",
-        "clip-search",
-        checkpoint,
-        "--data",
-        data_folder,
-        "--block-tokens",
-        "4",
-        "--rows",
-        "6",
-        "--draws",
-        "2",
-    ]
-    done = python_module("dlm_ray", *arguments, "--out", str(tmp_path / "out"), "--json")
+    options = ["--data", data_folder, "--block-tokens", 4, "--rows", 6, "--draws", 2, "--out", tmp_path / "out"]
+    done = commands.dlm_ray("sweep", "clip-search", checkpoint, *options, "--json")
     assert done.returncode == 0, done.stderr
     printed = json.loads(done.stdout)
     assert len(printed["candidates"]) == 36 and printed["block_tokens"] == 4

@@ -4,11 +4,10 @@ import hashlib
 import json
 import os
 import signal
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
-from helpers.processes import until
+from helpers.processes import PROCESSES, ForkedModule, until
 from helpers.recipes import tiny_recipe
 from helpers.runs import assert_same_run, losses
 from helpers.victim import Death, group
@@ -40,22 +39,28 @@ def test_sigterm_to_one_rank_commits_on_all_and_the_run_that_goes_on_is_the_run_
 def test_the_command_without_ray_exits_with_75_and_goes_on_when_it_is_typed_again(data_folder, tmp_path):
     """The whole command as a person types it, and SIGTERM as a cluster sends it."""
     recipe = tiny_recipe(
-        data_folder, "typed", training__steps=200, checkpoint__every_steps=200, validation__every_steps=200
+        data_folder,
+        "typed",
+        training__steps=200,
+        training__global_batch_size=4,
+        training__micro_batch_size=4,
+        checkpoint__every_steps=200,
+        validation__sequences=0,
     )
     (tmp_path / "recipe.yaml").write_text(dump(recipe))
-    command = [sys.executable, "-m", "dlm_ray.training", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    command = [tmp_path, "dlm_ray.training", tmp_path / "recipe.yaml", "--out", tmp_path]
+    process = ForkedModule(*command)
     until(lambda: any(losses(path.parent) for path in tmp_path.glob("typed-*/metrics.jsonl")), 60, process)
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 75 and "stopped after step" in said and "holds its state" in said
+    code, _, stderr = process.wait()
+    assert code == 75 and "stopped after step" in stderr and "holds its state" in stderr
     [run_dir] = tmp_path.glob("typed-*")
     stopped_at = listing.committed_steps(str(run_dir))[-1]
     assert 0 < stopped_at < 200
-    again = subprocess.run(command, capture_output=True, text=True, timeout=100)
-    assert again.returncode == 0, again.stderr
-    assert f"resumed from {run_dir}/step_{stopped_at:08d}" in again.stderr
-    assert again.stdout.strip() == f"{run_dir}/step_00000200"
+    code, stdout, stderr = ForkedModule(*command).wait()
+    assert code == 0, stderr
+    assert f"resumed from {run_dir}/step_{stopped_at:08d}" in stderr
+    assert stdout.strip() == f"{run_dir}/step_00000200"
 
 
 def test_a_file_stops_a_run_and_is_gone_when_it_has(data_folder, tmp_path):
@@ -140,46 +145,46 @@ def expected_rows(recipe, count):
     return [hashlib.sha256(row.input_ids.tobytes() + row.document_ids.tobytes()).hexdigest() for row in rows]
 
 
-HOLDER = """
-import sys
-from pathlib import Path
-from dlm_ray.training.guards import sole_owner
-with sole_owner(Path(sys.argv[1]), "writer"):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
+def hold(run_dir, line):
+    """Own `run_dir` as its writer, from a line that says so to one that says to end."""
+    with guards.sole_owner(Path(run_dir), "writer"):
+        line.send("held")
+        line.recv()
 
 
-def test_a_run_directory_has_one_writer_who_is_named_and_a_dead_one_is_none(data_folder, tmp_path):
+@pytest.fixture
+def holder(tmp_path):
+    """Return a process that is the writer of `run`, and the line on which it is told to end."""
+    line, theirs = PROCESSES.Pipe()
+    process = PROCESSES.Process(target=hold, args=(str(tmp_path / "run"), theirs))
+    process.start()
+    assert line.recv() == "held"
+    yield process, line
+    process.kill()
+    process.join()
+
+
+def test_a_run_directory_has_one_writer_who_is_named_and_a_dead_one_is_none(holder, data_folder, tmp_path):
     recipe = tiny_recipe(data_folder, "locked", training__steps=4)
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(tmp_path / "run")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert holder.stdout.readline() == "held\n"
+    process, _ = holder
     message = (
-        rf"belongs to a run that is going on: process {holder.pid} on {os.uname().nodename}, which began at 20\d\d-"
+        rf"belongs to a run that is going on: process {process.pid} on {os.uname().nodename}, which began at 20\d\d-"
     )
     with pytest.raises(UserError, match=message):
         loop.fit(recipe, tmp_path / "run")
     # Both of two ranks refuse, though only the first has asked.
     assert group(recipe, tmp_path / "run", 2) == [1, 1]
-    assert all(str(holder.pid) in (tmp_path / f"run.error{rank}").read_text() for rank in (0, 1))
-    holder.kill()  # SIGKILL: it lets go of nothing by itself
-    holder.wait()
+    assert all(str(process.pid) in (tmp_path / f"run.error{rank}").read_text() for rank in (0, 1))
+    process.kill()  # SIGKILL: it lets go of nothing by itself
+    process.join()
     assert loop.fit(recipe, tmp_path / "run")["step"] == 4
 
 
-def test_a_writer_that_is_ending_is_waited_for(data_folder, tmp_path):
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(tmp_path / "run")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert holder.stdout.readline() == "held\n"
-    holder.stdin.close()
-    assert (
-        loop.fit(tiny_recipe(data_folder, "patient", training__steps=2), tmp_path / "run", patience_seconds=60)["step"]
-        == 2
-    )
-    holder.wait()
+def test_a_writer_that_is_ending_is_waited_for(holder, data_folder, tmp_path):
+    process, line = holder
+    recipe = tiny_recipe(data_folder, "patient", training__steps=2)
+    line.send("end")
+    assert loop.fit(recipe, tmp_path / "run", patience_seconds=60)["step"] == 2
 
 
 def test_a_run_directory_of_another_recipe_is_refused_with_the_difference(data_folder, tmp_path):

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from helpers.processes import python_module
+from helpers.commands import dlm_ray
 from helpers.recipes import tiny_recipe
 
 from dlm_ray.config.errors import UserError
@@ -199,27 +199,13 @@ def test_what_does_not_belong_is_said(runs, data_folder):
 
 
 def test_from_the_command_line(runs):
-    done = python_module(
-        *[
-            "dlm_ray",
-            "sample",
-            str(runs / "block8"),
-            "--prompt",
-            "the",
-            "--length",
-            "12",
-            "--rule",
-            "threshold",
-            "--threshold",
-            "0.3",
-        ],
-        *["--block-tokens", "4", "--force", "0= model", "--stop", "end", "--json"],
-    )
+    options = ["--prompt", "the", "--length", 12, "--rule", "threshold", "--threshold", 0.3, "--block-tokens", 4]
+    done = dlm_ray("sample", runs / "block8", *options, "--force", "0= model", "--stop", "end", "--json")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["texts"][0].startswith("the model") and set(result["network_calls"]) == {"denoising", "cache"}
-    assert "warning: the checkpoint was trained on blocks of 8 tokens and is sampled by blocks of 4 tokens" in " ".join(
-        done.stderr.split()
+    assert (
+        "warning: the checkpoint was trained on blocks of 8 tokens and is sampled by blocks of 4 tokens" in done.message
     )
-    done = python_module("dlm_ray", "sample", str(runs / "block8"), "--force", "the")
-    assert done.returncode == 2 and "allowed is N=TEXT" in " ".join(done.stderr.split())
+    done = dlm_ray("sample", runs / "block8", "--force", "the")
+    assert done.returncode == 2 and "allowed is N=TEXT" in done.message

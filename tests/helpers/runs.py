@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from dlm_ray.checkpoint import commit, listing
+from dlm_ray.checkpoint.arrays import TORCH_DTYPES
 
 
 def metrics(run_dir):
@@ -27,7 +28,10 @@ def tensors(run_dir):
 
 def checkpoint_tensors(directory):
     """Return all tensors of one checkpoint by name."""
-    return {name: commit.read_tensor(directory, name) for name in commit.read_manifest(directory).arrays}
+    arrays = commit.read_manifest(directory).arrays
+    tensors = {name: torch.empty(entry.shape, dtype=TORCH_DTYPES[entry.dtype]) for name, entry in arrays.items()}
+    commit.load(directory, tensors)
+    return tensors
 
 
 def assert_same_tensors(one, other):

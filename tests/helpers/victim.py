@@ -4,7 +4,6 @@ Nothing of this is in the package: the moments are functions of it, wrapped here
 """
 
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -13,16 +12,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from helpers.processes import free_port
+from helpers.processes import run_ranks
 
 MOMENTS = ("step", "staging", "write", "merge", "manifest", "report")
 OF_RANK_0 = ("merge", "manifest")
-
-# A server that has imported everything once and is forked for every process: starting costs milliseconds instead of seconds.
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(
-    ["dlm_ray.training.loop", "transformers.models.llama.modeling_llama", "helpers.victim"]
-)
 
 
 @dataclass(frozen=True)
@@ -41,40 +34,16 @@ class Death:
 
 
 def group(recipe, run_dir, num_ranks, *, death=None, watch=None, timeout=120, **options):
-    """Runs `fit` in `num_ranks` processes; their exit codes (0: finished, 75: stopped, 1: any error, -9: killed)."""
-    port = free_port()
-    ranks = []
-    for rank in range(num_ranks):
-        arguments = (rank, num_ranks, port, recipe, str(run_dir), death, watch, options)
-        ranks.append(PROCESSES.Process(target=_rank, args=arguments))
-        ranks[-1].start()
-    deadline = time.monotonic() + timeout
-    for process in ranks:
-        process.join(max(0.0, deadline - time.monotonic()))
-    alive = [process for process in ranks if process.is_alive()]
-    for process in alive:
-        process.kill()
-    assert not alive, (
-        f"{len(alive)} of {num_ranks} processes were still there after {timeout} s; the first says: {_said(run_dir)}"
-    )
-    return [process.exitcode for process in ranks]
+    """Run `fit` on `num_ranks` ranks; return their exit codes (0: finished, 75: stopped, 1: any error, -9: killed).
+
+    A rank that fails writes its error to `<run_dir>.error<rank>`.
+    """
+    return run_ranks(_fit, num_ranks, recipe, str(run_dir), death, watch, options, timeout=timeout)
 
 
-def _said(run_dir):
-    return [path.read_text()[-2000:] for path in Path(run_dir).parent.glob(f"{Path(run_dir).name}.error*")]
-
-
-def _rank(rank, num_ranks, port, recipe, run_dir, death, watch, options):
-    """What torchrun would start."""
-    import torch
-
+def _fit(rank, recipe, run_dir, death, watch, options):
     from dlm_ray.config.errors import Stopped
     from dlm_ray.training import loop
-
-    os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(num_ranks), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    torch.set_num_threads(1)
 
     def report(metrics, directory):
         """Stands where Ray Train's report does."""
@@ -83,17 +52,14 @@ def _rank(rank, num_ranks, port, recipe, run_dir, death, watch, options):
         report = _arm(death, report)
     if watch is not None:
         _watch(watch, rank)
-    code = 1
     try:
         loop.fit(recipe, run_dir, report=report, **options)
-        code = 0
     except Stopped:
-        code = 75
+        return 75
     except BaseException as error:
         Path(f"{run_dir}.error{rank}").write_text(f"{type(error).__name__}: {error}")
-    os._exit(
-        code
-    )  # without the interpreter's end, in which torch's own threads have been seen to abort on a busy machine
+        return 1
+    return 0
 
 
 def _arm(death, report):

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import multiprocessing
 import os
 import signal
 import time
@@ -11,6 +10,7 @@ import pytest
 import torch
 from helpers import service
 from helpers.jobs import finish, job
+from helpers.processes import PROCESSES
 from helpers.recipes import tiny_recipe
 from torch.distributed.tensor import DTensor
 
@@ -23,16 +23,6 @@ from dlm_ray.serving.engine import Engine
 from dlm_ray.serving.worker import EngineWorker
 from dlm_ray.training import loop
 
-# Both processes are forks of one that has imported what takes long, and has no threads.
-APART = multiprocessing.get_context("forkserver")
-APART.set_forkserver_preload(
-    [
-        "dlm_ray.serving.worker",
-        "dlm_ray.training.loop",
-        "transformers.models.llama.modeling_llama",
-        "torch.distributed.fsdp",
-    ]
-)
 CPU = torch.device("cpu")
 
 
@@ -65,9 +55,9 @@ def two_processes(checkpoints, function, *arguments):
     The follower follows in the network of one checkpoint after the other.
     """
     store = sharding.meeting_place()
-    receiving, sending = APART.Pipe(duplex=False)
-    follower = APART.Process(target=follow, args=(store.port, checkpoints))
-    leader = APART.Process(target=lead, args=(store.port, sending, function, *arguments))
+    receiving, sending = PROCESSES.Pipe(duplex=False)
+    follower = PROCESSES.Process(target=follow, args=(store.port, checkpoints))
+    leader = PROCESSES.Process(target=lead, args=(store.port, sending, function, *arguments))
     for process in (follower, leader):
         process.start()
     sending.close()
@@ -153,7 +143,7 @@ def lose_the_follower(group, checkpoint, pid):
 
 
 def test_a_follower_that_dies_fails_the_next_call_and_the_replica_says_so(runs):
-    pid, sending = APART.Pipe(duplex=False)
+    pid, sending = PROCESSES.Pipe(duplex=False)
     with two_processes([runs / "block8"], lose_the_follower, runs / "block8", pid) as (follower, _, result):
         sending.send(follower.pid)
         seconds, before, after, said = result.recv()

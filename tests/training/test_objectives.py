@@ -2,13 +2,12 @@
 
 import json
 import math
-import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from helpers.processes import free_port
+from helpers.processes import run_ranks
 from helpers.recipes import tiny_recipe
 from helpers.runs import assert_same_tensors, metrics, tensors
 from safetensors import safe_open
@@ -130,17 +129,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_by_name_and_leaves_the_last_che
     assert all(torch.isfinite(commit.read_tensor(last, name)).all() for name in commit.read_manifest(last).arrays)
 
 
-def _fit_on_a_rank(rank, port, recipes, out):
-    """What torchrun would start."""
-    os.environ.update(
-        RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    torch.set_num_threads(1)
+def _fit_on_a_rank(rank, recipes, out):
     torch.distributed.init_process_group("gloo")
     for recipe in recipes:
         loop.fit(recipe, Path(out) / recipe.name)
     torch.distributed.barrier()
-    os._exit(0)
 
 
 def test_two_ranks_are_one_process_also_with_own_parameters_and_a_frozen_teacher(data_folder, tmp_path):
@@ -154,7 +147,7 @@ def test_two_ranks_are_one_process_also_with_own_parameters_and_a_frozen_teacher
         tiny_recipe(data_folder, "d3pm", **OBJECTIVES["d3pm"]),
         tiny_recipe(data_folder, "block", **OBJECTIVES["block-search"]),
     ]
-    torch.multiprocessing.spawn(_fit_on_a_rank, args=(free_port(), recipes, str(tmp_path / "two")), nprocs=2)
+    assert run_ranks(_fit_on_a_rank, 2, recipes, str(tmp_path / "two")) == [0, 0]
     for recipe in recipes:
         loop.fit(recipe, tmp_path / "one" / recipe.name)
         for one, two in zip(curve(tmp_path / "one" / recipe.name), curve(tmp_path / "two" / recipe.name), strict=True):
