@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+from dataclasses import asdict
 
 import pyarrow.parquet as pq
 import pytest
@@ -17,6 +18,8 @@ from helpers.runs import losses
 from dlm_ray.config.errors import UserError
 from dlm_ray.config.load import dump, load_recipe
 from dlm_ray.config.sweep_load import load_sweep
+from dlm_ray.runtime.sweep import run
+from dlm_ray.runtime.sweep.tuning import Trial
 
 pytestmark = pytest.mark.ray
 
@@ -41,13 +44,11 @@ def test_trials_run_and_one_that_fails_is_a_row_with_its_reason(ray_session, dat
     import ray
     from ray.util.placement_group import placement_group_table
 
-    from dlm_ray.runtime.sweep.run import sweep
-
     out = tmp_path / "out"
     with pytest.raises(UserError, match=r"trials_at_once=5 with 1 CPUs a trial do not fit the cluster's 4 CPUs: 4 fit"):
-        sweep(loaded(tmp_path, data_folder, trials_at_once=5), tmp_path / "too-many")
+        run.sweep(loaded(tmp_path, data_folder, trials_at_once=5), tmp_path / "too-many")
     said = []
-    result = sweep(loaded(tmp_path, data_folder), out, emit=said.append)
+    result = run.sweep(loaded(tmp_path, data_folder), out, emit=said.append)
     good, bad = result["trials"]
     assert (good["status"], good["place"], good["step"]) == ("finished", 1, 8)
     assert bad["status"] == "failed" and "FloatingPointError: step 2" in bad["reason"] and bad["place"] is None
@@ -58,21 +59,35 @@ def test_trials_run_and_one_that_fails_is_a_row_with_its_reason(ray_session, dat
     assert {one["state"] for one in placement_group_table().values()} <= {"REMOVED"}
 
     with pytest.raises(UserError, match="holds a sweep already; --resume goes on with it"):
-        sweep(loaded(tmp_path, data_folder), out)
+        run.sweep(loaded(tmp_path, data_folder), out)
     with pytest.raises(UserError, match=r"space.optimizer.learning_rate.grid was \[0.003, 1e\+30\] and is \[0.003\]"):
-        sweep(loaded(tmp_path, data_folder, space={"optimizer.learning_rate": {"grid": [3e-3]}}), out, resume=True)
+        run.sweep(loaded(tmp_path, data_folder, space={"optimizer.learning_rate": {"grid": [3e-3]}}), out, resume=True)
+
+
+def test_a_line_that_a_kill_cut_short_is_left_out_of_the_ledger(tmp_path):
+    trial = Trial(0, {"seed": 1}, "finished", "", "runs/0", 8)
+    whole = json.dumps(asdict(trial)) + "\n"
+    (tmp_path / "trials.jsonl").write_text(whole + '{"torn')
+    assert run._read(tmp_path / "trials.jsonl") == {0: trial}
+    assert (tmp_path / "trials.jsonl").read_text() == whole
+
+
+@pytest.mark.slow
+def test_a_resumed_sweep_keeps_what_finished_and_tries_again_what_failed(ray_session, data_folder, tmp_path):
+    out = tmp_path / "out"
+    result = run.sweep(loaded(tmp_path, data_folder), out)
     lines = (out / "trials.jsonl").read_text().splitlines()
     (out / "trials.jsonl").write_text(
         "".join(line + "\n" for line in lines if json.loads(line)["status"] == "finished") + '{"torn'
     )
-    again = sweep(loaded(tmp_path, data_folder), out, resume=True)
+    messages = []
+    again = run.sweep(loaded(tmp_path, data_folder), out, resume=True, emit=messages.append)
+    assert "1 trials, 2 at once" in messages
     assert [one | {"run_dir": ""} for one in again["trials"]] == [one | {"run_dir": ""} for one in result["trials"]]
 
 
 @pytest.mark.slow
 def test_a_trial_whose_worker_is_killed_is_a_row_with_its_reason(ray_session, data_folder, tmp_path):
-    from dlm_ray.runtime.sweep.run import sweep
-
     def kill():
         def notes():
             locks = (tmp_path / "out/trials/0001").glob("*/writer.lock")
@@ -83,7 +98,7 @@ def test_a_trial_whose_worker_is_killed_is_a_row_with_its_reason(ray_session, da
 
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
-    whole, killed = sweep(
+    whole, killed = run.sweep(
         loaded(tmp_path, data_folder, space={"training.steps": {"grid": [8, 2000]}}), tmp_path / "out"
     )["trials"]
     killer.join()
@@ -94,7 +109,6 @@ def test_a_trial_whose_worker_is_killed_is_a_row_with_its_reason(ray_session, da
 @pytest.mark.slow
 def test_the_worse_member_of_a_population_goes_on_as_a_copy_of_the_better_one(ray_session, data_folder, tmp_path):
     from dlm_ray.checkpoint import commit
-    from dlm_ray.runtime.sweep.run import sweep
 
     asked = {
         "space": {"optimizer.learning_rate": {"loguniform": [1e-8, 1e-2]}},
@@ -102,7 +116,7 @@ def test_the_worse_member_of_a_population_goes_on_as_a_copy_of_the_better_one(ra
         "scheduler": {"name": "pbt", "every_steps": 4, "quantile": 0.5, "resample_probability": 0.0},
     }
     said = []
-    members = sweep(loaded(tmp_path, data_folder, **asked), tmp_path / "out", emit=said.append)["trials"]
+    members = run.sweep(loaded(tmp_path, data_folder, **asked), tmp_path / "out", emit=said.append)["trials"]
     [copy] = [one for one in members if one["clones"]]
     [donor] = [one for one in members if not one["clones"]]
     [clone] = copy["clones"]
