@@ -17,6 +17,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join([os.path.dirname(__file__), os.enviro
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from helpers.checkpoints import Runs  # noqa: E402
 from helpers.data import make_data  # noqa: E402
 from helpers.processes import free_port  # noqa: E402
 
@@ -27,6 +28,12 @@ torch.set_num_threads(1)
 def data_folder(tmp_path_factory):
     """About 250 rows of 32 tokens in several shards and two parts."""
     return make_data(tmp_path_factory.mktemp("data") / "small")
+
+
+@pytest.fixture(scope="session")
+def runs(data_folder, tmp_path_factory):
+    """Return the runs that tests only read; `runs / "block8"` is one."""
+    return Runs(data_folder, tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture(scope="session")

@@ -12,25 +12,6 @@ from dlm_ray.config.errors import UserError
 from dlm_ray.config.load import validate
 from dlm_ray.generation.loading import load
 from dlm_ray.generation.text_model import TextModel
-from dlm_ray.training import loop
-
-
-@pytest.fixture(scope="module")
-def runs(data_folder, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs")
-    loop.fit(tiny_recipe(data_folder, "ar", objective__name="autoregressive", training__steps=20), folder / "ar")
-    loop.fit(tiny_recipe(data_folder, "whole", training__steps=10), folder / "whole")
-    for size in (8, 32):
-        recipe = tiny_recipe(
-            data_folder,
-            f"block{size}",
-            objective__name="block",
-            objective__block_tokens=size,
-            objective__shift=False,
-            training__steps=20,
-        )
-        loop.fit(recipe, folder / f"block{size}")
-    return folder
 
 
 @pytest.fixture(autouse=True)

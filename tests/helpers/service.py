@@ -1,4 +1,4 @@
-"""What tests of the service share: small checkpoints, and the application in this process, over ASGI or on a port of loopback."""
+"""What tests of the service share: the application in this process, over ASGI or on a port of loopback."""
 
 import asyncio
 import contextlib
@@ -9,29 +9,7 @@ import httpx
 from dlm_ray.config.server import Server
 from dlm_ray.serving.http.app import build
 from dlm_ray.serving.worker import EngineWorker
-from dlm_ray.training import loop
 from helpers.processes import free_port, until
-from helpers.recipes import tiny_recipe
-
-
-def train(data_folder, folder, *names):
-    """Checkpoints of a few steps."""
-    own = {
-        "ar": {"objective__name": "autoregressive"},
-        "whole": {},
-        "block8": {"objective__name": "block", "objective__block_tokens": 8, "objective__shift": False},
-        "block32": {
-            "objective__name": "block",
-            "objective__block_tokens": 32,
-            "objective__shift": False,
-        },  # the row is one block
-        "sedd": {"objective__name": "sedd"},
-        "genmd4": {"objective__name": "genmd4"},
-        "ssd_lm": {"objective__name": "ssd_lm"},
-    }
-    for name in names:
-        loop.fit(tiny_recipe(data_folder, name, training__steps=15, **own[name]), folder / name)
-    return folder
 
 
 class Local:

@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers.jobs import finish, job
-from helpers.recipes import tiny_recipe
 
 from dlm_ray.config.errors import UserError
 from dlm_ray.config.server import Engine as Settings
@@ -14,27 +13,6 @@ from dlm_ray.diffusion.visibility import Visibility
 from dlm_ray.generation.loading import load
 from dlm_ray.serving.engine import Engine, NetworkLost
 from dlm_ray.serving.jobs import TextStream
-from dlm_ray.training import loop
-
-
-@pytest.fixture(scope="module")
-def runs(data_folder, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs")
-    loop.fit(tiny_recipe(data_folder, "ar", objective__name="autoregressive", training__steps=20), folder / "ar")
-    loop.fit(tiny_recipe(data_folder, "whole", training__steps=10), folder / "whole")
-    loop.fit(tiny_recipe(data_folder, "sedd", objective__name="sedd", training__steps=4), folder / "sedd")
-    loop.fit(tiny_recipe(data_folder, "genmd4", objective__name="genmd4", training__steps=4), folder / "genmd4")
-    recipe = tiny_recipe(
-        data_folder,
-        "block8",
-        objective__name="block",
-        objective__block_tokens=8,
-        objective__shift=False,
-        training__steps=20,
-    )
-    loop.fit(recipe, folder / "block8")
-    return folder
-
 
 WAYS = {
     "ar": [{}, {"temperature": 0.0}, {"temperature": 0.7, "top_p": 0.8}],
@@ -103,7 +81,8 @@ def test_a_deadline_ends_what_runs_and_what_waits(runs):
         (waiting, "deadline"),
     }
     _, updates = finish(engine, 13.0)
-    assert [(update.job, update.finish_reason) for update in updates if update.finish_reason] == [(patient, "length")]
+    [end] = [update for update in updates if update.finish_reason]
+    assert end.job == patient and end.finish_reason in ("length", "stop")
 
 
 def test_what_prompts_begin_with_is_found_by_others_and_never_by_another_checkpoint(runs):

@@ -8,32 +8,18 @@ import time
 
 import pytest
 import torch
-from helpers import service
 from helpers.jobs import finish, job
 from helpers.processes import PROCESSES
-from helpers.recipes import tiny_recipe
 from torch.distributed.tensor import DTensor
 
-from dlm_ray.checkpoint.export import export
 from dlm_ray.config.server import Engine as Settings
 from dlm_ray.config.server import Server
 from dlm_ray.generation.loading import load, load_network
 from dlm_ray.serving import sharding
 from dlm_ray.serving.engine import Engine
 from dlm_ray.serving.worker import EngineWorker
-from dlm_ray.training import loop
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def runs(data_folder, tmp_path_factory):
-    """Blocks, the whole canvas, and a Hugging Face folder whose head is not its embedding."""
-    folder = service.train(data_folder, tmp_path_factory.mktemp("runs"), "block8", "whole")
-    untied = {"objective__name": "autoregressive", "model__architecture__tie_embeddings": False}
-    loop.fit(tiny_recipe(data_folder, "ar", training__steps=15, **untied), folder / "ar")
-    export(str(folder / "ar"), str(folder / "exported"))
-    return folder
 
 
 def follow(port, checkpoints):

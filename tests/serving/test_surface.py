@@ -12,7 +12,6 @@ import sys
 import time
 
 import pytest
-from helpers import service
 from helpers.service import client, hosted, until
 
 from dlm_ray.config.errors import UserError
@@ -29,11 +28,6 @@ PARTS = {
 }
 WORDS = "Document 7: the model reads a row and writes what it has not seen because every token may be masked"
 STRANGE = ["", " ", "\x00", "\ufffd", "e\u0301", "\U0001f642", "\u202e", "<|endoftext|>", "a" * 40]
-
-
-@pytest.fixture(scope="module")
-def runs(data_folder, tmp_path_factory):
-    return service.train(data_folder, tmp_path_factory.mktemp("surface"), *KINDS, "ssd_lm")
 
 
 def numeric_fields(model):

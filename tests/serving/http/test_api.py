@@ -9,18 +9,12 @@ import time
 import httpx
 import openai
 import pytest
-from helpers import service
 from helpers.service import client, hosted, listening, until
 from starlette.requests import ClientDisconnect
 
 from dlm_ray.data.tokenizer import encode
 from dlm_ray.diffusion.samplers.rules import LeftToRight
 from dlm_ray.generation.loading import load
-
-
-@pytest.fixture(scope="module")
-def runs(data_folder, tmp_path_factory):
-    return service.train(data_folder, tmp_path_factory.mktemp("served"), "ar", "whole", "block8", "block32")
 
 
 @pytest.fixture(scope="module")

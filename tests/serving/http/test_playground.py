@@ -2,7 +2,6 @@
 
 import threading
 
-from helpers import service
 from helpers.browser import opened
 from helpers.processes import until
 from helpers.service import hosted, listening
@@ -10,9 +9,8 @@ from helpers.service import hosted, listening
 CONTROL = 2
 
 
-def test_a_typed_prompt_is_seen_to_fill_and_an_infilled_one_too(data_folder, tmp_path):
-    folder = service.train(data_folder, tmp_path, "whole")
-    with hosted(folder / "whole", engine={"block_tokens": [8]}) as (host, app), listening(app) as url:
+def test_a_typed_prompt_is_seen_to_fill_and_an_infilled_one_too(runs, tmp_path):
+    with hosted(runs / "whole", engine={"block_tokens": [8]}) as (host, app), listening(app) as url:
         # A small network is too quick to be watched: after six calls it waits until it has been looked at.
         quick, calls, goes_on = host.engine.tick, iter(range(6)), threading.Event()
 

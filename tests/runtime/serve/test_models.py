@@ -6,6 +6,7 @@ import shutil
 import sys
 import threading
 import weakref
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,11 +18,6 @@ from dlm_ray.generation.loading import load
 from dlm_ray.serving.http.app import build
 from dlm_ray.serving.model_pool import ModelPool
 from dlm_ray.serving.pinning import pinned
-
-
-@pytest.fixture(scope="module")
-def runs(data_folder, tmp_path_factory):
-    return service.train(data_folder, tmp_path_factory.mktemp("served"), "block8", "ar", "whole")
 
 
 @pytest.fixture
@@ -37,12 +33,36 @@ def residents(runs, monkeypatch):
     monkeypatch.setattr(multiplex._ModelMultiplexWrapper, "_push_model_ids_info", lambda self: None)
 
     def made(*names, **parts):
-        models = [{"checkpoint": str(runs / name)} for name in names]
+        models = [{"checkpoint": str(name if isinstance(name, Path) else runs / name)} for name in names]
         server = pinned(Server(models=models, limits={"output_tokens": 5000}, **parts))
         own = ModelPool(server, serve.multiplexed(max_num_models_per_replica=server.models_at_once))
         return build(server, own, [], 100), own
 
     return made
+
+
+class Held:
+    """An engine that makes one call for its requests and then no other until it is released."""
+
+    def __init__(self, engine):
+        self._has_started, self._may_go_on = threading.Event(), threading.Event()
+        tick = engine.tick
+
+        def held(*arguments):
+            if engine.num_active:
+                self._has_started.set()
+                self._may_go_on.wait(60)
+            return tick(*arguments)
+
+        engine.tick = held
+
+    async def started(self):
+        """Wait until the engine has a request in a slot."""
+        assert await asyncio.to_thread(self._has_started.wait, 60)
+
+    def release(self):
+        """Let the engine go on."""
+        self._may_go_on.set()
 
 
 def body(model, **asked):
@@ -105,14 +125,16 @@ def test_a_model_makes_room_after_its_texts_have_ended_and_its_memory_is_free(re
         assert engines() == before + 1
         weights = weakref.ref(next(own._hosts["block8"].model.denoiser.parameters()))
         async with service.client(app) as http:
+            held = Held(own._hosts["block8"].engine)
             long = asyncio.ensure_future(
-                http.post("/v1/completions", json=body("block8", max_tokens=400, temperature=0))
+                http.post("/v1/completions", json=body("block8", max_tokens=100, temperature=0))
             )
-            while not own._hosts["block8"].engine.num_active:
-                await asyncio.sleep(0.01)
-            other = await http.post("/v1/completions", json=body("ar"))
+            await held.started()
+            waiting = asyncio.ensure_future(http.post("/v1/completions", json=body("ar")))
+            held.release()
+            other = await waiting
             assert long.done(), "the text that was under way came first"
-            assert (await long).json()["usage"]["completion_tokens"] == 400
+            assert (await long).json()["usage"]["completion_tokens"] == 100
             assert engines() == before + 1
             gc.collect()
             assert weights() is None
@@ -126,21 +148,22 @@ def test_a_model_makes_room_after_its_texts_have_ended_and_its_memory_is_free(re
     assert other.json()["choices"][0]["text"] == by_ar and mixed == [by_block, by_ar] * 3
 
 
-def test_who_waits_for_room_has_a_deadline_and_what_has_gone_is_said(residents, runs):
-    shutil.copytree(runs / "ar", runs / "passing")
-    app, own = residents("block8", "passing", replicas={"models": 1})
+def test_who_waits_for_room_has_a_deadline_and_what_has_gone_is_said(residents, runs, tmp_path):
+    shutil.copytree(runs / "ar", tmp_path / "passing")
+    app, own = residents("block8", tmp_path / "passing", replicas={"models": 1})
 
     async def run():
         await own.load()
-        shutil.rmtree(runs / "passing")
+        held = Held(own._hosts["block8"].engine)
+        shutil.rmtree(tmp_path / "passing")
         async with service.client(app) as http:
             long = asyncio.ensure_future(
-                http.post("/v1/completions", json=body("block8", max_tokens=2000, temperature=0))
+                http.post("/v1/completions", json=body("block8", max_tokens=40, temperature=0))
             )
-            while not own._hosts["block8"].engine.num_active:
-                await asyncio.sleep(0.01)
+            await held.started()
             late = await http.post("/v1/completions", json=body("passing", timeout_seconds=0.2))
             assert not long.done()
+            held.release()
             gone = await http.post("/v1/completions", json=body("passing"))
             return (await long).status_code, late, gone, await http.post("/v1/completions", json=body("block8"))
 
@@ -172,13 +195,16 @@ def test_an_engine_that_has_died_is_said_and_one_that_made_room_is_not(residents
 
 
 def test_checkpoints_are_held_to_the_step_that_is_the_last_when_the_service_starts(runs, monkeypatch):
-    monkeypatch.chdir(runs)
+    step = runs / "block8" / "step_00000015"
+    monkeypatch.chdir((runs / "ar").parent)
     one = pinned(Server(checkpoint="block8", weights="raw"))
-    assert one.checkpoint == str(runs / "block8/step_00000015") and one.model_name == "block8" and one.weights == "raw"
+    assert one.checkpoint == str(step) and one.model_name == "block8" and one.weights == "raw"
     several = pinned(Server(models=[{"checkpoint": "block8", "name": "blocks"}, {"checkpoint": "ar"}]))
     assert several.model_names == ["blocks", "ar"] and several.models[1].weights == "ema"
     assert pinned(several) == several and pinned(one) == one
     with pytest.raises(UserError) as raised:
-        pinned(Server(models=[{"checkpoint": "block8"}, {"checkpoint": str(runs)}, {"checkpoint": "../none"}]))
-    assert f"models.1.checkpoint={runs}: " in str(raised.value) and "models.2.checkpoint=../none: " in str(raised.value)
+        pinned(Server(models=[{"checkpoint": "block8"}, {"checkpoint": str(runs.folder)}, {"checkpoint": "../none"}]))
+    assert f"models.1.checkpoint={runs.folder}: " in str(raised.value) and "models.2.checkpoint=../none: " in str(
+        raised.value
+    )
     assert "models.0" not in str(raised.value)
