@@ -2,8 +2,6 @@
 
 import shutil
 
-from dlm_ray.checkpoint.export import export
-from dlm_ray.training import loop
 from helpers.recipes import tiny_recipe
 
 BLOCKS_OF_8 = {"objective__name": "block", "objective__block_tokens": 8, "objective__shift": False}
@@ -30,6 +28,9 @@ class Runs:
         self.data_folder, self.folder = data_folder, folder
 
     def __truediv__(self, name):
+        from dlm_ray.checkpoint.export import export  # with torch and transformers, which not every test needs
+        from dlm_ray.training import loop
+
         path = self.folder / name
         if not path.exists():
             if name == "exported":
