@@ -161,7 +161,7 @@ def test_two_ranks_are_one_process_also_with_own_parameters_and_a_frozen_teacher
 
 def test_alignment_pulls_the_states_towards_the_frozen_model(data_folder, tmp_path):
     """The term falls, it starts near 0 for a base that still attends causally, and the bound is logged without it."""
-    loop.fit(tiny_recipe(data_folder, "base", objective__name="autoregressive", training__steps=30), tmp_path / "base")
+    loop.fit(tiny_recipe(data_folder, "base", objective__name="autoregressive", training__steps=20), tmp_path / "base")
     logged = {}
     for weight in (0.001, 30.0):
         changes = {
@@ -169,7 +169,7 @@ def test_alignment_pulls_the_states_towards_the_frozen_model(data_folder, tmp_pa
             "model__base": str(tmp_path / "base"),
             "objective__alignment_weight": weight,
         }
-        loop.fit(tiny_recipe(data_folder, f"aligned-{weight}", training__steps=30, **changes), tmp_path / str(weight))
+        loop.fit(tiny_recipe(data_folder, f"aligned-{weight}", training__steps=20, **changes), tmp_path / str(weight))
         logged[weight] = [line["alignment"] / weight for line in curve(tmp_path / str(weight))]
     assert logged[0.001][0] == pytest.approx(logged[30.0][0], rel=1e-4)  # the same first step
     assert logged[30.0][-1] < 0.95 * logged[0.001][-1]
@@ -181,13 +181,13 @@ def test_alignment_pulls_the_states_towards_the_frozen_model(data_folder, tmp_pa
 
 @pytest.fixture(scope="module", params=OBJECTIVES)
 def trained(request, data_folder, tmp_path_factory):
-    """A run of 16 steps with a checkpoint at 8."""
+    """Return the recipe, the folder and the metrics of a run of 12 steps with a checkpoint at 6."""
     recipe = tiny_recipe(
         data_folder,
         request.param,
-        training__steps=16,
-        checkpoint__every_steps=8,
-        validation__every_steps=8,
+        training__steps=12,
+        checkpoint__every_steps=6,
+        validation__every_steps=6,
         **OBJECTIVES[request.param],
     )
     run_dir = tmp_path_factory.mktemp("objectives") / request.param
@@ -199,7 +199,7 @@ def test_it_trains_and_its_validation_falls(trained):
     name = "block_nll" if recipe.objective.name == "ssd_lm" else "nats_per_token"
     validated = [event["validation"][name] for event in metrics(run_dir) if "validation" in event]
     assert validated[-1] < validated[0]
-    assert result["step"] == 16
+    assert result["step"] == 12
 
 
 def test_it_resumes_bit_for_bit(trained, tmp_path):
