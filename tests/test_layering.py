@@ -1,4 +1,4 @@
-"""The plan of the house as a test: imports go down the floors, Ray stays in its room, files stay small and say what they are for."""
+"""The layers of the package: imports go down, Ray stays in runtime, transformers in models and the tokenizer, files say what they are for."""
 
 import ast
 from pathlib import Path
@@ -58,10 +58,8 @@ def test_imports_go_down(path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_file_says_what_it_is_for_and_stays_readable(path):
-    text = path.read_text()
-    assert (ast.get_docstring(ast.parse(text)) or "").strip(), "no docstring"
-    assert len(text.splitlines()) <= 500
+def test_a_file_says_what_it_is_for(path):
+    assert (ast.get_docstring(ast.parse(path.read_text())) or "").strip(), "no docstring"
 
 
 def test_the_floors_are_all_the_rooms_there_are():
