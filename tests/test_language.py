@@ -21,8 +21,8 @@ MAX_LINES_OF_EXCEPTIONS = 500
 EXCEPTIONS = {
     "tests/serving/http/test_api.py",
     "tests/checkpoint/test_commit.py",
-    "tests/diffusion/test_block.py",
-    "tests/evaluation/test_studies.py",
+    "tests/diffusion/objectives/test_block.py",
+    "tests/evaluation/studies/test_studies.py",
 }
 
 # Words that were replaced by the field's; whole identifiers.

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Q
-from gguf_files import CONFIGS, TEMPLATE, random_network, write_gguf
-from test_export import commit_step, weights_of
+from helpers.gguf_files import CONFIGS, TEMPLATE, random_network, write_gguf
+from helpers.steps import commit_step, weights_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dlm_ray.checkpoint import export as export_module

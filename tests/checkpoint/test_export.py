@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import tensorstore as ts
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+from helpers.steps import commit_step, weights_of
+from transformers import GPT2Config, LlamaConfig
 
-from dlm_ray.checkpoint import commit, listing
 from dlm_ray.checkpoint import export as export_module
 from dlm_ray.checkpoint.arrays import below, key_value_store
 from dlm_ray.checkpoint.export import export
@@ -20,38 +20,6 @@ CONFIGS = {
     ),
     "gpt2-tied": GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0),
 }
-
-
-def commit_step(run, config, *, with_ema=True, **kinds):
-    """A run directory with one step of a network with random weights, as the trainer would leave it. Returns raw and averaged weights."""
-    torch.manual_seed(0)
-    raw = {name: parameter.detach() for name, parameter in AutoModelForCausalLM.from_config(config).named_parameters()}
-    averaged = {name: parameter * 0.5 for name, parameter in raw.items()}
-    tensors = {f"model.{name}": tensor for name, tensor in raw.items()} | {"optimizer.a.exp_avg": torch.ones(3)}
-    if with_ema:
-        tensors |= {f"ema.{name}": tensor for name, tensor in averaged.items()}
-    fields = {
-        "step": 12,
-        "recipe": {"name": "tiny"},
-        "tokenizer": {"name": "words", "sha256": "ab" * 32},
-        "model": {
-            "config": config.to_dict(),
-            "mask_id": 49,
-            "shift": True,
-            "objective": "masked",
-            "is_causal": False,
-            **kinds,
-        },
-        "capabilities": {"sequence_length": 32, "document_mask": True},
-        "cursor": {},
-        "extra": {},
-    }
-    commit.save(listing.step_directory(run, 12), tensors, fields)
-    return raw, averaged
-
-
-def weights_of(folder):
-    return dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)

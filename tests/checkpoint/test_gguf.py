@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Q
-from gguf_files import CONFIGS, ROPE, SHAPE, TEMPLATE, random_network, write_gguf
+from helpers.gguf_files import CONFIGS, ROPE, SHAPE, TEMPLATE, random_network, write_gguf
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.integrations.gguf.dequant import dequantize as dequantize_of_transformers
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 from helpers.data import make_data
+from helpers.tokenizers_of_all_kinds import DOCUMENTS, KINDS
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
-from tokenizers_of_all_kinds import DOCUMENTS, KINDS
 from transformers import PreTrainedTokenizerFast
 
 from dlm_ray.config.errors import UserError

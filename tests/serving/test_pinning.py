@@ -1,7 +1,7 @@
 """What a service is to serve is found before anything starts."""
 
 import pytest
-from gguf_files import CONFIGS, random_network, write_gguf
+from helpers.gguf_files import CONFIGS, random_network, write_gguf
 
 from dlm_ray.config.errors import UserError
 from dlm_ray.config.server import Server

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Q
-from gguf_files import CONFIGS, SHAPE, random_network, write_gguf
 from helpers.data import make_data, make_documents
+from helpers.gguf_files import CONFIGS, SHAPE, random_network, write_gguf
 from helpers.recipes import tiny_recipe
 
 from dlm_ray.checkpoint import commit, listing

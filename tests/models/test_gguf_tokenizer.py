@@ -1,7 +1,7 @@
 """The tokenizer of a GGUF file: the ids of the tokenizer that the file was converted from, whatever it is asked."""
 
 import pytest
-from gguf_files import SHAPE, SPECIAL, TEMPLATE, random_network, train_bpe, write_gguf
+from helpers.gguf_files import SHAPE, SPECIAL, TEMPLATE, random_network, train_bpe, write_gguf
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Tokenizer, LlamaConfig, PreTrainedTokenizerFast, Qwen2Tokenizer
 from transformers.convert_slow_tokenizer import TikTokenConverter

@@ -1,10 +1,10 @@
 """Tiny tokenizers of the kinds that there are, trained on the spot: each has a start, an end and a padding token of its own but the first."""
 
-from helpers.data import make_documents
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from dlm_ray.data.tokenizer import train_tokenizer
+from helpers.data import make_documents
 
 DOCUMENTS = [
     *make_documents(40),
