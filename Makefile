@@ -1,13 +1,13 @@
-# Everything that a checkout needs; `make setup` makes .venv, and the other targets make it first.
+# `make setup` creates .venv; every other target creates it first if it is missing.
 PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: setup quickstart test check lint clean
+.PHONY: setup quickstart test check lint docs clean
 
 setup: .venv/installed
 
-# torch first and by its own version: asked for by a range, an index may answer with gigabytes for another device.
+# torch first, at the pinned version: for a version range, an index may offer a build of several gigabytes for another device.
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints.txt)
@@ -20,7 +20,7 @@ quickstart: setup
 test: setup
 	$(BIN)/python -m pytest $(ARGS)
 
-# Also what takes minutes.
+# The slow tests, too: minutes each.
 check: setup
 	$(BIN)/python -m pytest -m '' $(ARGS)
 
@@ -28,7 +28,11 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/codespell dlm_ray evaluation tests configs cluster README.md Makefile pyproject.toml
+	$(BIN)/codespell dlm_ray evaluation tests configs cluster .ci *.md Makefile pyproject.toml constraints.txt
+
+# The API reference, from the docstrings: build/docs/index.html.
+docs: setup
+	$(BIN)/python .ci/docs.py
 
 clean:
 	rm -rf .venv build dist *.egg-info

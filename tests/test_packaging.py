@@ -1,7 +1,11 @@
-"""The wheel holds everything that runs, and nothing beside the package."""
+"""The wheel holds everything that runs and nothing else, and its declared dependencies are the packages that are imported."""
 
+import ast
+import importlib.metadata
+import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -9,6 +13,74 @@ import dlm_ray.configs
 import dlm_ray.evaluation
 
 ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+DISTRIBUTIONS = importlib.metadata.packages_distributions()
+COMMAND_LINE_TOOLS = {"ruff", "mypy", "types-pyyaml", "codespell", "pre-commit"}
+
+
+def normalized(requirement):
+    """The name in a requirement, as package indexes compare names."""
+    return re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", requirement)[0]).lower()
+
+
+def imported_distributions(*folders, top_level_only=False):
+    """Third-party distributions that the Python files below `folders` import; with `top_level_only` at module level."""
+    names = set()
+    for path in (path for folder in folders for path in (ROOT / folder).rglob("*.py")):
+        tree = ast.parse(path.read_text())
+        for node in tree.body if top_level_only else ast.walk(tree):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                names.add(node.module.partition(".")[0])
+    local = {"dlm_ray", "conftest", "helpers", *(path.stem for path in ROOT.glob("tests/**/test_*.py"))}
+    names -= sys.stdlib_module_names | local
+    return {normalized(DISTRIBUTIONS.get(name, [name])[0]) for name in names}
+
+
+CORE = {normalized(requirement) for requirement in PROJECT["dependencies"]}
+EXTRAS = {
+    extra: {normalized(requirement) for requirement in requirements} - {"dlm-ray"}
+    for extra, requirements in PROJECT["optional-dependencies"].items()
+}
+
+
+def test_every_imported_package_is_a_declared_dependency():
+    optional = set().union(*(packages for extra, packages in EXTRAS.items() if extra != "dev"))
+    assert imported_distributions("dlm_ray", "evaluation") <= CORE | optional
+    assert imported_distributions("dlm_ray", "evaluation", top_level_only=True) <= CORE
+    assert imported_distributions("tests", ".ci") <= CORE | optional | EXTRAS["dev"]
+
+
+def test_every_declared_dependency_is_imported():
+    package, development = imported_distributions("dlm_ray", "evaluation"), imported_distributions("tests", ".ci")
+    for extra, packages in {"core": CORE, **EXTRAS}.items():
+        used = development | COMMAND_LINE_TOOLS if extra == "dev" else package
+        assert packages <= used, f"{extra}: nothing imports {packages - used}"
+
+
+def test_ray_is_bounded_by_its_minor_version_while_a_private_module_is_imported():
+    private = [path for path in (ROOT / "dlm_ray").rglob("*.py") if "_internal" in path.read_text()]
+    [requirement] = [one for one in PROJECT["dependencies"] if normalized(one) == "ray"]
+    assert bool(private) == ("<2.61" in requirement)
+
+
+def test_every_tested_version_satisfies_the_declared_dependencies():
+    pinned = dict(
+        line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")
+    )
+    pins = {normalized(name): version for name, version in pinned.items()}
+    requirements = [
+        *PROJECT["dependencies"],
+        *(one for many in PROJECT["optional-dependencies"].values() for one in many),
+    ]
+    for requirement in requirements:
+        for version in re.findall(r">=([\d.]+)", requirement):
+            pin = pins.get(normalized(requirement))
+            assert pin is None or tuple(map(int, pin.split(".")[:2])) >= tuple(map(int, version.split(".")[:2])), (
+                requirement
+            )
+    assert CORE - {"flash-attn"} <= pins.keys(), CORE - pins.keys()
 
 
 def test_the_wheel_carries_evaluation_configs_and_cluster_inside_the_package(tmp_path):

@@ -35,7 +35,7 @@ def doctor(as_json: Json = False) -> None:
     import torch
 
     found: dict[str, Any] = {"python": platform.python_version(), "cores": os.cpu_count()}
-    for package in ("torch", "ray", "transformers", "tensorstore", "gguf", "flash-attn", "liger-kernel"):
+    for package in ("torch", "ray", "transformers", "tensorstore", "gguf", "flash-attn"):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+from dlm_ray.config.errors import UserError
 from dlm_ray.config.recipe import Recipe
 
 
@@ -27,8 +29,7 @@ class MetricsLog:
         self._file = self.path.open("a")
         self._wandb = None
         if recipe.tracking.wandb != "disabled":
-            import wandb
-
+            wandb = _import_wandb(recipe.tracking.wandb)
             self._wandb = wandb.init(
                 project=recipe.tracking.project,
                 group=recipe.tracking.group,
@@ -58,6 +59,22 @@ class MetricsLog:
         self._file.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def _import_wandb(mode: str) -> ModuleType:
+    """Return the `wandb` module, which is an optional dependency.
+
+    Raises:
+        UserError: if it is not installed.
+    """
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError(
+            f"tracking.wandb={mode} needs the package wandb, which is not installed; run `pip install wandb`, or set "
+            "tracking.wandb=disabled"
+        ) from error
+    return wandb
 
 
 def flops_per_token(

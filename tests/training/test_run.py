@@ -2,6 +2,7 @@
 
 import random
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -221,3 +222,9 @@ def test_a_run_on_shards_in_s3_is_the_run_on_the_disk(s3, data_folder, tmp_path)
 def test_wandb_offline_writes_its_file(data_folder, tmp_path):
     loop.fit(tiny_recipe(data_folder, tracking__wandb="offline", training__steps=2), tmp_path / "run")
     assert list((tmp_path / "run").rglob("*.wandb"))
+
+
+def test_a_missing_wandb_is_an_error_that_says_what_to_install(data_folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="tracking.wandb=offline needs the package wandb.*pip install wandb"):
+        loop.fit(tiny_recipe(data_folder, tracking__wandb="offline", training__steps=2), tmp_path / "run")
