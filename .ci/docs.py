@@ -36,7 +36,7 @@ def main() -> None:
     dlm_ray.__all__ = [*dlm_ray.__all__, *sorted({name.split(".")[1] for name in names if "." in name})]
     shutil.rmtree(OUT, ignore_errors=True)
     pdoc.render.configure(docformat="google", show_source=True)
-    # pdoc finds some modules by itself, too, and leaves as text the annotations of constructors that a dataclass inherits.
+    # pdoc finds some modules twice, and cannot resolve the annotations of a constructor that a dataclass inherits.
     warnings.filterwarnings("ignore", message="The module specification|Error parsing type annotation")
     pdoc.pdoc(*names, output_directory=OUT)
     sys.stdout.write(f"{len(names)} modules: {OUT / 'index.html'}\n")

@@ -1,4 +1,4 @@
-"""The wheel holds everything that runs and nothing else, and its declared dependencies are the packages that are imported."""
+"""The wheel holds everything that runs and nothing else; its declared dependencies are the imported packages."""
 
 import ast
 import importlib.metadata
@@ -33,7 +33,7 @@ def imported_distributions(*folders, top_level_only=False):
                 names |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
                 names.add(node.module.partition(".")[0])
-    local = {"dlm_ray", "conftest", "helpers", *(path.stem for path in ROOT.glob("tests/**/test_*.py"))}
+    local = {"dlm_ray", "helpers", *(path.stem for path in ROOT.glob("tests/**/*.py"))}
     names -= sys.stdlib_module_names | local
     return {normalized(DISTRIBUTIONS.get(name, [name])[0]) for name in names}
 
