@@ -1,84 +1,84 @@
 "use strict";
-// The page asks /v1/models what can be chosen, streams one completion with its canvas, and draws every position as it comes.
-const at = (id) => document.getElementById(id);
+// Read the models and their capabilities from /v1/models, stream one completion with its canvas, and draw each position.
+const element = (id) => document.getElementById(id);
 let models = [];
 let model = null;
 let running = null;
 
-const headers = () => (at("key").value ? { authorization: `Bearer ${at("key").value}` } : {});
+const headers = () => (element("key").value ? { authorization: `Bearer ${element("key").value}` } : {});
 
-function say(message, isError = false) {
-  at("status").textContent = message;
-  at("status").className = isError ? "error" : "";
+function setStatus(message, isError = false) {
+  element("status").textContent = message;
+  element("status").className = isError ? "error" : "";
 }
 
-async function findModels() {
-  const answer = await fetch("v1/models", { headers: headers() });
-  const body = await answer.json();
-  if (!answer.ok) {
-    at("model").textContent = body.error.message;
+async function loadModels() {
+  const response = await fetch("v1/models", { headers: headers() });
+  const body = await response.json();
+  if (!response.ok) {
+    element("model").textContent = body.error.message;
     return;
   }
   models = body.data;
-  at("which").replaceChildren(...models.map((one) => new Option(one.id)));
-  at("which-label").hidden = models.length < 2;
-  at("key-label").hidden = true;
-  choose();
+  element("which").replaceChildren(...models.map((entry) => new Option(entry.id)));
+  element("which-label").hidden = models.length < 2;
+  element("key-label").hidden = true;
+  selectModel();
 }
 
-function choose() {
-  model = models[at("which").selectedIndex];
-  at("model").textContent = `${model.id} · ${model.kind} · context of ${model.context_tokens} tokens`;
-  at("rule").replaceChildren(new Option("as trained", ""), ...model.rules.map((rule) => new Option(rule, rule)));
-  at("block").replaceChildren();
-  if (model.whole_canvas) at("block").add(new Option("whole canvas", ""));
-  model.block_tokens.forEach((size, place) => at("block").add(new Option(`blocks of ${size}`, place || model.whole_canvas ? size : "")));
-  at("infill").hidden = !model.capabilities.infill;
-  at("length").max = model.limits.output_tokens;
-  at("steps").max = model.limits.steps;
+function selectModel() {
+  model = models[element("which").selectedIndex];
+  element("model").textContent = `${model.id} · ${model.kind} · context of ${model.context_tokens} tokens`;
+  element("rule").replaceChildren(new Option("default", ""), ...model.rules.map((rule) => new Option(rule, rule)));
+  element("block").replaceChildren();
+  if (model.whole_canvas) element("block").add(new Option("whole canvas", ""));
+  model.block_tokens.forEach((size, place) => element("block").add(new Option(`blocks of ${size}`, place || model.whole_canvas ? size : "")));
+  element("infill").hidden = !model.capabilities.infill;
+  element("length").max = model.limits.output_tokens;
+  element("steps").max = model.limits.steps;
 }
 
-function asked() {
-  const body = { model: model.id, prompt: at("prompt").value, max_tokens: Number(at("length").value), stream: true };
+function requestBody() {
+  const body = { model: model.id, prompt: element("prompt").value, max_tokens: Number(element("length").value), stream: true };
   body.stream_options = { denoising: true, include_usage: true };
-  if (at("suffix").value && !at("infill").hidden) body.suffix = at("suffix").value;
+  if (element("suffix").value && !element("infill").hidden) body.suffix = element("suffix").value;
   const numbers = { steps: "steps", temperature: "temperature", seed: "seed", block: "block_tokens" };
-  for (const [id, field] of Object.entries(numbers)) if (at(id).value !== "") body[field] = Number(at(id).value);
-  if (at("rule").value) body.rule = at("rule").value;
+  for (const [id, field] of Object.entries(numbers)) if (element(id).value !== "") body[field] = Number(element(id).value);
+  if (element("rule").value) body.rule = element("rule").value;
   return body;
 }
 
 function span(className, text) {
-  const made = document.createElement("span");
-  made.className = className;
-  made.textContent = text;
-  return made;
+  const node = document.createElement("span");
+  node.className = className;
+  node.textContent = text;
+  return node;
 }
 
-function draw(prompt, suffix, confidence, text, canvas) {
-  // What is final in front of the canvas comes as text; its positions keep the colour that they had when they were last seen.
+function drawCanvas(prompt, suffix, confidence, text, canvas) {
+  // Finished blocks before the canvas keep the colour of the last frame that contained them.
   const parts = [span("given", prompt)];
   if (canvas === null) parts.push(span("token", text));
   else {
     const before = confidence.slice(0, canvas.start);
-    parts.push(...before.map(([piece, sure]) => token(piece, sure)));
-    canvas.tokens.forEach(([piece, sure], place) => {
+    parts.push(...before.map(([piece, probability]) => tokenSpan(piece, probability)));
+    canvas.tokens.forEach(([piece, probability], place) => {
       if (piece === null) parts.push(span("mask", ""));
       else {
-        confidence[canvas.start + place] = [piece, sure];
-        parts.push(token(piece, sure));
+        confidence[canvas.start + place] = [piece, probability];
+        parts.push(tokenSpan(piece, probability));
       }
     });
   }
   if (suffix) parts.push(span("given", suffix));
-  at("canvas").replaceChildren(...parts);
+  element("canvas").replaceChildren(...parts);
 }
 
-function token(piece, sure) {
-  const made = span("token", piece);
-  made.style.backgroundColor = `hsl(${10 + 130 * sure} 75% 60% / .35)`;
-  made.title = `${(100 * sure).toFixed(0)} %`;
-  return made;
+function tokenSpan(piece, probability) {
+  const node = span("token", piece);
+  node.style.backgroundColor = `hsl(${10 + 130 * probability} 75% 60% / .35)`;
+  node.title = `${(100 * probability).toFixed(0)} %`;
+  return node;
 }
 
 async function* events(stream) {
@@ -97,60 +97,60 @@ async function* events(stream) {
 async function denoise() {
   if (running || !model) return;
   running = new AbortController();
-  at("go").disabled = true;
-  at("stop").disabled = false;
-  say("denoising …");
-  const body = asked();
+  element("go").disabled = true;
+  element("stop").disabled = false;
+  setStatus("denoising …");
+  const body = requestBody();
   const [prompt, suffix, confidence] = [body.prompt, body.suffix || "", []];
   let [text, last, frames] = ["", null, 0];
   try {
-    const answer = await fetch("v1/completions", {
+    const response = await fetch("v1/completions", {
       method: "POST", signal: running.signal, body: JSON.stringify(body), headers: { "content-type": "application/json", ...headers() },
     });
-    if (!answer.ok) throw new Error((await answer.json()).error.message);
-    for await (const chunk of events(answer.body)) {
+    if (!response.ok) throw new Error((await response.json()).error.message);
+    for await (const chunk of events(response.body)) {
       if (chunk.error) throw new Error(chunk.error.message);
       for (const choice of chunk.choices) text += choice.text;
       if (chunk.dlm_ray && chunk.dlm_ray.canvas) {
         last = chunk.dlm_ray.canvas;
         frames += 1;
-        draw(prompt, suffix, confidence, text, last);
+        drawCanvas(prompt, suffix, confidence, text, last);
       }
       if (chunk.usage) {
         const calls = chunk.usage.network_calls;
-        say(`${chunk.usage.completion_tokens} tokens in ${calls.denoising + calls.cache} network calls, seed ${chunk.dlm_ray.seed}`);
+        setStatus(`${chunk.usage.completion_tokens} tokens in ${calls.denoising + calls.cache} network calls, seed ${chunk.dlm_ray.seed}`);
       }
     }
-    settle(prompt, suffix, confidence, text);
-    at("canvas").dataset.done = String(frames);
+    drawFinal(prompt, suffix, confidence, text);
+    element("canvas").dataset.done = String(frames);
   } catch (error) {
-    say(error.name === "AbortError" ? "stopped" : error.message, error.name !== "AbortError");
+    setStatus(error.name === "AbortError" ? "stopped" : error.message, error.name !== "AbortError");
   } finally {
     running = null;
-    at("go").disabled = false;
-    at("stop").disabled = true;
+    element("go").disabled = false;
+    element("stop").disabled = true;
   }
 }
 
-function settle(prompt, suffix, confidence, text) {
-  // The final text, coloured as far as the positions that were seen spell it.
+function drawFinal(prompt, suffix, confidence, text) {
+  // Draw the final text; colour it as far as the tokens of the frames spell it.
   const parts = [];
   let rest = text;
-  for (const [piece, sure] of confidence.filter(Boolean)) {
+  for (const [piece, probability] of confidence.filter(Boolean)) {
     if (!rest.startsWith(piece)) break;
-    parts.push(token(piece, sure));
+    parts.push(tokenSpan(piece, probability));
     rest = rest.slice(piece.length);
   }
   const tail = suffix ? [span("given", suffix)] : [];
-  at("canvas").replaceChildren(span("given", prompt), ...parts, span("token", rest), ...tail);
+  element("canvas").replaceChildren(span("given", prompt), ...parts, span("token", rest), ...tail);
 }
 
-at("form").addEventListener("submit", (event) => { event.preventDefault(); denoise(); });
-at("stop").addEventListener("click", () => running && running.abort());
-at("key").addEventListener("change", findModels);
-at("which").addEventListener("change", choose);
+element("form").addEventListener("submit", (event) => { event.preventDefault(); denoise(); });
+element("stop").addEventListener("click", () => running && running.abort());
+element("key").addEventListener("change", loadModels);
+element("which").addEventListener("change", selectModel);
 document.addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) denoise();
   if (event.key === "Escape" && running) running.abort();
 });
-findModels();
+loadModels();
