@@ -121,7 +121,7 @@ def test_the_readmes_tokenizer_of_text8_has_a_token_a_character(tmp_path, monkey
     text = " anarchism originated as a term of abuse" * 1000
     with zipfile.ZipFile("data/text8.zip", "w") as archive:
         archive.writestr("text8", text)
-    [code] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[0]
     exec(compile(code, "configs/recipes/README.md", "exec"), {})
 
     tokenizer = load_tokenizer("data/text8-tokenizer")
