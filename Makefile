@@ -3,7 +3,7 @@ PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: setup quickstart test check lint docs clean
+.PHONY: setup quickstart test test-fast check lint docs clean
 
 setup: .venv/installed
 
@@ -19,6 +19,10 @@ quickstart: setup
 
 test: setup
 	$(BIN)/python -m pytest $(ARGS)
+
+# The edit loop: the tests that start no Ray cluster.
+test-fast: setup
+	$(BIN)/python -m pytest -m 'not ray and not slow and not faults' $(ARGS)
 
 # The slow tests, too: minutes each.
 check: setup
