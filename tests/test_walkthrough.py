@@ -1,4 +1,4 @@
-"""README's "Follow one batch", taken in this process: from a recipe to text, one stop after the other."""
+""""Follow one batch" of dlm_ray/README.md, taken in this process: from a recipe to text, one stop after the other."""
 
 import numpy as np
 import torch
