@@ -1,4 +1,4 @@
-""""Follow one batch" of dlm_ray/README.md, taken in this process: from a recipe to text, one stop after the other."""
+"""The walk "Follow one batch" of dlm_ray/README.md in this process: from a recipe to text, one stop after another."""
 
 import numpy as np
 import torch
