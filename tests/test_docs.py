@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import typer
 import yaml
-from conftest import make_data
+from helpers.data import make_data
 
 from dlm_ray.cli.main import app
 from dlm_ray.config.load import all_keys, read_tree, set_key, shipped, validate
