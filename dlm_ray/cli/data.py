@@ -21,8 +21,11 @@ def data_build(
     out: Annotated[str, typer.Option(help="A local folder, s3:// or gs://.")],
     sequence_length: Annotated[int, typer.Option(help="Tokens of a row: the context length L.")] = 1024,
     tokenizer: Annotated[str | None, typer.Option(help="A Hugging Face folder, a hub name or a GGUF file.")] = None,
-    train_tokenizer: Annotated[
-        int | None, typer.Option(help="Or: train a byte-level BPE of so many tokens on the sources.", metavar="VOCAB")
+    train_tokenizer_vocab: Annotated[
+        int | None,
+        typer.Option(
+            "--train-tokenizer", help="Or: train a byte-level BPE of VOCAB tokens on the sources.", metavar="VOCAB"
+        ),
     ] = None,
     held_out: Annotated[
         float, typer.Option(help="Share of the documents, by hash, that is kept for evaluation.")
@@ -38,7 +41,7 @@ def data_build(
             sources,
             out,
             tokenizer=tokenizer,
-            train_tokenizer_vocab=train_tokenizer,
+            train_tokenizer_vocab=train_tokenizer_vocab,
             sequence_length=sequence_length,
             held_out=held_out,
             text_field=text_field,

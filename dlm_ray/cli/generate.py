@@ -17,8 +17,8 @@ def sample(
     prompt: Annotated[str, typer.Option(help="Text to continue.")] = "",
     prefix: Annotated[str | None, typer.Option(help="With --suffix: text before what is to be written.")] = None,
     suffix: Annotated[str | None, typer.Option(help="With --prefix: text behind it.")] = None,
-    length: Annotated[
-        int | None, typer.Option(help="Tokens to write; a whole row without it (needed for infilling).")
+    length_tokens: Annotated[
+        int | None, typer.Option("--length", help="Tokens to write; a whole row without it (needed for infilling).")
     ] = None,
     num_samples: Annotated[int, typer.Option(help="Texts to write.")] = 1,
     steps: Annotated[
@@ -72,7 +72,7 @@ def sample(
         raise UserError("--prefix and --suffix go together; for one side alone use --prompt")
     if prefix is not None and prompt:
         raise UserError("--prompt does not go with --prefix and --suffix; put it into the prefix")
-    if prefix is not None and length is None:
+    if prefix is not None and length_tokens is None:
         raise UserError("--length is missing: infilling needs the number of tokens between --prefix and --suffix")
     forced: dict[int, str] = {}
     for one in force or []:
@@ -106,9 +106,9 @@ def sample(
     with warnings_said(), bar("denoising") as update:
         options["on_step"] = lambda step, steps, canvas: update(step, steps)
         if prefix is not None:
-            written = model.infill(prefix, suffix or "", length_tokens=length or 0, **options)
+            written = model.infill(prefix, suffix or "", length_tokens=length_tokens or 0, **options)
         else:
-            written = model.sample(prompt, length_tokens=length, **options)
+            written = model.sample(prompt, length_tokens=length_tokens, **options)
     texts = [f"{prefix if prefix is not None else prompt}{text}{suffix or ''}" for text in written]
     fields = {
         "written": written,
@@ -124,7 +124,9 @@ def evaluate(
     data: Annotated[str, typer.Option(help="A folder that `data build` wrote with the checkpoint's tokenizer.")],
     split: Annotated[str, typer.Option(help="Of the folder.")] = "held_out",
     max_sequences: Annotated[int | None, typer.Option(help="So many rows, evenly spaced.")] = None,
-    draws: Annotated[int, typer.Option(help="Draws of (t, mask) a row; an autoregressive model needs one.")] = 16,
+    draws_per_sequence: Annotated[
+        int, typer.Option("--draws", help="Draws of (t, mask) a row; an autoregressive model needs one.")
+    ] = 16,
     weights: Weights = None,
     as_json: Json = False,
 ) -> None:
@@ -134,6 +136,6 @@ def evaluate(
     model = load(checkpoint, weights)
     with warnings_said(), bar("rows x draws") as update:
         scored = model.score(
-            data, split=split, max_sequences=max_sequences, draws_per_sequence=draws, progress=update
+            data, split=split, max_sequences=max_sequences, draws_per_sequence=draws_per_sequence, progress=update
         ).as_dict()
     show_result(scored, as_json, lambda: print_bits(scored))

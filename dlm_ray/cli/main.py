@@ -1,7 +1,8 @@
-"""The command line `dlm-ray`: every verb, and the exit codes.
+"""The command line `dlm-ray`: its commands, how errors are printed, and the exit codes.
 
-Exit code 0 means success, 2 a mistake in what was typed, 75 a run that was asked to stop, 1 any other failure.
-Verbs import torch and Ray only when they run, so that `dlm-ray --help` answers at once.
+Exit codes: 0 success, 2 a mistake in what the user typed, 75 a run that was asked to stop, 130 Ctrl-C, 1 any other
+failure.
+Commands import torch and Ray only when they run, which keeps `dlm-ray --help` fast.
 """
 
 from __future__ import annotations
@@ -22,10 +23,19 @@ from dlm_ray.cli.sweep import sweep_app
 from dlm_ray.cli.train import quickstart, train
 from dlm_ray.config.errors import DamageError, Stopped, UserError
 
-# The parser's own complaint, whichever copy of click typer brings.
-_Usage: Any = typer.BadParameter.__mro__[1]
+
+class _RootGroup(typer.core.TyperGroup):
+    """The group of all commands. After Ctrl-C it exits with 130, as shells expect."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise typer.Exit(130) from error
+
 
 app = typer.Typer(
+    cls=_RootGroup,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -48,43 +58,42 @@ app.command()(doctor)
 
 @app.callback()
 def _options(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False) -> None:
-    """Options before the verb; `main` reads --debug itself."""
+    """Declare the options that stand before the command; `main` reads --debug itself, at any position."""
 
 
 def main() -> None:
-    """The console script."""
-    arguments = sys.argv[1:]
-    debug = "--debug" in arguments
+    """Run the command line; the console script calls this."""
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    debug = len(arguments) < len(sys.argv) - 1
     try:
-        outcome = app([argument for argument in arguments if argument != "--debug"], standalone_mode=False)
-        sys.exit(outcome if isinstance(outcome, int) else 0)
-    except typer.Exit as error:
-        sys.exit(error.exit_code)
-    except _Usage as error:
-        error.show()
-        sys.exit(2)
-    except (KeyboardInterrupt, typer.Abort):
-        sys.exit(130)
-    except Exception as error:  # the last place where anything can be said
+        app(arguments)  # prints usage errors and exits by itself
+    except Exception as error:
         if debug:
             raise
         sys.exit(_fail(error))
 
 
 def _fail(error: Exception) -> int:
-    """Prints what a person needs of an error; its exit code."""
+    """Print an error for the user and return the exit code."""
     if isinstance(error, Stopped):
-        console.print(f"[yellow]stopped:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
-        return 75
-    if isinstance(error, DamageError):
-        console.print(f"[red]damaged:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
-        return 1
-    if isinstance(error, UserError):
-        console.print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
-        return 2
-    console.print(
-        f"[red]failed:[/] {escape(f'{type(error).__name__}: {error}')}\nRun again as `dlm-ray --debug ...` for the traceback.",
-        soft_wrap=True,
-        highlight=False,
-    )
-    return 1
+        label, message, code = "[yellow]stopped:[/]", str(error), 75
+    elif isinstance(error, DamageError):
+        label, message, code = "[red]damaged:[/]", error.worded(_flags()), 1
+    elif isinstance(error, UserError):
+        label, message, code = "[red]error:[/]", error.worded(_flags()), 2
+    else:
+        hint = "Run again as `dlm-ray --debug ...` for the traceback."
+        label, message, code = "[red]failed:[/]", f"{type(error).__name__}: {error}\n{hint}", 1
+    console.print(f"{label} {escape(message)}", soft_wrap=True, highlight=False)
+    return code
+
+
+def _flags() -> dict[str, str]:
+    """Map the parameters of all commands, named like those of the Python functions, to their flags."""
+    flags: dict[str, str] = {}
+    commands = [typer.main.get_command(app)]
+    while commands:
+        command: Any = commands.pop()
+        commands += getattr(command, "commands", {}).values()
+        flags |= {parameter.name: parameter.opts[0] for parameter in command.params if parameter.opts[0][:2] == "--"}
+    return flags
