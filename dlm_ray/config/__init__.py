@@ -1,4 +1,4 @@
-"""Frozen configuration trees: what a recipe may say, and the errors that people are told."""
+"""Immutable configuration trees (recipes, sweeps, services) and the errors that users see."""
 
 from dlm_ray.config.errors import DamageError, UserError
 from dlm_ray.config.recipe import Recipe

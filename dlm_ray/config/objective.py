@@ -65,7 +65,8 @@ class Schedule(ConfigNode):
     exponent: Annotated[float, Field(gt=0.0)] | None = None
     """Of `polynomial`: alpha(t) = 1 - t ** exponent."""
     epsilon_0: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.0
-    """alpha(0) = 1 - epsilon_0 (MD4's code: 1e-4). Reported bounds do not depend on it: they are over the full range."""
+    """alpha(0) = 1 - epsilon_0 (MD4's code: 1e-4). Reported bounds do not depend on it: they are over the full
+    range."""
     epsilon_1: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.0
     """alpha(1) = epsilon_1 (MD4's code: 1e-4; SEDD: 1e-3)."""
 
@@ -76,9 +77,11 @@ class Clip(ConfigNode):
     beta: float
     omega: float
     weight: Literal["unbiased", "paper"] = "unbiased"
-    """`unbiased`: the ELBO's integral over the interval; `paper`: BD3-LM's code, without the constant omega - beta, flat if beta > 0.5."""
+    """`unbiased`: the ELBO's integral over the interval; `paper`: BD3-LM's code, without the constant omega - beta,
+    flat if beta > 0.5."""
     enforce: Literal["none", "counts"] = "none"
-    """`counts`: the masked share of every block is within [beta, omega], too, as in BD3-LM's code; drawn at once, without its rejection loop."""
+    """`counts`: the masked share of every block is within [beta, omega], too, as in BD3-LM's code; drawn at once,
+    without its rejection loop."""
 
     def fits(self, block_tokens: int) -> bool:
         """Whether a whole number of masked tokens of a block of so many lies within the interval."""
@@ -99,13 +102,14 @@ class Objective(ConfigNode):
     """What is minimised."""
 
     name: str = "masked"
-    """`autoregressive`, `masked` (MD4, MDLM, DiffuLLaMA), `block` (BD3-LM), `genmd4`, `sedd`, `d3pm`, `tauldr`, `ssd_lm`, or `package.module:Class` for one of
-    your own, which is trained and validated; its checkpoints are not sampled, scored, exported or served yet."""
+    """`autoregressive`, `masked` (MD4, MDLM, DiffuLLaMA), `block` (BD3-LM), `genmd4`, `sedd`, `d3pm`, `tauldr`,
+    `ssd_lm`, or `package.module:Class`."""
     schedule: Schedule = Schedule()
     num_timesteps: Positive | None = None
     """T of discrete time; continuous if absent. `d3pm`: 1000 if absent. Reported bounds are in continuous time."""
     times: Literal["stratified", "antithetic", "independent", "paper"] = "stratified"
-    """How the t of a global batch hang together: `paper` is the order of BD3-LM's code, which is biased by the place in the batch."""
+    """How the t of a global batch hang together: `paper` is the order of BD3-LM's code, which is biased by the place in
+    the batch."""
     mask_sampler: Literal["bernoulli", "count"] = "bernoulli"
     """`count`: k uniform in 1..N, a uniform subset of k of N tokens, weight N/k: unbiased, and never nothing masked."""
     draws_per_sequence: Positive = 1
@@ -205,7 +209,8 @@ class Sampling(ConfigNode):
     rule: str | None = None
     """One that belongs to the objective; its usual one if absent."""
     steps: Positive | None = None
-    """T; of block and ssd_lm a block's. 64 or the length, whichever is less, if absent; of block as many as a block has tokens."""
+    """T; of block and ssd_lm a block's. 64 or the length, whichever is less, if absent; of block as many as a block has
+    tokens."""
     grid: Literal["uniform", "cosine"] = "uniform"
     temperature: Annotated[float, Field(ge=0.0)] = 1.0
     top_p: Annotated[Fraction, Field(gt=0.0)] = 1.0
@@ -214,9 +219,11 @@ class Sampling(ConfigNode):
     factor: Annotated[float, Field(gt=0.0)] = 1.0
     """Of rule `factor`: f in (n + 1)(1 - p) < f; 1 is what Fast-dLLM's theorem 1 covers."""
     entropy_bound: Annotated[float, Field(ge=0.0)] = 0.1
-    """Of rule `entropy_bounded`: gamma in nats (EB-Sampler, arXiv 2505.24857; 0.1 is what DiffusionGemma is served with)."""
+    """Of rule `entropy_bounded`: gamma in nats (EB-Sampler, arXiv 2505.24857; 0.1 is what DiffusionGemma is served
+    with)."""
     remask: Fraction = 0.0
-    """Of rule `ancestral`: eta, the highest probability of masking a written token again in a step (ReMDM-cap, arXiv 2503.00307)."""
+    """Of rule `ancestral`: eta, the highest probability of masking a written token again in a step (ReMDM-cap, arXiv
+    2503.00307)."""
 
     def contradictions(self, objective: str) -> list[str]:
         """A rule that does not belong to the objective."""

@@ -1,4 +1,4 @@
-"""What every configuration tree is made of: a strict immutable node, and the number types."""
+"""The base class of all configuration trees, and their number types."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class ConfigNode(BaseModel):
-    """A node of a configuration tree: immutable; an unknown key is an error, and so is a number that is infinite, none, or `true`."""
+    """A node of a configuration tree: immutable; refuses unknown keys, and infinity, NaN or `true` for numbers."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_switch_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """YAML reads `yes` and `on` as true, which would be the number 1."""
+    def _refuse_booleans_for_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse `yes` and `on`, which YAML reads as true and pydantic would take as the number 1."""
         if isinstance(value, bool):
             annotation = cls.model_fields[str(info.field_name)].annotation
             if not {bool, Any} & {annotation, *get_args(annotation)} and {int, float} & set(_leaves(annotation)):
-                raise PydanticCustomError("number_expected", "Input should be a number, and this is a switch")
+                raise PydanticCustomError("number_expected", "Input should be a number, not true or false")
         return value
 
 
 def _leaves(annotation: Any) -> tuple[Any, ...]:
-    """The plain types in an annotation such as `Annotated[int, ...] | Elastic`."""
-    found = get_args(annotation)
-    return tuple(leaf for part in found for leaf in _leaves(part)) if found else (annotation,)
+    """Return the plain types in an annotation such as `Annotated[int, ...] | Elastic`."""
+    arguments = get_args(annotation)
+    return tuple(leaf for part in arguments for leaf in _leaves(part)) if arguments else (annotation,)

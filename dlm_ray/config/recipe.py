@@ -1,228 +1,324 @@
-"""The recipe: everything that one training run depends on, as a frozen tree that is checked before anything starts."""
+"""The recipe: everything that a training run depends on, as an immutable tree that is checked first."""
 
 from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
-from dlm_ray.config.objective import Clip, Objective, Sampling
+from dlm_ray.config import recipe_checks
+from dlm_ray.config.objective import Objective, Sampling
 from dlm_ray.config.parts import ConfigNode, Fraction, NonNegative, Positive
 
 FAMILIES = ("gpt2", "llama", "qwen2", "qwen3", "mistral")
+Share = Annotated[float, Field(gt=0.0, le=1.0)]
 
 
 class Architecture(ConfigNode):
-    """A network from scratch, in the terms of its Hugging Face family."""
+    """A network that is trained from scratch, described in the terms of its Hugging Face family."""
 
     family: Literal["gpt2", "llama", "qwen2", "qwen3", "mistral"] = "llama"
+    """Hugging Face architecture that the network uses."""
     width: Positive
-    """Hidden size D."""
+    """Hidden size D; a multiple of `num_heads`."""
     num_layers: Positive
+    """Number of transformer blocks."""
     num_heads: Positive
+    """Attention heads per layer; each has `width / num_heads` dimensions."""
     num_key_value_heads: Positive | None = None
-    """Heads of keys and values (grouped-query attention); as many as `num_heads` if absent. Not for gpt2."""
+    """Key/value heads (grouped-query attention); divides `num_heads`, which is the default. Not for gpt2."""
     intermediate: Positive | None = None
-    """Width of the feed-forward layer; the family's usual ratio if absent."""
+    """Width of the feed-forward layer; by default the family's usual multiple of `width`."""
     max_positions: Positive = 2048
+    """Longest sequence in tokens; at least the `sequence_length` of the data."""
     tie_embeddings: bool = False
+    """Use the embedding matrix as the output head."""
     zero_head: bool = False
-    """The head begins with zeros, so that the first loss is ln V a token (MD4, SEDD, BD3-LM)."""
+    """Initialize the output head with zeros, so that the first loss is ln V per token (MD4, SEDD, BD3-LM)."""
 
 
 class Model(ConfigNode):
-    """Where the network comes from: exactly one of `base` and `architecture`."""
+    """The network: exactly one of `base` (start from its weights) and `architecture` (start from scratch)."""
 
     base: str | None = None
-    """A checkpoint of ours, a Hugging Face folder, a hub name, or a GGUF file; its weights are the starting point."""
+    """Model to start from: run directory or step directory of dlm_ray, Hugging Face folder, hub name or GGUF file."""
     architecture: Architecture | None = None
+    """Network to train from scratch."""
     mask_token: Literal["new"] | NonNegative = "new"
-    """`new` appends an embedding row; a number reuses that token id (for imported checkpoints)."""
+    """`new` appends an embedding row for the mask token; a number reuses that token id (for imported checkpoints)."""
     attention: Literal["auto", "sdpa", "flex", "flash"] = "auto"
-    """`auto`: flash or fused SDPA where the visibility allows it, FlexAttention on CUDA otherwise, dense SDPA on CPU."""
+    """Attention kernel. `auto` takes flash or fused SDPA where the attention mask allows it, else FlexAttention on CUDA
+    and dense SDPA on CPU."""
     activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about one more forward pass per step."""
     compile: bool = False
+    """Compile the network with torch.compile."""
+
+    @model_validator(mode="after")
+    def _has_one_origin(self) -> Model:
+        if self.base is not None and self.architecture is not None:
+            raise ValueError(
+                "exactly one of model.base and model.architecture is needed, both are set; remove either, such as with "
+                "model.base=null"
+            )
+        if self.base is None and self.architecture is None:
+            raise ValueError(
+                "model.base is missing and model.architecture, too; set model.base to the model to start from (a run "
+                "directory, a Hugging Face folder, a GGUF file or a hub name, such as model.base=gpt2), or "
+                "model.architecture"
+            )
+        return self
 
 
 class Source(ConfigNode):
-    """A folder of shards that `dlm-ray data build` wrote, and its share of the rows."""
+    """One folder of training data and its share of the sequences."""
 
     path: str
+    """Folder of shards that `dlm-ray data build` wrote; local, s3:// or gs://."""
     weight: Annotated[float, Field(gt=0.0)] = 1.0
+    """Relative share of this source in the training sequences."""
 
 
 class Data(ConfigNode):
-    """The rows that the run is trained on."""
+    """The sequences that the run is trained on."""
 
     sources: Annotated[tuple[Source, ...], Field(min_length=1)]
+    """Folders of training data, mixed by weight; all built with the same tokenizer and sequence length."""
     window_shards: Positive = 8
-    """Rows are permuted within a window of so many shards: larger mixes better and reads less sequentially."""
+    """Sequences are shuffled within a window of this many shards: more mixes better and reads less sequentially."""
     document_mask: bool = True
-    """Packed documents do not see each other."""
+    """Keep tokens from attending to other documents of their packed sequence."""
     on_bad_sample: Literal["fail", "skip"] = "fail"
-    """A row of a missing or damaged shard ends the run, or is replaced by a row of padding; checkpoints list what was skipped."""
+    """What a sequence of a missing or damaged shard does: `fail` ends the run; `skip` trains on padding in its place,
+    and checkpoints list what was skipped."""
 
 
 class Annealing(ConfigNode):
-    """How causal attention becomes bidirectional: the visible share above the diagonal grows linearly from 0 to 1."""
+    """How causal attention becomes bidirectional: the visible share of the future grows linearly from 0 to 1."""
 
     pattern: Literal["bernoulli", "window", "none"] = "none"
-    """`bernoulli`: each pair alone (DiffuLLaMA); `window`: the nearest future first; `none`: bidirectional at once."""
+    """`bernoulli` reveals each pair of positions independently (DiffuLLaMA); `window` reveals the nearest future first;
+    `none` is bidirectional from the first step."""
     steps: NonNegative = 0
+    """Length of the annealing in optimizer steps. Set this or `share`."""
+    share: Share | None = None
+    """Length of the annealing as a share of training.steps, such as 0.3. Set this or `steps`."""
+
+    def num_steps(self, training_steps: int) -> int:
+        """Return the length of the annealing in a run of `training_steps`; at least 1 if it is given as a share."""
+        return self.steps if self.share is None else max(1, steps_of_share(self.share, training_steps))
 
 
 class BlockStage(ConfigNode):
-    """A part of the run at one block size."""
+    """A stage of the run at one block size."""
 
     block_tokens: Positive
+    """Block size in tokens; divides the sequence length."""
     steps: Positive
+    """Length of the stage in optimizer steps."""
 
 
 class ClipSearch(ConfigNode):
-    """BD3-LM's search (arXiv 2503.09573, section 5.2): every so many steps, the clip with the least variance of the blocks' bound is taken.
+    """BD3-LM's clip search (arXiv 2503.09573, section 5.2).
 
-    It is measured at `objective.block_tokens`, so that it begins when the stages of `block_sizes` are over.
+    At regular steps, training switches to the clip interval with the lowest variance of the blocks' bound. The search
+    measures blocks of objective.block_tokens, so it starts after the stages of `block_sizes`.
     """
 
     every_steps: Positive
-    """The paper: about 5000."""
+    """Optimizer steps between two searches; about 5000 in the paper."""
     sequences: Positive = 64
-    """Held-out rows that every candidate is measured on."""
+    """Held-out sequences that every candidate interval is measured on."""
     draws: Positive = 4
-    """Draws of every row."""
+    """Draws of (t, mask) per sequence."""
 
 
 class Curriculum(ConfigNode):
-    """What changes with the step, other than the learning rate."""
+    """What changes during training, other than the learning rate."""
 
     annealing: Annealing = Annealing()
-    """With `block`, of the future within a block."""
+    """How attention becomes bidirectional; with objective.name=block, within each block."""
     block_sizes: tuple[BlockStage, ...] = ()
-    """Of `block`: sizes that come before `objective.block_tokens`, in order (LLaDA2.0: 1, 4, 32, 64, then the row, then down again)."""
+    """Stages at other block sizes before objective.block_tokens, in order (LLaDA2.0: 1, 4, 32, 64, the whole sequence,
+    then down again). Only for objective.name=block."""
     clip_search: ClipSearch | None = None
+    """Periodic search for objective.clip; off by default. Only for objective.name=block."""
 
 
 class Optimizer(ConfigNode):
-    """AdamW and its learning rate."""
+    """AdamW and its learning-rate schedule."""
 
     learning_rate: Annotated[float, Field(gt=0.0)] = 3e-4
+    """Peak learning rate."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.98)
+    """AdamW's decay rates of the first and second moment."""
     epsilon: Annotated[float, Field(gt=0.0)] = 1e-8
+    """AdamW's term against division by zero."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
-    """Of matrices; embeddings, norms and biases are not decayed."""
+    """Weight decay of matrices; embeddings, norms and biases are not decayed."""
     max_grad_norm: Annotated[float, Field(gt=0.0)] = 1.0
+    """Global norm that the gradient is clipped to."""
     warmup_steps: NonNegative = 0
-    lr_schedule: Literal["warmup_stable_decay", "cosine", "constant"] = "cosine"
+    """Optimizer steps of linear warm-up. Set this or `warmup_share`; no warm-up if neither is set."""
+    warmup_share: Fraction | None = None
+    """Warm-up as a share of training.steps, such as 0.1. Set this or `warmup_steps`."""
+    lr_schedule: Literal["cosine", "linear", "warmup_stable_decay", "constant"] = "cosine"
+    """Learning rate after the warm-up: `cosine` and `linear` fall to `min_lr_ratio` at the last step;
+    `warmup_stable_decay` is flat, then falls linearly over `decay_steps` or `decay_share`; `constant` stays flat."""
     decay_steps: NonNegative = 0
-    """Of `warmup_stable_decay`: the last so many steps fall linearly to `min_lr_ratio`."""
+    """Optimizer steps of the final decay of `warmup_stable_decay`. Set this or `decay_share`."""
+    decay_share: Share | None = None
+    """Final decay of `warmup_stable_decay` as a share of training.steps. Set this or `decay_steps`."""
     min_lr_ratio: Fraction = 0.0
-    """The rate at the end, as a share of `learning_rate`."""
+    """Learning rate at the end of the schedule, as a share of `learning_rate`."""
+
+    def num_warmup_steps(self, training_steps: int) -> int:
+        """Return the length of the warm-up in a run of `training_steps`."""
+        return self.warmup_steps if self.warmup_share is None else steps_of_share(self.warmup_share, training_steps)
+
+    def num_decay_steps(self, training_steps: int) -> int:
+        """Return the length of the final linear decay in a run of `training_steps`; 0 for `cosine` and `constant`."""
+        if self.lr_schedule == "linear":
+            return training_steps - self.num_warmup_steps(training_steps)
+        return (
+            self.decay_steps if self.decay_share is None else max(1, steps_of_share(self.decay_share, training_steps))
+        )
 
 
 class Ema(ConfigNode):
-    """The exponential moving average of the weights that evaluation, sampling and export use."""
+    """The exponential moving average of the weights, which validation, sampling and export use."""
 
     decay: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.9999
+    """Decay per optimizer step; step n uses at most (1 + n) / (10 + n), so that short runs average less."""
 
 
 class Training(ConfigNode):
-    """How long, and in what portions."""
+    """Length of the run, batch sizes and precision."""
 
     steps: Positive
+    """Optimizer steps of the run."""
     global_batch_size: Positive
-    """Rows of one optimizer step over all workers; the number of workers never changes it."""
+    """Sequences per optimizer step over all workers; independent of the number of workers."""
     micro_batch_size: Positive
-    """Rows of one forward pass of one worker, all draws of a row counted."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Of activations and gathered weights; the master weights, EMA and gradients' sums are float32."""
+    """Sequences per forward pass of one worker, every draw of a sequence counted; gradients are accumulated."""
+    precision: Literal["fp32", "bf16", "auto"] = "fp32"
+    """Type of activations and gathered weights; master weights, EMA and gradient sums are always float32. `auto` is
+    bf16 on CUDA devices that support it and fp32 elsewhere; a resumed run keeps the precision that it started with."""
     max_skipped_steps: NonNegative = 0
-    """So many steps in a row whose loss or gradient is not finite are left out and counted; one more ends the run. Above 0, the host waits for every
-    step's loss and gradient."""
+    """Consecutive steps with a non-finite gradient that are skipped and counted before the run ends with an error.
+    Above 0, every step waits for its gradient norm on the host."""
 
 
 class Validation(ConfigNode):
-    """The bound on held-out rows at fixed draws, in the loop."""
+    """Validation during training: the likelihood bound of held-out sequences at fixed draws."""
 
     every_steps: Positive = 100
+    """Optimizer steps between two validations; the last step is always validated."""
     sequences: NonNegative = 64
-    """0 turns validation off."""
+    """Held-out sequences; 0 turns validation off."""
 
 
 class Checkpoint(ConfigNode):
-    """When the state is committed, and how much is kept."""
+    """When the training state is saved, and which checkpoints are kept."""
 
     every_steps: Positive = 100
+    """Optimizer steps between two checkpoints; the last step is always saved."""
     keep_last: Positive = 2
+    """Most recent checkpoints to keep."""
     keep_best: NonNegative = 0
-    """Also the so many whose held-out rows have the fewest nats a token."""
+    """Checkpoints with the lowest validation nats per token to keep, in addition."""
     keep_every_steps: NonNegative = 0
-    """Also every step that is a multiple of it; 0 keeps none for that reason."""
+    """Also keep every checkpoint whose step is a multiple of this; 0 keeps none for that reason."""
     asynchronous: bool = True
-    """Training waits only for a copy of the state in host memory, and the copy is written while it goes on; false needs no such copy."""
+    """Copy the state to host memory and write the copy while training continues; false writes it without that copy
+    while training waits."""
     on_failed_save: Literal["stop", "continue"] = "stop"
-    """What a full disk, or a storage that does not answer, does to the run. The checkpoint before stays; the last step's has to succeed."""
+    """What a failed save (full disk, unreachable storage) does to the run. The previous checkpoint stays valid, and the
+    save at the last step must succeed."""
 
 
 class Elastic(ConfigNode):
-    """As many workers as the cluster has room for; the global batch, its rows and its masks are the same with any number."""
+    """A range of workers: the run uses as many as the cluster has room for. Batches and masks do not depend on it."""
 
     min: Positive
-    """With room for fewer the run waits."""
+    """Fewest workers; with room for fewer the run waits."""
     max: Positive
+    """Most workers."""
     resize_check_seconds: Positive = 60
-    """How often a running group looks for room to grow into; it goes on from its last checkpoint."""
+    """Seconds between two checks for room to grow; growing restarts the workers from the last checkpoint."""
 
 
 class Parallelism(ConfigNode):
-    """The workers."""
+    """The training workers and their resources."""
 
     workers: Positive | Elastic = 1
-    """A number, or {min: 1, max: 4}: after a failure the run goes on with what is left, and grows back."""
+    """Number of workers, or a range {min: 1, max: 4}: after a failure the run continues with the workers that are left,
+    and grows back."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device of every worker; `auto` takes one GPU per worker if the cluster has enough GPUs, else the CPU."""
     cpus_per_worker: Annotated[float, Field(gt=0.0)] = 1.0
+    """CPUs that Ray reserves per worker, and threads that torch uses in it."""
     max_failures: NonNegative = 3
-    """So many times a crashed group of workers is started again from the last checkpoint."""
+    """How often a crashed group of workers is restarted from the last checkpoint."""
 
     @property
     def fewest_workers(self) -> int:
-        """That the run goes on with."""
+        """Lowest number of workers that the run continues with."""
         return self.workers.min if isinstance(self.workers, Elastic) else self.workers
 
     @property
     def most_workers(self) -> int:
-        """That it ever has."""
+        """Highest number of workers that the run uses."""
         return self.workers.max if isinstance(self.workers, Elastic) else self.workers
 
 
 class Tracking(ConfigNode):
-    """Weights & Biases; credentials come from its own login, never from a recipe."""
+    """Logging of metrics. The Weights & Biases credentials come from its own login, never from a recipe."""
 
     wandb: Literal["disabled", "offline", "online"] = "disabled"
+    """Weights & Biases mode."""
     project: str = "dlm_ray"
+    """Weights & Biases project."""
     group: str | None = None
-    """Runs that belong together; a sweep gives its trials its name."""
+    """Weights & Biases group; a sweep puts its trials into a group of its name."""
     log_every_steps: Positive = 10
+    """Optimizer steps between two lines of metrics.jsonl."""
     alarm_deviations: Annotated[float, Field(ge=0.0)] = 8.0
-    """A logged loss so many standard deviations above the mean of those before it is warned of; 0 turns it off."""
+    """Warn of a logged loss this many standard deviations above the mean of the previous ones; 0 turns the warning
+    off."""
 
 
 class Recipe(ConfigNode):
-    """One run."""
+    """One training run."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """Name of the run; its directory is <name>-<hash of the keys that change the result>."""
     seed: NonNegative = 0
+    """Seed of initialization, data order, times and masks; below 2**32."""
     model: Model
+    """Network to train."""
     data: Data
+    """Training and held-out data."""
     objective: Objective = Objective()
+    """Loss to minimize."""
     curriculum: Curriculum = Curriculum()
+    """What changes during training."""
     optimizer: Optimizer = Optimizer()
+    """Optimizer and learning rate."""
     ema: Ema | None = None
+    """Average of the weights; none by default."""
     training: Training
+    """Length, batch sizes and precision."""
     validation: Validation = Validation()
+    """Validation during training."""
     checkpoint: Checkpoint = Checkpoint()
+    """Checkpoints."""
     parallelism: Parallelism = Parallelism()
+    """Workers."""
     sampling: Sampling = Sampling()
+    """Sampling defaults of this run's checkpoints."""
     tracking: Tracking = Tracking()
+    """Logging."""
 
     @field_validator("seed")
     @classmethod
@@ -232,139 +328,10 @@ class Recipe(ConfigNode):
         return seed
 
     def contradictions(self) -> list[str]:
-        """Every mistake that involves more than one key, each with its fix; empty if the recipe is consistent."""
-        found = []
-        if (self.model.base is None) == (self.model.architecture is None):
-            both = "both are set" if self.model.base else "neither is set"
-            found.append(
-                f"model: exactly one of model.base and model.architecture is needed, {both}; remove or add one"
-            )
-        architecture = self.model.architecture
-        if architecture is not None:
-            if architecture.width % architecture.num_heads:
-                found.append(
-                    f"model.architecture.width={architecture.width} is not divisible by "
-                    f"model.architecture.num_heads={architecture.num_heads}; change either"
-                )
-            if architecture.num_heads % (architecture.num_key_value_heads or architecture.num_heads):
-                found.append(
-                    f"model.architecture.num_heads={architecture.num_heads} is not a multiple of "
-                    f"model.architecture.num_key_value_heads={architecture.num_key_value_heads}; change either"
-                )
-            if architecture.family == "gpt2" and architecture.num_key_value_heads not in (None, architecture.num_heads):
-                found.append(
-                    "model.architecture.num_key_value_heads is not for family gpt2, which has no grouped-query attention; remove it"
-                )
-            if architecture.zero_head and architecture.tie_embeddings:
-                found.append(
-                    "model.architecture.zero_head=true needs a head of its own, and with tie_embeddings=true it is the embedding; remove either"
-                )
-        found += self.objective.contradictions(self.model.base is not None) + self.sampling.contradictions(
-            self.objective.name
-        )
-        annealing = self.curriculum.annealing
-        if (annealing.pattern == "none") != (annealing.steps == 0):
-            found.append(
-                f"curriculum.annealing: pattern={annealing.pattern} with steps={annealing.steps}; "
-                "set steps > 0 with a pattern, or steps=0 with pattern none"
-            )
-        if self.objective.name == "autoregressive" and annealing.pattern != "none":
-            found.append("curriculum.annealing is not for objective.name=autoregressive, which stays causal; remove it")
-        if annealing.steps > self.training.steps:
-            found.append(
-                f"curriculum.annealing.steps={annealing.steps} exceeds training.steps={self.training.steps}: the model would never "
-                "become bidirectional; lower the first"
-            )
-        found += self._block_contradictions()
-        if self.model.attention == "flash" and (annealing.pattern != "none" or self.data.document_mask):
-            found.append(
-                f"model.attention=flash takes no mask, and curriculum.annealing.pattern={annealing.pattern} with data.document_mask="
-                f"{str(self.data.document_mask).lower()} needs one; set model.attention=auto, or pattern none and document_mask false"
-            )
-        draws = self.objective.draws_of_a_row
-        if self.training.micro_batch_size < draws:
-            found.append(
-                f"training.micro_batch_size={self.training.micro_batch_size} is fewer than the {draws} draws of a row, which are passed together; "
-                f"set it to at least {draws}"
-            )
-        if self.checkpoint.keep_best and (
-            not self.validation.sequences or self.checkpoint.every_steps % self.validation.every_steps
-        ):
-            found.append(
-                f"checkpoint.keep_best={self.checkpoint.keep_best} needs validation at every checkpoint, with checkpoint.every_steps="
-                f"{self.checkpoint.every_steps}, validation.every_steps={self.validation.every_steps} and validation.sequences={self.validation.sequences}; "
-                "make the first a multiple of the second, with rows, or leave keep_best out"
-            )
-        optimizer = self.optimizer
-        if (optimizer.lr_schedule == "warmup_stable_decay") != (optimizer.decay_steps > 0):
-            found.append(
-                f"optimizer.decay_steps={optimizer.decay_steps} with optimizer.lr_schedule={optimizer.lr_schedule}: decay_steps > 0 goes with "
-                "warmup_stable_decay and with no other"
-            )
-        if optimizer.lr_schedule == "constant" and optimizer.min_lr_ratio:
-            found.append(
-                f"optimizer.min_lr_ratio={optimizer.min_lr_ratio:g} is where a rate falls to, and optimizer.lr_schedule=constant does not fall; remove either"
-            )
-        if optimizer.warmup_steps + optimizer.decay_steps > self.training.steps:
-            found.append(
-                f"optimizer.warmup_steps={optimizer.warmup_steps} + optimizer.decay_steps={optimizer.decay_steps} exceed "
-                f"training.steps={self.training.steps}; lower either"
-            )
-        workers = self.parallelism
-        if workers.fewest_workers > workers.most_workers:
-            found.append(
-                f"parallelism.workers: min={workers.fewest_workers} exceeds max={workers.most_workers}; lower the first or raise the second"
-            )
-        if self.training.global_batch_size < workers.most_workers:
-            found.append(
-                f"training.global_batch_size={self.training.global_batch_size} is fewer than "
-                f"parallelism.workers={workers.most_workers}: a worker would have no row; raise the first or lower the second"
-            )
-        return found
+        """Return every mistake that involves more than one key, each with its fix; empty if there is none."""
+        return recipe_checks.contradictions(self)
 
-    def _block_contradictions(self) -> list[str]:
-        """Mistakes between block sizes, clips and their curriculum."""
-        found = []
-        if self.objective.name == "block" and self.model.attention == "flash":
-            found.append("model.attention=flash has no mask for blocks; set model.attention=auto")
-        objective, stages, search = self.objective, self.curriculum.block_sizes, self.curriculum.clip_search
-        if (stages or search) and objective.name != "block":
-            key = "block_sizes" if stages else "clip_search"
-            return [f"curriculum.{key} is for objective.name=block, and the name is {objective.name}; remove either"]
-        staged = sum(stage.steps for stage in stages)
-        is_last_at_k = bool(stages) and stages[-1].block_tokens == objective.block_tokens
-        if staged > self.training.steps or (staged == self.training.steps and not is_last_at_k):
-            found.append(
-                f"curriculum.block_sizes take {staged} steps and training.steps is {self.training.steps}: "
-                "objective.block_tokens would never be trained; lower the first"
-            )
-        clip = objective.clip
-        if clip is not None and clip.enforce == "counts":
-            for size in sorted({stage.block_tokens for stage in stages} | {objective.block_tokens or 0} - {0}):
-                if not clip.fits(size):
-                    found.append(
-                        f"objective.clip [{clip.beta:g}, {clip.omega:g}] with enforce=counts is impossible with blocks of {size}: no whole number of "
-                        f"masked tokens is between {clip.beta * size:g} and {clip.omega * size:g}; widen the interval, or set enforce=none"
-                    )
-        if search is not None:
-            # What a clip cannot be combined with, a search for one cannot either.
-            has_base = self.model.base is not None
-            clipped = objective.model_copy(update={"clip": clip or Clip(beta=0.0, omega=1.0)})
-            own = objective.contradictions(has_base)
-            found += [
-                f"curriculum.clip_search chooses objective.clip, and {mistake}"
-                for mistake in clipped.contradictions(has_base)
-                if mistake not in own
-            ]
-            if max(1, -(-staged // search.every_steps)) * search.every_steps >= self.training.steps:
-                found.append(
-                    f"curriculum.clip_search.every_steps={search.every_steps} with training.steps={self.training.steps}"
-                    + (f" and {staged} steps of curriculum.block_sizes" if staged else "")
-                    + ": no search would come before the last step; lower the first, or remove it"
-                )
-        if search is not None and objective.block_tokens == 1:
-            found.append(
-                "curriculum.clip_search has nothing to search at objective.block_tokens=1, where masking everything "
-                "(objective.mask_sampler=count) has no variance left; remove it"
-            )
-        return found
+
+def steps_of_share(share: float, training_steps: int) -> int:
+    """Return a share of a run in whole steps, rounded down."""
+    return int(share * training_steps + 1e-9)  # 0.29 * 100 is a little below 29

@@ -1,4 +1,4 @@
-"""What a service is told: which models, how many slots, where it listens, what it allows, how it scales."""
+"""The configuration of a service: models, slots, address, limits and scaling."""
 
 from __future__ import annotations
 
@@ -15,50 +15,59 @@ Name = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[\w.:/-]+$"
 
 
 class Engine(ConfigNode):
-    """Denoising in one replica."""
+    """The denoising engine of each model in a replica."""
 
     slots: Positive = 32
-    """Texts that are denoised at once; each choice of a request takes one."""
+    """Sequences that are denoised at once; each choice of a request takes one slot."""
     batch_invariant: bool = False
-    """Every network call has the same shape, so that a text has the same bits alone and in company; costs what empty slots cost."""
+    """Give every network call the same shape, so that a sequence has the same bits whatever else is in the batch. Empty
+    slots then cost as much as full ones."""
     block_tokens: tuple[Positive, ...] = ()
-    """Sizes of blocks that requests may ask for beside the trained one; each has a KV cache of its own."""
+    """Block sizes that requests may choose in addition to the trained one; each has its own KV cache."""
     prefix_cache_mib: NonNegative = 256
-    """Memory for keys and values of what prompts begin with, for each size of blocks: requests that begin alike compute it once. 0: nothing is kept."""
+    """Memory in MiB, per block size, for keys and values of prompt prefixes: requests that begin alike compute them
+    once. 0 turns the prefix cache off."""
     max_waiting: NonNegative = 64
-    """Texts of a replica that wait for a slot; beyond, requests are answered 503 with Retry-After."""
+    """Sequences that may wait for a slot of a replica; further requests get 503 with Retry-After."""
     deadline_seconds: Seconds = 120.0
-    """A request that is not finished by then ends with an error; requests may ask for less."""
+    """Seconds after which an unfinished request ends with an error; a request may ask for less."""
 
 
 class Limits(ConfigNode):
-    """What one request, and one key, may ask for."""
+    """Limits of one request, and of one API key."""
 
     body_bytes: Positive = 1 << 20
+    """Size of a request body in bytes."""
     prompt_tokens: Positive | None = None
-    """The checkpoint's context without it."""
+    """Prompt length in tokens; by default bounded by the checkpoint's context only."""
     output_tokens: Positive = 4096
-    """Of one text; on the whole canvas the context bounds it, too."""
+    """Output length in tokens per choice; the context bounds it, too, unless the checkpoint samples by blocks."""
     steps: Positive = 1024
+    """Denoising steps that a request may ask for."""
     choices: Positive = 16
-    """Texts of one request: prompts times n."""
+    """Choices per request: prompts times n."""
     score_draws: Positive = 64
+    """Draws of (t, mask) that a request to /v1/score may ask for."""
     requests_per_key: Positive = 64
-    """At once; beyond, 429 with Retry-After."""
+    """Concurrent requests per API key; further ones get 429 with Retry-After."""
 
 
 class Http(ConfigNode):
-    """Where the service listens."""
+    """Address of the service and access to it."""
 
     host: str = "127.0.0.1"
+    """Address to listen on. Anything but a loopback address is reachable from other machines and needs API keys."""
     port: Annotated[int, Field(gt=0, lt=65536)] = 8000
+    """TCP port to listen on."""
     api_keys_file: str | None = None
-    """A file with one key a line. DLM_RAY_API_KEYS, separated by commas, does the same; keys never stand in this file."""
+    """File with one API key per line. The environment variable DLM_RAY_API_KEYS (separated by commas) works, too; keys
+    are never written into this configuration."""
     playground: bool = True
+    """Serve the playground page at the root of the address."""
 
     @property
     def is_public(self) -> bool:
-        """Whether others than this machine reach it."""
+        """Whether other machines can reach the service."""
         try:
             return not ipaddress.ip_address(self.host).is_loopback
         except ValueError:
@@ -66,127 +75,160 @@ class Http(ConfigNode):
 
 
 class Autoscaling(ConfigNode):
-    """Between so many replicas, by requests under way."""
+    """A range of replicas; the number follows the running requests."""
 
     min_replicas: Positive = 1
+    """Fewest replicas."""
     max_replicas: Positive
+    """Most replicas."""
     target_requests: Positive | None = None
-    """Of a replica, those that wait for a slot included; engine.slots without it."""
+    """Running and waiting requests per replica to aim for; `engine.slots` by default."""
     upscale_delay_seconds: Seconds = 10.0
+    """Seconds of high load before replicas are added."""
     downscale_delay_seconds: Seconds = 120.0
+    """Seconds of low load before replicas are removed."""
 
 
 class Replicas(ConfigNode):
-    """Of the engine."""
+    """Replicas of the engine and their resources."""
 
     count: Positive = 1
+    """Number of replicas, if `autoscaling` is not set."""
     autoscaling: Autoscaling | None = None
+    """Number of replicas by load."""
     shards: Positive = 1
-    """Processes that hold a replica's network together, on one node, for networks that do not fit one GPU: they share its memory, not its work."""
+    """Processes on one node that hold a replica's network together (tensor parallelism), for networks that do not fit
+    one GPU: they share its memory, not its work."""
     cpus: Annotated[float, Field(gt=0.0)] = 1.0
-    """Of each shard."""
+    """CPUs that Ray reserves per shard."""
     gpus: Annotated[float, Field(ge=0.0)] = 0.0
-    """Of each shard, at most 1."""
+    """GPUs that Ray reserves per shard, at most 1. With 0, replicas run on the CPU; set 1 to serve on GPUs."""
     models: Positive | None = None
-    """That one replica holds at once, all without it. When another is asked for, the one that was asked for longest ago goes, after its texts have ended."""
+    """Models that a replica holds at once; all by default. To load another one, a replica drops the least recently
+    requested model after its running sequences have finished."""
     drain_seconds: Seconds | None = None
-    """When a replica stops, what it has accepted may take so long; as long as a request may (engine.deadline_seconds) without it."""
+    """Seconds that a stopping replica may take to finish accepted requests; `engine.deadline_seconds` by default."""
 
 
 class Model(ConfigNode):
-    """A checkpoint, and what requests call it."""
+    """A checkpoint and its name in requests."""
 
     checkpoint: str
-    """A step, a run directory (its last step when the service starts), a Hugging Face folder, a hub name or a GGUF file."""
+    """Step directory, run directory (its last step when the service starts), Hugging Face folder, hub name or GGUF
+    file."""
     name: Name | None = None
-    """The last part of the checkpoint's path without it."""
+    """Model name in requests; by default the last part of the checkpoint's path."""
     weights: Literal["ema", "raw"] | None = None
-    """The average if the run kept one, without it."""
+    """Averaged or raw weights; by default the average if the run kept one."""
 
     @property
     def model_name(self) -> str:
-        """What requests call it."""
+        """Model name in requests."""
         return self.name or self.checkpoint.rstrip("/").rpartition("/")[2] or "model"
 
 
 class Server(ConfigNode):
-    """One service: of one checkpoint, or of several `models` behind one address."""
+    """A service of one `checkpoint`, or of several `models` at one address."""
 
     checkpoint: str | None = None
-    """As `models.checkpoint`, `name` and `weights` too; of a service of one model."""
+    """Checkpoint of a service of one model; see `models.checkpoint`."""
     name: Name | None = None
+    """Model name of a service of one model; see `models.name`."""
     weights: Literal["ema", "raw"] | None = None
+    """Weights of a service of one model; see `models.weights`."""
     models: tuple[Model, ...] = ()
-    """Each has engines of its own, all with the settings of `engine`."""
+    """Models of a service of several; each has its own engines, all with the settings of `engine`."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device that the networks run on; `auto` takes CUDA where the replica sees a GPU (see `replicas.gpus`), else the
+    CPU."""
     engine: Engine = Engine()
+    """Denoising engine."""
     limits: Limits = Limits()
+    """Limits of requests."""
     http: Http = Http()
+    """Address and access."""
     replicas: Replicas = Replicas()
+    """Number of replicas and their resources."""
 
     @property
     def served(self) -> tuple[Model, ...]:
-        """All models."""
+        """All models of the service."""
         if self.checkpoint is None:
             return self.models
         return (Model(checkpoint=self.checkpoint, name=self.name, weights=self.weights), *self.models)
 
     @property
     def model_names(self) -> list[str]:
-        """What requests call them."""
+        """Names of all models in requests."""
         return [model.model_name for model in self.served]
 
     @property
     def models_at_once(self) -> int:
-        """Models that one replica holds."""
+        """Number of models that a replica holds at once."""
         return self.replicas.models or len(self.served)
 
     @property
     def drain_seconds(self) -> float:
-        """What a replica has accepted ends by then."""
+        """Seconds in which a stopping replica finishes its accepted requests."""
         return self.replicas.drain_seconds or self.engine.deadline_seconds
 
     def of(self, model: Model) -> Server:
-        """The same of one model."""
+        """Return the configuration of a service of this model only."""
         return self.model_copy(update={**dict(model), "models": ()})
 
     @property
     def model_name(self) -> str:
-        """What requests call the one model."""
+        """Name of the only model; the service must have exactly one."""
         [name] = self.model_names
         return name
 
     def contradictions(self) -> list[str]:
-        """What cannot be had together."""
-        found = [] if self.served else ["checkpoint is missing; name one, or several under models"]
+        """Return every mistake that involves more than one key, each with its fix; empty if there is none."""
+        return [*self._model_contradictions(), *self._replica_contradictions()]
+
+    def _model_contradictions(self) -> list[str]:
+        problems = [] if self.served else ["checkpoint is missing; give one, or several under models"]
         if self.models and any(value is not None for value in (self.checkpoint, self.name, self.weights)):
-            found.append(
-                "checkpoint, name and weights are of a service of one model, and there are models, too; put all under models"
+            problems.append(
+                "checkpoint, name and weights are for a service of one model, and models is set, too; put all of them "
+                "under models"
             )
         first: dict[str, int] = {}
         for place, name in enumerate(model.model_name for model in self.models):
             if first.setdefault(name, place) != place:
-                found.append(f"models.{place}.name={name} is models.{first[name]}'s, too; give each a name of its own")
-        most = self.replicas.models
-        if most is not None and self.served and most > len(self.served):
-            found.append(f"replicas.models={most}, and there are {len(self.served)} to hold; lower it, or leave it out")
+                problems.append(
+                    f"models.{place}.name={name} is also the name of models.{first[name]}; give each a different name"
+                )
+        at_once = self.replicas.models
+        if at_once is not None and self.served and at_once > len(self.served):
+            problems.append(
+                f"replicas.models={at_once}, and there are only {len(self.served)} models; lower it, or leave it out"
+            )
+        return problems
+
+    def _replica_contradictions(self) -> list[str]:
+        problems = []
         scaling = self.replicas.autoscaling
         if scaling is not None and scaling.max_replicas < scaling.min_replicas:
-            found.append(
-                f"replicas.autoscaling.max_replicas={scaling.max_replicas} is less than min_replicas={scaling.min_replicas}; change either"
+            problems.append(
+                f"replicas.autoscaling.max_replicas={scaling.max_replicas} is less than "
+                f"min_replicas={scaling.min_replicas}; change either"
             )
         gpus, shards = self.replicas.gpus, self.replicas.shards
         if gpus > 1:
-            found.append(
-                f"replicas.gpus={gpus:g} is more than the 1 that a process uses; set it to 1, and replicas.shards={math.ceil(gpus)} for a network "
-                "that does not fit one GPU, or replicas.count for more replicas"
+            problems.append(
+                f"replicas.gpus={gpus:g} is more than the 1 that a process uses; set it to 1, and "
+                f"replicas.shards={math.ceil(gpus)} for a network that does not fit one GPU, or replicas.count for "
+                "more replicas"
             )
         if shards > 1 and len(self.served) > 1:
-            found.append(
-                f"replicas.shards={shards}, and there are {len(self.served)} models; a sharded replica holds one: serve each on its own"
+            problems.append(
+                f"replicas.shards={shards} with {len(self.served)} models: a sharded replica holds one model; run one "
+                "service per model"
             )
         if shards > 1 and 0 < gpus < 1:
-            found.append(
-                f"replicas.gpus={gpus:g} with replicas.shards={shards}: each shard has a GPU of its own; set it to 1, or to 0"
+            problems.append(
+                f"replicas.gpus={gpus:g} with replicas.shards={shards}: each shard needs its own GPU; set it to 1, "
+                "or to 0"
             )
-        return found
+        return problems

@@ -1,4 +1,4 @@
-"""Sweeps from YAML and `key=value`: the sweep, its recipe, and every corner of its space, before anything starts."""
+"""Sweeps from YAML and `key=value`: the sweep, its recipe and all corners of its space are checked first."""
 
 from __future__ import annotations
 
@@ -6,65 +6,71 @@ import difflib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from pydantic import ValidationError
 
 from dlm_ray.config import space as spaces
 from dlm_ray.config.errors import UserError
-from dlm_ray.config.load import all_keys, listed, load_recipe, read_tree, readable, set_key, validate
+from dlm_ray.config.load import load_recipe, read_tree, validate
+from dlm_ray.config.mistakes import all_keys, listed, readable
 from dlm_ray.config.recipe import Recipe
 from dlm_ray.config.space import Settings
 from dlm_ray.config.sweep import Sweep
+from dlm_ray.config.trees import Tree, set_key
 
-MOST_CORNERS = 5000
-# Until the sweep has built its own data and trained its own base, these stand in the recipe for them.
+MAX_CORNERS = 5000
+# Placeholders in the recipe until the sweep has built its own data and trained its own base.
 _DATA, _BASE = "the-data-of-the-sweep", "the-base-of-the-sweep"
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A sweep that is free of mistakes."""
+    """A sweep that has been checked, with its recipe."""
 
     sweep: Sweep
-    tree: dict[str, Any]
-    """Of the recipe, before any setting."""
+    tree: Tree
+    """The recipe before any setting is applied."""
 
     def recipe(
         self, settings: Settings, data: str | None = None, base: str | None = None, overrides: Sequence[str] = ()
     ) -> Recipe:
-        """The recipe of a trial.
+        """Return the recipe of a trial.
 
         Args:
-            settings: of the trial.
-            data, base: the sweep's own, once they are there.
-            overrides: of a confirming run.
+            settings: values of the trial.
+            data: folder of the sweep's own data, once it is built.
+            base: run directory of the sweep's own base, once it is trained.
+            overrides: further overrides, of a confirming run.
 
         Raises:
-            UserError: if it is no valid recipe.
+            UserError: if the result is not a valid recipe.
         """
-        own, problems = spaces.apply(self.tree, settings)
-        more = [*_places(self.sweep, data or _DATA, base or _BASE), *overrides]
-        problems += [problem for one in more for problem in set_key(own, one)]
+        tree, problems = spaces.apply(self.tree, settings)
+        extra = [*_places(self.sweep, data or _DATA, base or _BASE), *overrides]
+        problems += [problem for override in extra for problem in set_key(tree, override)]
         where = f"{self.sweep.name} with {spaces.label(settings)}"
         if problems:
             raise UserError(listed(where, problems))
-        validate(own, where)  # before anything is looked up in it
+        validate(tree, where)  # before its keys are read
         if self.sweep.scheduler.name != "none":
-            own = _checkpointed(own, keep_all=self.sweep.scheduler.name == "pbt")
-        own = {**own, "tracking": {"group": self.sweep.name, **own.get("tracking", {})}}
-        return validate(own, where)
+            tree = _checkpointed(tree, keep_all=self.sweep.scheduler.name == "pbt")
+        tree = {**tree, "tracking": {"group": self.sweep.name, **tree.get("tracking", {})}}
+        return validate(tree, where)
 
 
 def load_sweep(path: str, overrides: Sequence[str] = ()) -> Loaded:
-    """The sweep in a YAML file or of a shipped name, with overrides on top: of the sweep where it has such a key, else of its recipe.
+    """Load a sweep from a YAML file or by its shipped name.
+
+    Args:
+        path: file or shipped name.
+        overrides: `key=value`; keys of the sweep change the sweep, all others its recipe.
 
     Raises:
         UserError: with every mistake that was found.
     """
-    own = [one for one in overrides if one.partition("=")[0].partition(".")[0] in Sweep.model_fields]
-    tree = read_tree(path, own, kind="sweep")
-    for_recipe = [one for one in overrides if one not in own]
+    for_sweep = [one for one in overrides if one.partition("=")[0].partition(".")[0] in Sweep.model_fields]
+    for_recipe = [one for one in overrides if one not in for_sweep]
+    tree = read_tree(path, for_sweep, kind="sweep")
     if for_recipe:
         tree["overrides"] = [*tree.get("overrides", ()), *for_recipe]
     try:
@@ -74,7 +80,7 @@ def load_sweep(path: str, overrides: Sequence[str] = ()) -> Loaded:
     problems = sweep.contradictions() + [problem for key in sweep.space for problem in _unknown_key(key)]
     if problems:
         raise UserError(listed(path, problems))
-    loaded = Loaded(sweep, _recipe_tree(sweep))
+    loaded = Loaded(sweep, read_tree(sweep.recipe, sweep.overrides))
     _check_corners(loaded, path)
     if sweep.start_from is not None:
         start_recipe(sweep, _DATA)
@@ -82,69 +88,67 @@ def load_sweep(path: str, overrides: Sequence[str] = ()) -> Loaded:
 
 
 def start_recipe(sweep: Sweep, data: str | None) -> Recipe:
-    """The recipe of the run that all trials start from."""
-    assert sweep.start_from is not None, "the sweep makes its own base"
+    """Return the recipe of the run that all trials start from; `data` is the sweep's own data, if it builds some."""
+    assert sweep.start_from is not None, "the sweep trains its own base"
     places = [_source(data)] if sweep.corpus is not None and data is not None else []
     return load_recipe(sweep.start_from.recipe, [*sweep.start_from.overrides, *places])
 
 
-def _recipe_tree(sweep: Sweep) -> dict[str, Any]:
-    return read_tree(sweep.recipe, sweep.overrides)
-
-
 def _places(sweep: Sweep, data: str, base: str) -> list[str]:
-    """Overrides that point a recipe at what the sweep makes."""
-    own = [_source(data)] if sweep.corpus is not None else []
-    return own + ([f"model.base={_quoted(base)}", "model.architecture=null"] if sweep.start_from is not None else [])
+    """Return the overrides that point a recipe to the data and the base that the sweep makes."""
+    overrides = [_source(data)] if sweep.corpus is not None else []
+    if sweep.start_from is not None:
+        overrides += [f"model.base={_quoted(base)}", "model.architecture=null"]
+    return overrides
 
 
 def _source(path: str) -> str:
-    """The override that makes a folder the only source."""
+    """Return the override that makes a folder the only source."""
     return f"data.sources=[{{path: {_quoted(path)}}}]"
 
 
 def _quoted(text: str) -> str:
-    """Text as YAML reads it back, whatever is in it."""
+    """Return text as a YAML string, whatever characters it has."""
     return json.dumps(text, ensure_ascii=False)
 
 
-def _checkpointed(tree: dict[str, Any], keep_all: bool) -> dict[str, Any]:
-    """A checkpoint at every validation, so that a trial that is stopped or copied there has one."""
+def _checkpointed(tree: Tree, keep_all: bool) -> Tree:
+    """Set a checkpoint at every validation, where a scheduler may stop or copy the trial."""
     every = tree.get("validation", {}).get("every_steps", 100)
     kept = {"keep_last": max(2, tree["training"]["steps"] // every)} if keep_all else {}
     return {**tree, "checkpoint": {**tree.get("checkpoint", {}), "every_steps": every, **kept}}
 
 
 def _unknown_key(key: str) -> list[str]:
-    """A key of the space that no recipe has, with the nearest one that it could mean."""
-    known = list(all_keys())
+    """Return the message for a key of the space that recipes do not have, with the nearest one."""
+    known = list(all_keys(Recipe))
     plain = ".".join(part for part in key.split(".") if not part.isdecimal())
     if plain in known:
         return []
     last = key.rpartition(".")[2]
-    elsewhere = [one for one in known if one.rpartition(".")[2] == last]
-    near = elsewhere or difflib.get_close_matches(key, known, n=2, cutoff=0.6)
+    near = [one for one in known if one.rpartition(".")[2] == last]
+    near = near or difflib.get_close_matches(key, known, n=2, cutoff=0.6)
     near = near or [
         one
         for name in difflib.get_close_matches(last, [one.rpartition(".")[2] for one in known], n=1)
         for one in known
         if one.endswith(name)
     ]
-    return [
-        f"space.{key}: no recipe has the key {key}"
-        + (f"; did you mean {' or '.join(near[:2])}?" if near else "; `dlm-ray schema recipe` lists them")
-    ]
+    hint = f"did you mean {' or '.join(near[:2])}?" if near else "`dlm-ray schema recipe` lists all keys"
+    return [f"space.{key}: recipes have no key {key}; {hint}"]
 
 
 def _check_corners(loaded: Loaded, path: str) -> None:
+    """Check the recipe at every corner of the space; a mistake that many corners share is reported once."""
     sweep = loaded.sweep
-    found = spaces.corners(sweep.space, MOST_CORNERS)
-    if len(found) > MOST_CORNERS:
+    corners = spaces.corners(sweep.space, MAX_CORNERS)
+    if len(corners) > MAX_CORNERS:
         raise UserError(
-            f"{path}: the space has more than {MOST_CORNERS} corners, which are all checked; give it fewer keys or values"
+            f"{path}: the space has more than {MAX_CORNERS} corners, which are all checked; give it fewer keys or "
+            "values"
         )
-    problems: dict[str, str] = {}  # a mistake that many corners make is told of the first
-    for settings in found:
+    problems: dict[str, str] = {}
+    for settings in corners:
         try:
             mistakes = _unmeasurable(sweep, loaded.recipe(settings))
             if sweep.confirm is not None:
@@ -158,25 +162,27 @@ def _check_corners(loaded: Loaded, path: str) -> None:
 
 
 def _unmeasurable(sweep: Sweep, recipe: Recipe) -> list[str]:
-    """What a valid recipe lacks for this sweep."""
-    found = []
-    is_guided = sweep.scheduler.name != "none" or sweep.search.name == "optuna"
+    """Return what a valid recipe lacks for this sweep's metric, search or scheduler."""
+    problems = []
     if recipe.objective.name == "ssd_lm":
-        found.append(
+        problems.append(
             f"objective.name=ssd_lm has no bound, so {sweep.metric} is never reported; remove it from the sweep"
         )
     if recipe.objective.name == "autoregressive" and sweep.metric.endswith("_variance"):
-        found.append(
-            f"metric={sweep.metric} is never reported of objective.name=autoregressive, which draws nothing; choose another"
+        problems.append(
+            f"metric={sweep.metric} is never reported for objective.name=autoregressive, which has no draws; choose "
+            "another metric"
         )
-    if is_guided and not recipe.validation.sequences:
-        found.append(
-            f"validation.sequences=0, and the bound that {sweep.scheduler.name}/{sweep.search.name} need is never reported; set it"
+    needs_bound = sweep.scheduler.name != "none" or sweep.search.name == "optuna"
+    if needs_bound and not recipe.validation.sequences:
+        problems.append(
+            f"validation.sequences=0, so the bound that {sweep.scheduler.name}/{sweep.search.name} need is never "
+            "reported; set validation.sequences"
         )
     every = sweep.scheduler.every_steps
     if every is not None and (every % recipe.validation.every_steps or every >= recipe.training.steps):
-        found.append(
-            f"scheduler.every_steps={every}; allowed are multiples of validation.every_steps={recipe.validation.every_steps} below "
-            f"training.steps={recipe.training.steps}"
+        problems.append(
+            f"scheduler.every_steps={every}; allowed are multiples of "
+            f"validation.every_steps={recipe.validation.every_steps} below training.steps={recipe.training.steps}"
         )
-    return found
+    return problems

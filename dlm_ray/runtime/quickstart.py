@@ -70,7 +70,6 @@ _SMOKE_OVERRIDES = [
     "training.steps=8",
     "training.global_batch_size=8",
     "training.micro_batch_size=4",
-    "optimizer.warmup_steps=2",
     "validation.every_steps=4",
     "validation.sequences=4",
     "checkpoint.every_steps=4",
@@ -207,10 +206,9 @@ def _recipes(out: Path, size: Size, smoke: bool, overrides: Sequence[str]) -> di
     ]
     shape = _SMOKE_OVERRIDES if smoke else []
     data = [f"data.sources=[{{path: {json.dumps(str(out / 'data'))}}}]"]
-    annealing = ["curriculum.annealing.steps=3"] if smoke else []
     recipes = {
         "ar": load_recipe("quickstart_base", [*shape, *data, *shared]),
-        "adapted": load_recipe("quickstart", [*shape, *annealing, *data, *overrides]),
+        "adapted": load_recipe("quickstart", [*shape, *data, *overrides]),
         "scratch": load_recipe("quickstart_scratch", [*shape, *data, *shared]),
     }
     if recipes["adapted"].training.steps != recipes["scratch"].training.steps:

@@ -14,7 +14,7 @@ def annealing_ratio(recipe: Recipe, step: int) -> float:
     annealing = recipe.curriculum.annealing
     if annealing.pattern == "none":
         return 1.0
-    return min(1.0, (step + 1) / annealing.steps)
+    return min(1.0, (step + 1) / annealing.num_steps(recipe.training.steps))
 
 
 def block_tokens(recipe: Recipe, step: int | None) -> int | None:

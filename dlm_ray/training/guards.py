@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
 import os
 import signal
 import socket
@@ -21,6 +20,7 @@ from pydantic import ValidationError
 from dlm_ray.config.errors import UserError
 from dlm_ray.config.load import NOT_IN_RESULT
 from dlm_ray.config.recipe import Recipe
+from dlm_ray.config.trees import differences
 from dlm_ray.data.index import Index
 
 STOP_FILE = "stop"
@@ -117,13 +117,13 @@ def check_same_run(
         raise UserError(
             f"{checkpoint} has a recipe that this version cannot read: {str(error).splitlines()[0]}; give the run another directory"
         ) from error
-    differences = [
-        f"{key}: it has {old}, and the recipe {new}" for key, old, new in _differences(_result(then), _result(recipe))
+    changes = [
+        f"{key}: it has {old}, and the recipe {new}" for key, old, new in differences(_result(then), _result(recipe))
     ]
-    if not differences and identity != its_identity:
-        differences = ["data.sources: it was trained on other shards"]
-    if differences:
-        listed = "\n".join(f"  - {one}" for one in differences)
+    if not changes and identity != its_identity:
+        changes = ["data.sources: it was trained on other shards"]
+    if changes:
+        listed = "\n".join(f"  - {change}" for change in changes)
         raise UserError(
             f"{checkpoint} belongs to another recipe:\n{listed}\nChange the recipe back, or give the run another directory (--fresh, --out)"
         )
@@ -137,12 +137,3 @@ def _result(recipe: Recipe) -> dict[str, Any]:
     if content["model"]["base"] is not None:
         content["model"]["base"] = os.path.basename(content["model"]["base"].rstrip("/"))
     return content
-
-
-def _differences(one: Any, other: Any, key: str = "") -> Iterator[tuple[str, str, str]]:
-    """Dotted keys whose values differ, with both."""
-    if isinstance(one, dict) and isinstance(other, dict):
-        for name in sorted({*one, *other}):
-            yield from _differences(one.get(name), other.get(name), f"{key}.{name}".lstrip("."))
-    elif one != other:
-        yield key, json.dumps(one), json.dumps(other)

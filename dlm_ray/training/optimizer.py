@@ -11,16 +11,17 @@ from dlm_ray.config.recipe import Optimizer
 
 
 def learning_rate(recipe: Optimizer, step: int, num_steps: int) -> float:
-    """The rate of `step` (counted from 0) in a run of `num_steps`: a linear warm-up, then cosine, flat, or flat with a linear end."""
+    """Return the learning rate of `step` (counted from 0) in a run of `num_steps`: a linear warm-up, then the schedule."""
     floor = recipe.learning_rate * recipe.min_lr_ratio
-    if step < recipe.warmup_steps:
-        return recipe.learning_rate * (step + 1) / recipe.warmup_steps
+    warmup = recipe.num_warmup_steps(num_steps)
+    if step < warmup:
+        return recipe.learning_rate * (step + 1) / warmup
     if recipe.lr_schedule == "constant":
         return recipe.learning_rate
-    if recipe.lr_schedule == "warmup_stable_decay":
-        left = (num_steps - step) / recipe.decay_steps
-        return floor + (recipe.learning_rate - floor) * min(1.0, left)
-    progress = (step - recipe.warmup_steps) / max(1, num_steps - recipe.warmup_steps)
+    if recipe.lr_schedule in ("linear", "warmup_stable_decay"):
+        remaining = (num_steps - step) / recipe.num_decay_steps(num_steps)
+        return floor + (recipe.learning_rate - floor) * min(1.0, remaining)
+    progress = (step - warmup) / max(1, num_steps - warmup)
     return floor + (recipe.learning_rate - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 

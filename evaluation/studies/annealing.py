@@ -74,7 +74,7 @@ def _settings(way: str, shift: bool, steps: int, sequence_length: int) -> dict[s
     tree["validation"] = {"sequences": 0}
     tree["checkpoint"] = {"every_steps": steps, "keep_last": 1}
     tree["parallelism"] = {"workers": 1}
-    tree["optimizer"]["warmup_steps"] = min(15, steps // 4)
+    tree["optimizer"] |= {"warmup_steps": min(15, steps // 4), "warmup_share": None}
     tree["objective"]["shift"] = shift
     num_steps = max(len(SIZES), round(share * steps))
     if pattern == "blocks":

@@ -11,7 +11,7 @@ import numpy as np
 from dlm_ray.evaluation.studies.statistics import t_interval
 
 from dlm_ray.config import space as spaces
-from dlm_ray.config.sweep import METRICS, case_name
+from dlm_ray.config.sweep_checks import METRICS, case_name
 from dlm_ray.diffusion.likelihood import bits_per_byte, documents_interval
 
 

@@ -1,4 +1,4 @@
-"""A server's file: the shipped ones hold, every mistake is said at once, keys are read and never said."""
+"""Service configurations: the shipped files are valid, all mistakes come at once, and messages contain no API key."""
 
 from pathlib import Path
 
@@ -12,52 +12,54 @@ SHIPPED = sorted((Path(__file__).parent.parent.parent / "configs/serve").glob("*
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_shipped_files_hold(path):
+def test_every_shipped_service_file_is_valid(path):
     server = load_server(str(path))
     assert server.model_names == (["mine", "blocks"] if path.stem == "several" else [server.model_name])
-    changed = ["models.0.checkpoint=x", "models.0.name=own"] if server.models else ["checkpoint=runs/x", "name=own"]
-    assert load_server(str(path), changed).model_names[0] == "own"
+    changed = (
+        ["models.0.checkpoint=x", "models.0.name=renamed"] if server.models else ["checkpoint=runs/x", "name=renamed"]
+    )
+    assert load_server(str(path), changed).model_names[0] == "renamed"
 
 
-def test_one_model_is_named_by_its_checkpoint_and_several_each_by_theirs():
+def test_models_are_named_after_their_checkpoints_unless_they_have_a_name():
     assert load_server("runs/mine/").model_names == ["mine"]
     several = load_server(
-        "x", ["checkpoint=null", "models=[{checkpoint: runs/mine}, {checkpoint: org/other, name: own}]"]
+        "x", ["checkpoint=null", "models=[{checkpoint: runs/mine}, {checkpoint: org/other, name: renamed}]"]
     )
-    assert several.model_names == ["mine", "own"] and several.models_at_once == 2
-    own = several.of(several.models[1])
-    assert (own.checkpoint, own.model_names, own.engine) == ("org/other", ["own"], several.engine)
+    assert several.model_names == ["mine", "renamed"] and several.models_at_once == 2
+    single = several.of(several.models[1])
+    assert (single.checkpoint, single.model_names, single.engine) == ("org/other", ["renamed"], several.engine)
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["checkpoint=null"], "checkpoint is missing; name one, or several under models"),
-        (["models=[{checkpoint: y}]"], "put all under models"),
-        (["checkpoint=null", "name=own", "models=[{checkpoint: y}]"], "put all under models"),
+        (["checkpoint=null"], "checkpoint is missing; give one, or several under models"),
+        (["models=[{checkpoint: y}]"], "put all of them under models"),
+        (["checkpoint=null", "name=renamed", "models=[{checkpoint: y}]"], "put all of them under models"),
         (
             ["checkpoint=null", "models=[{checkpoint: a/x}, {checkpoint: y}, {checkpoint: b/x}]"],
-            "models.2.name=x is models.0's, too",
+            "models.2.name=x is also the name of models.0",
         ),
         (
             ["checkpoint=null", "models=[{checkpoint: x}, {checkpoint: y}]", "replicas.models=3"],
-            "replicas.models=3, and there are 2 to hold",
+            "replicas.models=3, and there are only 2 models",
         ),
         (
             ["checkpoint=null", "models=[{checkpoint: x, weight: y}]"],
-            "models.0.weight is unknown; did you mean models.weights",
+            "models.0.weight is unknown; did you mean models.0.weights",
         ),
         (["checkpoint=null", "models=[{name: y}]"], "models.0.checkpoint is missing"),
         (["checkpoint=null", "models=[{checkpoint: x, name: a b}]"], "models.0.name='a b'"),
         (["replicas.models=0"], "replicas.models=0"),
     ],
 )
-def test_models_that_cannot_be_told_apart_or_held_are_refused(overrides, message):
+def test_ambiguous_or_too_many_models_are_refused(overrides, message):
     with pytest.raises(UserError, match=message):
         load_server("x", overrides)
 
 
-def test_every_mistake_is_said_at_once(tmp_path):
+def test_all_mistakes_are_reported_at_once(tmp_path):
     file = tmp_path / "serve.yaml"
     file.write_text("checkpoint: x\nengine: {slotz: 3}\nhttp: {port: 0, api_keys: [secret]}\nreplicas: {count: -1}\n")
     with pytest.raises(UserError) as raised:
@@ -75,22 +77,22 @@ def test_every_mistake_is_said_at_once(tmp_path):
         UserError, match="replicas.gpus=2 is more than the 1 that a process uses; set it to 1, and replicas.shards=2"
     ):
         load_server("x", ["replicas.gpus=2"])
-    with pytest.raises(UserError, match="replicas.gpus=0.5 with replicas.shards=2: each shard has a GPU of its own"):
+    with pytest.raises(UserError, match="replicas.gpus=0.5 with replicas.shards=2: each shard needs its own GPU"):
         load_server("x", ["replicas.gpus=0.5", "replicas.shards=2"])
     with pytest.raises(UserError, match="there is no file"):
-        load_server(str(tmp_path / "no.yaml"))
+        load_server(str(tmp_path / "missing.yaml"))
 
 
-def test_addresses_that_others_reach():
+def test_only_loopback_addresses_are_private():
     assert [
         Http(host=host).is_public for host in ("127.0.0.1", "localhost", "::1", "0.0.0.0", "10.0.0.3", "example.org")
     ] == [False] * 3 + [True] * 3
 
 
-def test_keys_come_from_the_environment_and_a_file_and_stand_in_no_message(tmp_path, monkeypatch):
+def test_api_keys_come_from_the_environment_and_a_file_and_appear_in_no_message(tmp_path, monkeypatch):
     first, second = "first-key-long-enough", "second-key-long-enough"
     file = tmp_path / "keys"
-    file.write_text(f"# ours\n{second}\n\n{first}\n")
+    file.write_text(f"# comment\n{second}\n\n{first}\n")
     monkeypatch.setenv("DLM_RAY_API_KEYS", f"{first}, ")
     assert read_keys(str(file)) == [first, second] and read_keys(None) == [first]
     file.write_text("tooshort\n")

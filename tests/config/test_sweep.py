@@ -1,4 +1,4 @@
-"""Sweep files: what a space's trials and corners are, and every mistake before anything starts."""
+"""Sweep files: the trials and corners of a space, and every mistake before anything starts."""
 
 import json
 import math
@@ -32,7 +32,7 @@ def load(tmp_path, typed=(), **fields):
     return load_sweep(str(path), typed)
 
 
-def test_a_grid_is_every_combination_and_a_case_applies_to_its_value_alone(tmp_path):
+def test_a_grid_is_every_combination_and_a_case_applies_to_its_value_only(tmp_path):
     found = space.trials(load(tmp_path).sweep)
     assert [(one["objective.block_tokens"], one.get("objective.clip", "as the recipe")) for one in found] == [
         (4, None),
@@ -42,7 +42,7 @@ def test_a_grid_is_every_combination_and_a_case_applies_to_its_value_alone(tmp_p
     ]
 
 
-def test_a_trial_is_its_recipe_with_the_settings_in_it(tmp_path):
+def test_a_trial_is_the_recipe_with_its_settings_applied(tmp_path):
     loaded = load(tmp_path, ["training.steps=300", "trials_at_once=2"], overrides=["seed=7"])
     recipe = loaded.recipe(space.trials(loaded.sweep)[1])
     assert (recipe.objective.block_tokens, recipe.objective.clip.beta, recipe.seed, recipe.training.steps) == (
@@ -57,7 +57,7 @@ def test_a_trial_is_its_recipe_with_the_settings_in_it(tmp_path):
     )
 
 
-def test_draws_are_within_their_ranges_for_every_grid_and_the_seed_decides(tmp_path):
+def test_random_trials_cover_every_grid_stay_in_range_and_depend_on_the_seed(tmp_path):
     rates = {"uniform": [0.0, 0.2], "choice": [0.1, 0.2]}
     spaces = {
         **RATE,
@@ -73,7 +73,7 @@ def test_draws_are_within_their_ranges_for_every_grid_and_the_seed_decides(tmp_p
     )
     assert (
         sum(one["optimizer.learning_rate"] < 1e-3 for one in first) > 10
-    )  # by factors: half below the geometric middle
+    )  # log-uniform: half below the geometric mean
     assert {one["objective.shift"] for one in first} == {True, False} and sum(one["seed"] for one in first) == 20
 
 
@@ -82,30 +82,35 @@ def test_draws_are_within_their_ranges_for_every_grid_and_the_seed_decides(tmp_p
     [
         ({"space": {}}, "space is empty: there is nothing to try"),
         ({"space": {"objective.block_tokens": {"grid": []}}}, r"space.objective.block_tokens.grid is empty"),
-        ({"space": {"objective.blok_tokens": {"grid": [4]}}}, r"no recipe has the key objective.blok_tokens; did you mean objective.block_tokens"),
+        ({"space": {"objective.blok_tokens": {"grid": [4]}}},
+         r"recipes have no key objective.blok_tokens; did you mean objective.block_tokens"),
         ({"space": {"optimiser.learning_rate": {"grid": [1e-4]}}}, r"did you mean optimizer.learning_rate\?"),
         ({"space": {"seed": {"grid": [1], "choice": [2]}}},
          "exactly one of grid, choice, uniform, loguniform and cases is needed, and it has grid, choice"),
-        ({"space": {"optimizer.learning_rate": {"loguniform": [0, 1]}}, "search": {"name": "random", "trials": 1}}, "0 < low < high"),
+        ({"space": {"optimizer.learning_rate": {"loguniform": [0, 1]}}, "search": {"name": "random", "trials": 1}},
+         "0 < low < high"),
         ({"space": {**BLOCKS, "objective.clip": {"by": "objective.blocks", "cases": {4: {"grid": [None]}}}}},
          "allowed are the keys of the space with"),
         ({"space": {**BLOCKS, "objective.clip": {**CLIPS, "cases": {5: {"grid": [None]}}}}},
-         "cases.5 is no value of objective.block_tokens; allowed are 4, 16, 32"),
-        ({"space": {"seed": {"grid": [1, 2, 1]}}}, "space.seed.grid has 1 twice: the same trial would be run again"),
+         "cases.5 is not a value of objective.block_tokens; allowed are 4, 16, 32"),
+        ({"space": {"seed": {"grid": [1, 2, 1]}}}, "space.seed.grid has 1 twice: the same trial would run again"),
         ({"space": {**BLOCKS, "objective.clip": {**CLIPS, "cases": {4: {"grid": [None, None]}}}}},
          "space.objective.clip.cases.4.grid has null twice"),
-        ({"space": {"training.steps": {"uniform": [200, 400]}}, "search": {"name": "random", "trials": 1}}, "training.steps=323.6.*valid integer"),
-        ({"overrides": ["training.steps=null"], "scheduler": {"name": "asha", "min_tokens": 1000}}, "training.steps is missing"),
-        ({"space": RATE}, "search.name=grid tries every value, and optimizer.learning_rate are drawn"),
-        ({"search": {"name": "random", "trials": 3}}, "nothing to draw, because every key of the space is a grid"),
-        ({"metric": "perplexity"}, "metric='perplexity'; allowed are 'bits_per_byte', 'nelbo_variance', 'gradient_variance' or 'tokens_per_second'"),
+        ({"space": {"training.steps": {"uniform": [200, 400]}}, "search": {"name": "random", "trials": 1}},
+         "training.steps=323.6.*valid integer"),
+        ({"overrides": ["training.steps=null"], "scheduler": {"name": "asha", "min_tokens": 1000}},
+         "training.steps is missing"),
+        ({"space": RATE}, "search.name=grid tries every value, and optimizer.learning_rate have no grid"),
+        ({"search": {"name": "random", "trials": 3}}, "nothing to sample, because every key of the space is a grid"),
+        ({"metric": "perplexity"},
+         "metric='perplexity'; allowed are 'bits_per_byte', 'nelbo_variance', 'gradient_variance' or 'tokens_per_s"),
         ({"metric": "gradient_variance"}, "not measured with measure.gradient_draws=0"),
-        ({"measure": {"gradient_draws": 1}}, "measure.gradient_draws=1: a variance needs at least 2 draws"),
-        ({"metric": "tokens_per_second"}, "mode=min with metric=tokens_per_second, of which the max is best"),
-        ({"space": {"objective.name": {"grid": ["autoregressive"]}}, "overrides": ["curriculum={}"], "metric": "nelbo_variance"},
-         "is never reported of objective.name=autoregressive"),
+        ({"metric": "tokens_per_second"}, "mode=min with metric=tokens_per_second, whose max is best"),
+        ({"space": {"objective.name": {"grid": ["autoregressive"]}}, "overrides": ["curriculum={}"],
+          "metric": "nelbo_variance"},
+         "is never reported for objective.name=autoregressive"),
         ({"overrides": ["validation.sequences=0"], "scheduler": {"name": "asha", "min_tokens": 1000}},
-         "validation.sequences=0, and the bound .* never reported"),
+         "validation.sequences=0, so the bound .* never reported"),
         ({"scheduler": {"name": "asha"}}, "scheduler.min_tokens=0 with scheduler.name=asha"),
         ({"scheduler": {"name": "pbt", "every_steps": 60}}, "nothing to perturb"),
         ({"scheduler": {"name": "pbt", "every_steps": 70}, "space": RATE, "search": {"name": "random", "trials": 4}},
@@ -113,28 +118,29 @@ def test_draws_are_within_their_ranges_for_every_grid_and_the_seed_decides(tmp_p
         ({"scheduler": {"name": "pbt", "every_steps": 60}, "space": {"objective.shift": {"choice": [True, False]}},
           "search": {"name": "random", "trials": 4}},
          "would change in the middle"),
-        ({"rank_by": "seed"}, "rank_by=seed; allowed are the keys of the space with grid or choice: objective.name, objective.block_tokens"),
+        ({"rank_by": "seed"},
+         "rank_by=seed; allowed are the keys of the space with grid or choice: objective.name, objective.block_tokens"),
         ({"scheduling": {}}, r"scheduling is unknown; did you mean scheduler\?"),
         ({"scheduler": {"min_token": 3}}, r"scheduler.min_token is unknown; did you mean scheduler.min_tokens\?"),
         ({"recipe": "quickstrat"}, "there is no recipe 'quickstrat'"),
         ({"confirm": {"overrides": ["training.step=9"]}}, r"training.step is unknown; did you mean training.steps\?"),
     ],)  # fmt: skip
-def test_a_mistake_is_told_with_what_is_allowed(tmp_path, fields, message):
+def test_a_mistake_is_reported_with_what_is_allowed(tmp_path, fields, message):
     with pytest.raises(UserError, match=message):
         load(tmp_path, **fields)
 
 
-def test_what_is_drawn_stays_within_its_range(tmp_path, monkeypatch):
+def test_a_sampled_value_stays_within_its_range(tmp_path, monkeypatch):
     """exp(log(high)) may be larger than high."""
     leaf = load(tmp_path, space=RATE, search={"name": "random", "trials": 1}).sweep.space["optimizer.learning_rate"]
     for end, beyond in ((0, 0.5), (1, 2.0)):
         monkeypatch.setattr(space.math, "exp", lambda value, beyond=beyond: beyond * math.e**value)
-        chance = random.Random(0)
-        chance.uniform = lambda low, high, end=end: (low, high)[end]
-        assert space.draw(leaf, chance) == leaf.range[end]
+        rng = random.Random(0)
+        rng.uniform = lambda low, high, end=end: (low, high)[end]
+        assert space.sample(leaf, rng) == leaf.range[end]
 
 
-def test_places_and_settings_with_any_characters_arrive_as_they_are(tmp_path):
+def test_paths_and_settings_may_contain_any_characters(tmp_path):
     loaded = load(tmp_path, corpus={}, start_from={"recipe": "quickstart_base"})
     data, base = "/tmp/a, b: {c} #d/'e'", '/tmp/x: "y" [z]'
     recipe = loaded.recipe({}, data, base)
@@ -144,17 +150,19 @@ def test_places_and_settings_with_any_characters_arrive_as_they_are(tmp_path):
     assert tree["model"]["base"] == "d\u00fc \U0001f600" and problems == []
 
 
-def test_every_corner_has_to_be_a_valid_recipe_and_a_mistake_of_many_is_told_once(tmp_path):
+def test_every_corner_must_be_a_valid_recipe_and_a_shared_mistake_is_reported_once(tmp_path):
     steps = {"training.steps": {"choice": [100, 300]}, **RATE, "curriculum.annealing.steps": {"choice": [72, 200]}}
     with pytest.raises(UserError) as error:
-        load(tmp_path, space=steps, search={"name": "random", "trials": 1})
+        load(
+            tmp_path, space=steps, search={"name": "random", "trials": 1}, overrides=["curriculum.annealing.share=null"]
+        )
     assert str(error.value).count("curriculum.annealing.steps=200 exceeds training.steps=100") == 1
     wide = {f"data.sources.{number}.weight": {"grid": [1, 2]} for number in range(13)}
     with pytest.raises(UserError, match="more than 5000 corners"):
         load(tmp_path, space=wide)
 
 
-def test_an_unknown_sweep_is_told_the_near_ones():
+def test_an_unknown_sweep_is_refused_with_similar_names():
     with pytest.raises(UserError, match="there is no sweep 'clip_by_blok'.*near: .*clip_by_block"):
         load_sweep("clip_by_blok")
 

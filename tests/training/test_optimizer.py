@@ -34,6 +34,20 @@ def test_warmup_stable_decay_is_flat_and_then_linear():
     assert values[90] == pytest.approx(0.5) and values[99] == pytest.approx(0.05)
 
 
+def test_linear_falls_from_the_warm_up_to_the_final_ratio():
+    values = rates(warmup_share=0.1, lr_schedule="linear", min_lr_ratio=0.1)
+    assert values[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
+    assert values[10] == 1.0 and values[55] == pytest.approx(0.1 + 0.9 * 45 / 90)
+    assert values[99] == pytest.approx(0.1 + 0.9 / 90)
+
+
+@pytest.mark.parametrize("num_steps", [40, 100])
+def test_lengths_given_as_shares_are_the_same_lengths_in_steps(num_steps):
+    shares = rates(num_steps, warmup_share=0.1, lr_schedule="warmup_stable_decay", decay_share=0.2)
+    steps = {"warmup_steps": num_steps // 10, "decay_steps": num_steps // 5}
+    assert shares == rates(num_steps, lr_schedule="warmup_stable_decay", **steps)
+
+
 def test_only_matrices_are_decayed():
     network = torch.nn.Sequential(torch.nn.Embedding(5, 4), torch.nn.Linear(4, 4), torch.nn.LayerNorm(4))
     decayed, rest = build(Optimizer(weight_decay=0.3), network).param_groups
