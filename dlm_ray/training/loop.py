@@ -118,6 +118,7 @@ class _Run:
 
     def _build(self) -> None:
         manifest = commit.read_manifest(self.checkpoint) if self.checkpoint else None
+        self.recipe = setup.with_precision(self.recipe, self.device, manifest.recipe if manifest else None)
         tokenizer = self.indexes[0].tokenizer
         if manifest is None:
             self.network = setup.resolve(self.recipe, setup.is_causal(self.recipe), tokenizer)

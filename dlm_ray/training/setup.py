@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,6 +135,26 @@ def check_held_out(recipe: Recipe, indexes: Sequence[Index]) -> None:
             "validation.sequences=%d, and data.sources have no held-out rows: nothing is validated",
             recipe.validation.sequences,
         )
+
+
+def with_precision(recipe: Recipe, device: torch.device, started_with: Mapping[str, Any] | None) -> Recipe:
+    """Return the recipe with `training.precision: auto` replaced by the precision that the run uses.
+
+    Args:
+        recipe: the run.
+        device: of this process.
+        started_with: the recipe in the checkpoint that the run resumes from, whose precision it keeps; None for a new run.
+    """
+    precision = recipe.training.precision
+    if precision == "auto" and started_with is not None:
+        precision = started_with["training"]["precision"]
+    if precision == "auto":
+        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bf16" if has_bf16 else "fp32"
+    if precision == recipe.training.precision:
+        return recipe
+    log.info("training.precision=auto: %s", precision)
+    return recipe.model_copy(update={"training": recipe.training.model_copy(update={"precision": precision})})
 
 
 def is_causal(recipe: Recipe) -> bool:

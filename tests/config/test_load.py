@@ -190,8 +190,8 @@ def test_a_wrong_override_says_what_is_allowed(recipe_file, override, message):
                 "objective={name: block, block_tokens: 4}",
                 "curriculum={clip_search: {every_steps: 5}, block_sizes: [{block_tokens: 2, steps: 6}]}",
             ],
-            "curriculum.clip_search.every_steps=5 with training.steps=10 and 6 steps of curriculum.block_sizes: no search "
-            "would come",
+            "curriculum.clip_search.every_steps=5 with training.steps=10 and 6 steps of curriculum.block_sizes: no "
+            "search would come",
         ),
         (
             ["objective={name: block, block_tokens: 4}", "curriculum.block_sizes=[{block_tokens: 1, steps: 10}]"],

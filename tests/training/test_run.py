@@ -21,6 +21,7 @@ from dlm_ray.data.reading import held_out_rows, open_sources, read_split
 from dlm_ray.diffusion.objectives import Masked
 from dlm_ray.training import loop
 from dlm_ray.training.curriculum import annealing_ratio
+from dlm_ray.training.setup import with_precision
 from dlm_ray.training.step import micro_batches, num_micro_steps
 
 
@@ -151,6 +152,21 @@ def test_a_search_or_the_best_checkpoints_need_held_out_rows(data_folder, tmp_pa
 def test_annealing_is_the_papers(data_folder):
     recipe = tiny_recipe(data_folder, curriculum__annealing={"pattern": "bernoulli", "steps": 5})
     assert [annealing_ratio(recipe, step) for step in (0, 3, 4, 7)] == [0.2, 0.8, 1.0, 1.0]
+
+
+def test_precision_auto_is_resolved_when_the_run_starts_recorded_and_kept_on_resume(data_folder, tmp_path, monkeypatch):
+    recipe = tiny_recipe(data_folder, training__precision="auto", training__steps=4)
+    loop.fit(recipe, tmp_path / "run")
+    recorded = commit.read_manifest(listing.latest(str(tmp_path / "run"))).recipe
+    assert recorded["training"]["precision"] == "fp32"
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    gpu = torch.device("cuda")
+    assert with_precision(recipe, gpu, None).training.precision == "bf16"
+    assert with_precision(recipe, gpu, recorded).training.precision == "fp32"
+    longer = recipe.model_copy(update={"training": recipe.training.model_copy(update={"steps": 6})})
+    with pytest.raises(UserError, match="training.steps: it has 4, and the recipe 6") as error:
+        loop.fit(longer, tmp_path / "run")
+    assert "training.precision" not in str(error.value)  # `auto` of the recipe is the recorded precision
 
 
 def test_bf16_and_an_untied_gpt2_without_shift_train(data_folder, tmp_path):
