@@ -1,1 +1,1 @@
-"""The command line: one file per group of verbs, and what people see of their results."""
+"""The command line: one file per group of commands, and how their results are printed."""

@@ -1,4 +1,4 @@
-"""Arguments that several verbs share."""
+"""Arguments that several commands share."""
 
 from __future__ import annotations
 
@@ -6,16 +6,30 @@ from typing import Annotated
 
 import typer
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")]
 Checkpoint = Annotated[
     str,
     typer.Argument(
-        help="A step directory or a run directory (its last step), local, s3:// or gs://; a Hugging Face folder, a hub "
-        "name or a GGUF file."
+        help="Step directory, run directory (its last step), Hugging Face folder, hub name or GGUF file.",
+        show_default=False,
     ),
 ]
-Weights = Annotated[str | None, typer.Option(help="`ema` or `raw`; by default `ema` if the run kept an average.")]
+OurCheckpoint = Annotated[
+    str, typer.Argument(help="Step directory, or run directory (its last step).", show_default=False)
+]
+RunDirectory = Annotated[str, typer.Argument(help="Run directory.", show_default=False)]
+Weights = Annotated[
+    str | None,
+    typer.Option(help="Weights of a checkpoint: `ema` or `raw`.", show_default="ema if the run kept an average"),
+]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(help="Changes to the recipe, such as training.steps=100.", metavar="[KEY=VALUE]..."),
+    typer.Argument(
+        help="Changes to the recipe, such as training.steps=100; `dlm-ray schema recipe` describes all keys.",
+        metavar="[KEY=VALUE]...",
+        show_default=False,
+    ),
+]
+DataFolder = Annotated[
+    str, typer.Option("--data", help="Folder that `data build` wrote with the checkpoint's tokenizer.")
 ]

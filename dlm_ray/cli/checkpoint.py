@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from dlm_ray.cli.arguments import Json, Weights
+from dlm_ray.cli.arguments import Json, OurCheckpoint, RunDirectory, Weights
 from dlm_ray.cli.console import print_message, show_result
 from dlm_ray.config.errors import DamageError
 
@@ -16,12 +16,12 @@ checkpoint_app = typer.Typer(no_args_is_help=True, help="List, verify and prune 
 
 
 def export(
-    checkpoint: Annotated[str, typer.Argument(help="A step directory, or a run directory (its last step).")],
-    folder: Annotated[Path, typer.Argument(help="A local folder that does not exist yet.")],
+    checkpoint: OurCheckpoint,
+    folder: Annotated[Path, typer.Argument(help="Folder to write; must not exist yet.", show_default=False)],
     weights: Weights = None,
     as_json: Json = False,
 ) -> None:
-    """A Hugging Face folder that stock transformers opens."""
+    """Export a checkpoint as a Hugging Face folder that stock transformers opens."""
     from dlm_ray.checkpoint.export import export as run
 
     written = run(checkpoint, str(folder), weights=weights)
@@ -31,20 +31,22 @@ def export(
 def convert(
     source: Annotated[
         str,
-        typer.Argument(help="A GGUF file, a Hugging Face folder or hub name, or a checkpoint of ours.", metavar="A"),
+        typer.Argument(
+            help="GGUF file, Hugging Face folder, hub name, or checkpoint of dlm_ray.", metavar="A", show_default=False
+        ),
     ],
-    folder: Annotated[str, typer.Argument(help="A folder that does not exist yet.", metavar="B")],
+    folder: Annotated[str, typer.Argument(help="Folder to write; must not exist yet.", metavar="B", show_default=False)],
     weights: Weights = None,
     dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16; by default the dtype of A, float32 from GGUF.")
+        str | None,
+        typer.Option(help="float32, bfloat16 or float16.", show_default="the dtype of A; float32 from GGUF"),
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Convert any model that dlm-ray reads into a Hugging Face folder that stock transformers opens.
 
-    From a GGUF file (its quantised weights are dequantised; tokenizer and chat template come along), from a checkpoint of ours (as
-    `export` does), or from a Hugging Face folder or hub name (a copy, for --dtype). GGUF is only read; checkpoints of ours are written by
-    `train` alone, which starts from any of these with model.base=A.
+    A GGUF file is dequantised, and its tokenizer and chat template are converted, too. A checkpoint of dlm_ray is written as
+    by `export`. A Hugging Face folder or hub name is copied, for --dtype. To train from any of these, set model.base=A.
     """
     from dlm_ray.checkpoint.convert import convert as run
 
@@ -53,8 +55,8 @@ def convert(
 
 
 @checkpoint_app.command("list")
-def checkpoint_list(path: Annotated[str, typer.Argument(help="A run directory.")], as_json: Json = False) -> None:
-    """The committed steps of a run."""
+def checkpoint_list(path: RunDirectory, as_json: Json = False) -> None:
+    """List the committed steps of a run."""
     from dlm_ray.checkpoint.listing import committed_steps
 
     steps = committed_steps(path)
@@ -62,34 +64,35 @@ def checkpoint_list(path: Annotated[str, typer.Argument(help="A run directory.")
 
 
 @checkpoint_app.command("verify")
-def checkpoint_verify(
-    path: Annotated[str, typer.Argument(help="A step directory, or a run directory (its last step).")],
-    as_json: Json = False,
-) -> None:
-    """Reads every chunk of a checkpoint; exit code 1 if anything is wrong."""
+def checkpoint_verify(path: OurCheckpoint, as_json: Json = False) -> None:
+    """Read every chunk of a checkpoint and check it; the exit code is 1 if anything is wrong."""
     from dlm_ray.checkpoint.commit import verify
     from dlm_ray.checkpoint.weights import our_checkpoint
 
     directory = our_checkpoint(path) or path
-    findings = verify(directory)
+    errors = verify(directory)
     show_result(
-        {"directory": directory, "findings": findings},
+        {"directory": directory, "findings": errors},
         as_json,
-        lambda: None if findings else print_message(f"{directory}: every chunk is good"),
+        lambda: None if errors else print_message(f"{directory}: every chunk is intact"),
     )
-    if findings:
-        raise DamageError("\n".join(findings))
+    if errors:
+        raise DamageError("\n".join(errors))
 
 
 @checkpoint_app.command("prune")
 def checkpoint_prune(
-    path: Annotated[str, typer.Argument(help="A run directory.")],
-    keep_last: Annotated[int, typer.Option(help="The last so many committed steps stay.", min=1)] = 1,
-    keep_best: Annotated[int, typer.Option(help="So do those with the fewest held-out nats a token.", min=0)] = 0,
-    keep_every: Annotated[int, typer.Option(help="And every step that is a multiple of it; 0 for none.", min=0)] = 0,
+    path: RunDirectory,
+    keep_last: Annotated[int, typer.Option(help="Keep this many of the last committed steps.", min=1)] = 1,
+    keep_best: Annotated[
+        int, typer.Option(help="Also keep this many steps with the lowest validation nats per token.", min=0)
+    ] = 0,
+    keep_every: Annotated[
+        int, typer.Option(help="Also keep every step that is a multiple of this; 0 keeps none.", min=0)
+    ] = 0,
     as_json: Json = False,
 ) -> None:
-    """Removes committed steps but the last ones, the best ones and regular ones."""
+    """Remove committed steps except the last ones, the best ones and regular ones."""
     from dlm_ray.checkpoint.listing import prune
 
     removed = prune(path, keep_last, keep_best=keep_best, keep_every_steps=keep_every)

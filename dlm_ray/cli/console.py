@@ -1,26 +1,42 @@
-"""What people see of a verb's result: tables, sentences and progress bars, on stderr where they are not the result itself."""
+"""Output of commands: messages, progress and tables. Stdout has the result only; everything else goes to stderr."""
 
 from __future__ import annotations
 
 import json
+import logging
 import sys
+import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
-# People read stderr: progress and messages. Stdout has the result alone, so that it can be piped.
 console = Console(stderr=True)
+_LINE_SECONDS = 30.0
 
 
-def show_result(fields: dict[str, Any], as_json: bool, show: Callable[[], Any]) -> None:
-    """The result of a verb: JSON on stdout, or for people."""
+class Update(Protocol):
+    """Reports progress: how much is done, of how much, and current metrics as text."""
+
+    def __call__(self, done: int, total: int, note: str = "") -> None: ...
+
+
+def show_result(fields: Mapping[str, Any], as_json: bool, show: Callable[[], object]) -> None:
+    """Print the result of a command: as one JSON object on stdout, or with `show`."""
     if as_json:
         sys.stdout.write(json.dumps(fields, default=str) + "\n")
     else:
@@ -28,164 +44,213 @@ def show_result(fields: dict[str, Any], as_json: bool, show: Callable[[], Any]) 
 
 
 def print_message(message: str) -> None:
-    """One message on stderr."""
+    """Print one message on stderr."""
     console.print(escape(message), soft_wrap=True, highlight=False)
 
 
 @contextmanager
-def warnings_said() -> Iterator[None]:
-    """What Python warns of is said as a message, without the file that it comes from."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("always", UserWarning)
-        warnings.showwarning = lambda message, *_: print_message(f"warning: {message}")
-        yield
+def warnings_printed() -> Iterator[None]:
+    """Print Python warnings for users and log records of level WARNING as messages, without file names."""
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            print_message(f"warning: {record.getMessage()}")
+
+    logger, handler = logging.getLogger("dlm_ray"), Handler(logging.WARNING)
+    logger.addHandler(handler)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", UserWarning)
+            warnings.showwarning = lambda message, *_: print_message(f"warning: {message}")
+            yield
+    finally:
+        logger.removeHandler(handler)
 
 
-@contextmanager
-def bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on stderr: the caller gets update(done, total)."""
-    columns = (
+class ProgressLines:
+    """Progress as plain lines for logs: the first update, one every 30 seconds, and the last one.
+
+    Args:
+        description: what each line begins with, such as `train: step`.
+        clock: seconds; the time left is estimated from the first update on.
+    """
+
+    def __init__(self, description: str, clock: Callable[[], float] = time.monotonic):
+        self._description, self._clock = description, clock
+        self._start: tuple[float, int] | None = None
+        self._printed_at, self._note = -float("inf"), ""
+
+    def __call__(self, done: int, total: int, note: str = "") -> None:
+        """Print a line if one is due; a missing note repeats the last one."""
+        now = self._clock()
+        self._start = self._start or (now, done)
+        self._note = note or self._note
+        if now - self._printed_at < _LINE_SECONDS and done < total:
+            return
+        self._printed_at = now
+        parts = [f"{self._description} {done} of {total}", self._note, self._time_left(now, done, total)]
+        print_message(", ".join(part for part in parts if part))
+
+    def _time_left(self, now: float, done: int, total: int) -> str:
+        assert self._start is not None, "the first update sets it"
+        seconds, count = now - self._start[0], done - self._start[1]
+        if not count or done >= total:
+            return ""
+        minutes, rest = divmod(round(seconds / count * (total - done)), 60)
+        return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d} left"
+
+
+def _columns() -> tuple[Any, ...]:
+    return (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(what, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
-
-
-@contextmanager
-def stage_bar() -> Iterator[Callable[[str, int, int], None]]:
-    """A line for every stage that ends and a bar with the time left for the one that runs: the caller gets show(stage, done, total)."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as progress:
-        tasks: dict[str, Any] = {}
+
+
+@contextmanager
+def progress(description: str) -> Iterator[Update]:
+    """Show progress on stderr: a bar on a terminal, a line every 30 seconds elsewhere."""
+    if not console.is_terminal:
+        yield ProgressLines(description)
+        return
+    with Progress(*_columns(), console=console, transient=True) as bar:
+        task = bar.add_task(description, total=None, note="")
+
+        def update(done: int, total: int, note: str = "") -> None:
+            bar.update(task, completed=done, total=total, **({"note": note} if note else {}))
+
+        yield update
+
+
+@contextmanager
+def stage_progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Show the progress of consecutive stages; the caller gets show(stage, done, total).
+
+    Each stage that begins gets a numbered line; the running one has a bar on a terminal, and lines elsewhere.
+    """
+    if not console.is_terminal:
+        lines: dict[str, ProgressLines] = {}
+
+        def print_lines(stage: str, done: int, total: int) -> None:
+            if stage not in lines:
+                lines[stage] = ProgressLines(f"{len(lines) + 1:>2}. {stage}:")
+            if total > 1 or not done:
+                lines[stage](done, total)
+
+        yield print_lines
+        return
+    with Progress(*_columns(), console=console, transient=True) as bar:
+        tasks: dict[str, TaskID] = {}
 
         def show(stage: str, done: int, total: int) -> None:
             if stage not in tasks:
                 for task in tasks.values():
-                    progress.update(task, visible=False)
-                tasks[stage] = progress.add_task(f"{len(tasks) + 1:>2}. {stage}", total=None)
-                progress.print(f"{len(tasks):>2}. {stage} ...")
-            progress.update(tasks[stage], completed=done, total=total)
+                    bar.update(task, visible=False)
+                tasks[stage] = bar.add_task(f"{len(tasks) + 1:>2}. {stage}", total=None, note="")
+                bar.print(f"{len(tasks):>2}. {stage} ...")
+            bar.update(tasks[stage], completed=done, total=total)
 
         yield show
 
 
-def print_mapping(title: str, fields: dict[str, Any]) -> None:
-    """Names and values."""
+def print_mapping(title: str, fields: Mapping[str, Any]) -> None:
+    """Print names and values as a table."""
     table = Table(title=title, show_header=False)
     for name, value in fields.items():
         table.add_row(str(name), escape(str(value)))
     Console().print(table)
 
 
-def print_splits(out: str, splits: dict[str, dict[str, int]]) -> None:
-    """The splits of a data folder."""
+def print_splits(out: str, splits: Mapping[str, Mapping[str, int]]) -> None:
+    """Print the sizes of a data folder's splits."""
     table = Table(title=out)
-    for heading in ("split", "rows", "documents", "tokens"):
-        table.add_column(heading, justify="left" if heading == "split" else "right")
+    table.add_column("split")
+    for heading in ("sequences", "documents", "tokens"):
+        table.add_column(heading, justify="right")
     for name, split in splits.items():
-        table.add_row(name, *(f"{split[heading]:,}" for heading in ("rows", "documents", "tokens")))
+        table.add_row(name, *(f"{split[key]:,}" for key in ("rows", "documents", "tokens")))
     Console().print(table)
 
 
-def print_described(described: dict[str, Any]) -> None:
-    """A data folder and its first rows."""
-    tokenizer = described["tokenizer"]
+def print_description(description: Mapping[str, Any]) -> None:
+    """Print a data folder's tokenizer, splits and first sequences."""
+    tokenizer = description["tokenizer"]
     print_message(
-        f"rows of {described['sequence_length']} tokens; tokenizer {tokenizer['name']}, {tokenizer['vocab_size']} tokens, sha256 {tokenizer['sha256'][:12]}"
+        f"sequences of {description['sequence_length']} tokens; tokenizer {tokenizer['name']}, "
+        f"{tokenizer['vocab_size']} tokens, sha256 {tokenizer['sha256'][:12]}"
     )
-    print_splits(described["path"], described["splits"])
-    for number, row in enumerate(described.get("first_rows", [])):
-        print_message(f"row {number} of train:")
-        for segment in row:
+    print_splits(description["path"], description["splits"])
+    for number, sequence in enumerate(description.get("first_rows", [])):
+        print_message(f"sequence {number} of train:")
+        for segment in sequence:
             print_message(f"  document {segment['document']}, {segment['tokens']} tokens: {segment['text'][:200]!r}")
 
 
-def print_bits(scored: dict[str, Any]) -> None:
-    """A likelihood with its intervals."""
-    what = "at most (a bound)" if scored["is_bound"] else "exactly"
-    over = scored["ci95_documents"]
-    interval = (
-        f"95 % over documents {over[0]:.4f} to {over[1]:.4f}"
-        if over
-        else "no interval over documents, which takes two with text"
-    )
+def print_bits(scored: Mapping[str, Any]) -> None:
+    """Print a likelihood in bits per byte with its confidence intervals."""
+    low, high = scored["ci95_documents"]
+    kind = "at most (a bound)" if scored["is_bound"] else "exactly"
     print_message(
-        f"{what} {scored['bits_per_byte']:.4f} bits per byte on {scored['documents']} documents, {scored['bytes']:,} bytes; {interval}"
+        f"{kind} {scored['bits_per_byte']:.4f} bits per byte on {scored['documents']} documents, "
+        f"{scored['bytes']:,} bytes; 95 % over documents {low:.4f} to {high:.4f}"
     )
     if scored["ci95_draws"]:
+        low, high = scored["ci95_draws"]
         print_message(
-            f"95 % over draws, given these rows: {scored['ci95_draws'][0]:.4f} to {scored['ci95_draws'][1]:.4f} ({scored['draws_per_sequence']} draws a row)"
+            f"95 % over draws, for these sequences: {low:.4f} to {high:.4f} ({scored['draws_per_sequence']} draws per "
+            "sequence)"
         )
 
 
-def print_clips(found: list[dict[str, Any]], block_tokens: int, shown: int = 8) -> None:
-    """The best candidates of a clip search, and the full range beside them."""
-    table = Table(title=f"clips for blocks of {block_tokens}, least variance first")
-    for heading in ("beta", "omega", "variance of a block's bound", "masked tokens a block", "gradient variance"):
+def print_clips(candidates: Sequence[Mapping[str, Any]], block_tokens: int, shown: int = 8) -> None:
+    """Print the best candidates of a clip search, and the full range for comparison."""
+    table = Table(title=f"clips for blocks of {block_tokens}, lowest variance first")
+    for heading in ("beta", "omega", "variance of a block's bound", "masked tokens per block", "gradient variance"):
         table.add_column(heading, justify="right")
-    full = [one for one in found[shown:] if one["omega"] - one["beta"] > 0.95]
-    for one in [*found[:shown], *full]:
-        gradient = "" if one["gradient_variance"] is None else f"{one['gradient_variance']:.4g}"
-        table.add_row(
-            f"{one['beta']:g}", f"{one['omega']:g}", f"{one['variance']:.4g}", f"{one['masked_tokens']:.2f}", gradient
-        )
+    full_range = [clip for clip in candidates[shown:] if clip["omega"] - clip["beta"] > 0.95]
+    for clip in [*candidates[:shown], *full_range]:
+        gradient = "" if clip["gradient_variance"] is None else f"{clip['gradient_variance']:.4g}"
+        variance, masked = f"{clip['variance']:.4g}", f"{clip['masked_tokens']:.2f}"
+        table.add_row(f"{clip['beta']:g}", f"{clip['omega']:g}", variance, masked, gradient)
     Console().print(table)
-    print_message(
-        f"train with: objective.clip={{beta: {found[0]['beta']:g}, omega: {found[0]['omega']:g}, weight: paper}}"
-    )
+    best = candidates[0]
+    print_message(f"train with: objective.clip={{beta: {best['beta']:g}, omega: {best['omega']:g}, weight: paper}}")
 
 
-def print_sweep(result: dict[str, Any], metric: str, out: Path) -> None:
-    """The trials of a sweep, the best first."""
+def print_sweep(result: Mapping[str, Any], metric: str, out: Path) -> None:
+    """Print the trials of a sweep, the best first."""
     from dlm_ray.config.space import label
 
     table = Table(title=str(out))
-    for heading in dict.fromkeys(("place", "settings", "status", "steps", "bits_per_byte", metric, "")):
+    columns = tuple(dict.fromkeys(("bits_per_byte", metric)))
+    for heading in ("place", "settings", "status", "steps", *columns, ""):
         table.add_column(heading)
-    for one in result["trials"]:
-        numbers = ["" if one[name] is None else f"{one[name]:.4g}" for name in dict.fromkeys(("bits_per_byte", metric))]
-        remark = "tied with the best" if one["tied"] else one["reason"]
-        if one["tied"] is None and one["place"] is not None:
-            remark = "no interval of its difference from the best"
-        table.add_row(
-            str(one["place"] or ""),
-            escape(label(one["settings"])),
-            one["status"],
-            str(one["step"]),
-            *numbers,
-            escape(remark),
-        )
+    for trial in result["trials"]:
+        numbers = ["" if trial[name] is None else f"{trial[name]:.4g}" for name in columns]
+        remark = "tied with the best" if trial["tied"] else trial["reason"]
+        place, settings = str(trial["place"] or ""), escape(label(trial["settings"]))
+        table.add_row(place, settings, trial["status"], str(trial["step"]), *numbers, escape(remark))
     Console().print(table)
-    print_message(
-        f"the report: {out / 'report.html'}   its numbers: {out / 'results.parquet'}   the best: dlm-ray train {out / 'best.yaml'}"
-    )
+    print_message(f"report: {out / 'report.html'}   numbers: {out / 'results.parquet'}")
+    print_message(f"the best recipe: dlm-ray train {out / 'best.yaml'}")
 
 
-def print_quickstart(report: dict[str, Any], out: Path) -> None:
-    """The quickstart in one table, and where to go on."""
+def print_quickstart(report: Mapping[str, Any], out: Path) -> None:
+    """Print the quickstart's results in one table, and the next command."""
     table = Table(title="held-out text, bits per byte")
     for heading in ("model", "bits per byte", "95 % over documents", ""):
         table.add_column(heading)
     for name in ("ar", "adapted", "scratch", "unadapted"):
-        over = report[name]["ci95_documents"]
-        interval = f"{over[0]:.3f} to {over[1]:.3f}" if over else "one document: none"
-        table.add_row(
-            name, f"{report[name]['bits_per_byte']:.3f}", interval, "bound" if report[name]["is_bound"] else "exact"
-        )
+        low, high = report[name]["ci95_documents"]
+        kind = "bound" if report[name]["is_bound"] else "exact"
+        table.add_row(name, f"{report[name]['bits_per_byte']:.3f}", f"{low:.3f} to {high:.3f}", kind)
     for name, baseline in (("unigram", "unigram_bits_per_byte"), ("xz -9", "xz_bits_per_byte")):
         table.add_row(name, f"{report[baseline]:.3f}", "", "baseline")
     Console().print(table)
-    print_message(f"the report: {out / 'report.html'}   its numbers: {out / 'report.json'}")
-    print_message(f"go on: dlm-ray sample {report['checkpoint']} --prompt 'def '")
+    print_message(f"report: {out / 'report.html'}   numbers: {out / 'report.json'}")
+    print_message(f"next: dlm-ray sample {report['checkpoint']} --prompt 'def '")

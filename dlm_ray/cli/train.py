@@ -4,61 +4,82 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from dlm_ray.cli.arguments import Json, Overrides
-from dlm_ray.cli.console import bar, print_message, print_quickstart, show_result, stage_bar
+from dlm_ray.cli.console import print_message, print_quickstart, progress, show_result, stage_progress
 
 
 def quickstart(
     overrides: Overrides = None,
     smoke: Annotated[
-        bool, typer.Option("--smoke", help="Everything in two minutes with a few steps: does it run here?")
+        bool, typer.Option("--smoke", help="Run every stage with a few steps, in about two minutes.")
     ] = False,
-    out: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("runs/quickstart"),
+    out: Annotated[Path, typer.Option(help="Folder for data, runs, export and report.")] = Path("runs/quickstart"),
     as_json: Json = False,
 ) -> None:
-    """The whole main job on this machine: data, an AR base, its adaptation, the bound, samples, infilling, export, a report."""
+    """Adapt a small AR model to diffusion on this machine: data, base, adaptation, evaluation, samples, export, report.
+
+    Rerun the command to resume where it stopped.
+    """
     from dlm_ray.runtime.quickstart import quickstart as run
 
-    with stage_bar() as show:
+    with stage_progress() as show:
         report = run(out, smoke=smoke, overrides=overrides or [], show=show)
     show_result(report, as_json, lambda: print_quickstart(report, out))
 
 
 def train(
-    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe.")],
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            help="Recipe: a YAML file or a shipped name, such as adapt (your own model) or recipes/md4_text8.",
+            show_default=False,
+        ),
+    ],
     overrides: Overrides = None,
-    out: Annotated[Path, typer.Option(help="A local folder; the run directory is OUT/<name>-<hash>.")] = Path("runs"),
-    fresh: Annotated[bool, typer.Option("--fresh", help="Start another run beside one that is there.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder of runs; the run directory is OUT/<name>-<hash>.")] = Path("runs"),
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start a new run even if one of the same recipe exists.")
+    ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check the recipe and print it, with all defaults.")
+        bool, typer.Option("--dry-run", help="Check the recipe, print it with all defaults and exit.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """One run on Ray. The same command resumes a run that was interrupted; a finished one says so. SIGTERM commits and exits with 75."""
+    """Train a recipe on Ray.
+
+    Rerun the same command to resume an interrupted run. SIGTERM saves a checkpoint and exits with code 75.
+    """
     from dlm_ray.config.load import load_recipe
 
     checked = load_recipe(recipe, overrides or [])
     if dry_run:
         import yaml
 
-        whole = checked.model_dump(mode="json")
-        return show_result(whole, as_json, lambda: sys.stdout.write(yaml.safe_dump(whole, sort_keys=False)))
+        tree = checked.model_dump(mode="json")
+        return show_result(tree, as_json, lambda: sys.stdout.write(yaml.safe_dump(tree, sort_keys=False)))
     from dlm_ray.runtime.train import fit
 
-    with bar("steps") as update:
-        result = fit(checked, out, fresh=fresh, on_event=lambda event: update(event["step"], checked.training.steps))
+    with progress("train: step") as update:
+        result = fit(
+            checked,
+            out,
+            fresh=fresh,
+            on_start=lambda run_dir: print_message(f"run directory: {run_dir}"),
+            on_event=lambda event: update(event["step"], checked.training.steps, _metrics(event)),
+        )
     fields = {**vars(result), "run_dir": str(result.run_dir)}
-    what = "was finished before" if result.already_finished else "is finished"
+    state = "was finished already" if result.already_finished else "is finished"
     bits = result.metrics.get("validation", {}).get("bits_per_byte")
-    show_result(
-        fields,
-        as_json,
-        lambda: print_message(
-            f"{checked.name} {what}: {result.checkpoint}"
-            + (f", {bits:.3f} bits per byte on held-out rows" if bits else "")
-        ),
-    )
+    suffix = f", {bits:.3f} bits per byte on held-out sequences" if bits else ""
+    show_result(fields, as_json, lambda: print_message(f"{checked.name} {state}: {result.checkpoint}{suffix}"))
+
+
+def _metrics(event: dict[str, Any]) -> str:
+    """Return the loss and the throughput of a line of metrics.jsonl; nothing if it has none."""
+    if "loss" not in event:
+        return ""
+    return f"loss {event['loss']:.4f}, {event['tokens_per_second']:,.0f} tokens/s"

@@ -20,7 +20,7 @@ def checkpoint(data_folder, tmp_path_factory):
 
 
 def test_the_verb_prints_a_clip_and_writes_a_table_and_a_heat_map(checkpoint, data_folder, tmp_path):
-    options = ["--data", data_folder, "--block-tokens", 4, "--rows", 6, "--draws", 2, "--out", tmp_path / "out"]
+    options = ["--data", data_folder, "--block-tokens", 4, "--sequences", 6, "--draws", 2, "--out", tmp_path / "out"]
     done = commands.dlm_ray("sweep", "clip-search", checkpoint, *options, "--json")
     assert done.returncode == 0, done.stderr
     printed = json.loads(done.stdout)
