@@ -1,6 +1,7 @@
-"""dlm_ray: an autoregressive language model becomes a diffusion language model, on one laptop or on a Ray cluster.
+"""dlm_ray turns an autoregressive language model into a diffusion language model, on a laptop or on a Ray cluster.
 
-`load(path)` gives a checkpoint that samples, infills and scores text; `fit(recipe)` runs a recipe; `recipe(path, *overrides)` reads one.
+`load(path)` returns a model that samples, infills and scores text; `recipe(path, overrides)` loads a recipe, and
+`fit(recipe)` runs it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 __version__ = "0.1.0"
 __all__ = ["__version__", "fit", "load", "recipe"]
 
-# Imported when they are asked for: `dlm-ray --help` needs neither torch nor Ray.
+# Imported at first use, because `dlm-ray --help` needs neither torch nor Ray.
 _PUBLIC = {
     "load": ("dlm_ray.generation.loading", "load"),
     "fit": ("dlm_ray.runtime.train", "fit"),

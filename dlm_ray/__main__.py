@@ -1,4 +1,4 @@
-"""`python -m dlm_ray`: the same as `dlm-ray`."""
+"""Run the command line with `python -m dlm_ray`."""
 
 from dlm_ray.cli.main import main
 

@@ -10,7 +10,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON
 Checkpoint = Annotated[
     str,
     typer.Argument(
-        help="Step directory, run directory (its last step), Hugging Face folder, hub name or GGUF file.",
+        help="Step directory or run directory (its last step), local, s3:// or gs://; Hugging Face folder, hub name or "
+        "GGUF file.",
         show_default=False,
     ),
 ]

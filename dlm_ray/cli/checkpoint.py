@@ -17,7 +17,7 @@ checkpoint_app = typer.Typer(no_args_is_help=True, help="List, verify and prune 
 
 def export(
     checkpoint: OurCheckpoint,
-    folder: Annotated[Path, typer.Argument(help="Folder to write; must not exist yet.", show_default=False)],
+    folder: Annotated[Path, typer.Argument(help="Local folder to write; must not exist yet.", show_default=False)],
     weights: Weights = None,
     as_json: Json = False,
 ) -> None:
@@ -35,7 +35,9 @@ def convert(
             help="GGUF file, Hugging Face folder, hub name, or checkpoint of dlm_ray.", metavar="A", show_default=False
         ),
     ],
-    folder: Annotated[str, typer.Argument(help="Folder to write; must not exist yet.", metavar="B", show_default=False)],
+    folder: Annotated[
+        str, typer.Argument(help="Folder to write; must not exist yet.", metavar="B", show_default=False)
+    ],
     weights: Weights = None,
     dtype: Annotated[
         str | None,
@@ -45,8 +47,9 @@ def convert(
 ) -> None:
     """Convert any model that dlm-ray reads into a Hugging Face folder that stock transformers opens.
 
-    A GGUF file is dequantised, and its tokenizer and chat template are converted, too. A checkpoint of dlm_ray is written as
-    by `export`. A Hugging Face folder or hub name is copied, for --dtype. To train from any of these, set model.base=A.
+    A GGUF file is dequantised, and its tokenizer and chat template are converted, too. A checkpoint of dlm_ray is
+    written as by `export`. A Hugging Face folder or hub name is copied, for --dtype. To train from any of these, set
+    model.base=A.
     """
     from dlm_ray.checkpoint.convert import convert as run
 

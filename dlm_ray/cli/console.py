@@ -30,9 +30,10 @@ _LINE_SECONDS = 30.0
 
 
 class Update(Protocol):
-    """Reports progress: how much is done, of how much, and current metrics as text."""
+    """Reports progress."""
 
-    def __call__(self, done: int, total: int, note: str = "") -> None: ...
+    def __call__(self, done: int, total: int, note: str = "") -> None:
+        """Report how much is done, of how much, and current metrics as text."""
 
 
 def show_result(fields: Mapping[str, Any], as_json: bool, show: Callable[[], object]) -> None:
@@ -122,7 +123,9 @@ def progress(description: str) -> Iterator[Update]:
         task = bar.add_task(description, total=None, note="")
 
         def update(done: int, total: int, note: str = "") -> None:
-            bar.update(task, completed=done, total=total, **({"note": note} if note else {}))
+            bar.update(task, completed=done, total=total)
+            if note:
+                bar.update(task, note=note)
 
         yield update
 
@@ -193,11 +196,16 @@ def print_description(description: Mapping[str, Any]) -> None:
 
 def print_bits(scored: Mapping[str, Any]) -> None:
     """Print a likelihood in bits per byte with its confidence intervals."""
-    low, high = scored["ci95_documents"]
+    interval = scored["ci95_documents"]
+    note = (
+        f"95 % over documents {interval[0]:.4f} to {interval[1]:.4f}"
+        if interval
+        else "no interval over documents, which needs at least two documents with text"
+    )
     kind = "at most (a bound)" if scored["is_bound"] else "exactly"
     print_message(
         f"{kind} {scored['bits_per_byte']:.4f} bits per byte on {scored['documents']} documents, "
-        f"{scored['bytes']:,} bytes; 95 % over documents {low:.4f} to {high:.4f}"
+        f"{scored['bytes']:,} bytes; {note}"
     )
     if scored["ci95_draws"]:
         low, high = scored["ci95_draws"]
@@ -233,6 +241,8 @@ def print_sweep(result: Mapping[str, Any], metric: str, out: Path) -> None:
     for trial in result["trials"]:
         numbers = ["" if trial[name] is None else f"{trial[name]:.4g}" for name in columns]
         remark = "tied with the best" if trial["tied"] else trial["reason"]
+        if trial["tied"] is None and trial["place"] is not None:
+            remark = "no interval of its difference from the best"
         place, settings = str(trial["place"] or ""), escape(label(trial["settings"]))
         table.add_row(place, settings, trial["status"], str(trial["step"]), *numbers, escape(remark))
     Console().print(table)
@@ -246,9 +256,10 @@ def print_quickstart(report: Mapping[str, Any], out: Path) -> None:
     for heading in ("model", "bits per byte", "95 % over documents", ""):
         table.add_column(heading)
     for name in ("ar", "adapted", "scratch", "unadapted"):
-        low, high = report[name]["ci95_documents"]
+        over = report[name]["ci95_documents"]
+        interval = f"{over[0]:.3f} to {over[1]:.3f}" if over else "none: one document"
         kind = "bound" if report[name]["is_bound"] else "exact"
-        table.add_row(name, f"{report[name]['bits_per_byte']:.3f}", f"{low:.3f} to {high:.3f}", kind)
+        table.add_row(name, f"{report[name]['bits_per_byte']:.3f}", interval, kind)
     for name, baseline in (("unigram", "unigram_bits_per_byte"), ("xz -9", "xz_bits_per_byte")):
         table.add_row(name, f"{report[baseline]:.3f}", "", "baseline")
     Console().print(table)

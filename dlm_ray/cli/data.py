@@ -26,7 +26,9 @@ def data_build(
     sequence_length: Annotated[int, typer.Option(help="Tokens per packed sequence: the context length L.")] = 1024,
     tokenizer: Annotated[
         str | None,
-        typer.Option(help="Tokenizer of the model: a Hugging Face folder, a hub name or a GGUF file.", show_default=False),
+        typer.Option(
+            help="Tokenizer of the model: a Hugging Face folder, a hub name or a GGUF file.", show_default=False
+        ),
     ] = None,
     train_tokenizer_vocab: Annotated[
         int | None,

@@ -42,7 +42,7 @@ def sample(
         str | None,
         typer.Option(
             help="How a step selects the tokens to reveal: confidence, margin, ancestral, first_hitting, threshold, "
-            "factor or entropy_bounded; tweedie (sedd); state_dependent (genmd4); sampled, greedy or multi_hot (ssd_lm).",
+            "factor or entropy_bounded; tweedie (sedd); state_dependent (genmd4); sampled, greedy, multi_hot (ssd_lm).",
             show_default=_RECIPE.format("the first rule of its objective"),
         ),
     ] = None,
@@ -114,7 +114,9 @@ def sample(
     ] = None,
     noise: Annotated[
         str,
-        typer.Option(help="Precision of sampling: float64, or float32_gumbel, which truncates the tails as in MD4's code."),
+        typer.Option(
+            help="Precision of sampling: float64, or float32_gumbel, which truncates the tails as in MD4's code."
+        ),
     ] = "float64",
     seed: Annotated[int, typer.Option(help="Seed; the same seed gives the same text.")] = 0,
     weights: Weights = None,
@@ -126,7 +128,9 @@ def sample(
     if prefix is not None and prompt:
         raise UserError("`prompt` does not go with `prefix` and `suffix`; put it into the prefix")
     if prefix is not None and length_tokens is None:
-        raise UserError("`length_tokens` is missing: infilling needs the number of tokens between `prefix` and `suffix`")
+        raise UserError(
+            "`length_tokens` is missing: infilling needs the number of tokens between `prefix` and `suffix`"
+        )
     forced = _forced(force or [])
     from dlm_ray.generation.loading import load
 

@@ -14,7 +14,7 @@ import typer
 from rich.markup import escape
 
 from dlm_ray.cli.checkpoint import checkpoint_app, convert, export
-from dlm_ray.cli.console import console
+from dlm_ray.cli.console import console, warnings_printed
 from dlm_ray.cli.data import data_app
 from dlm_ray.cli.generate import evaluate, sample
 from dlm_ray.cli.machine import doctor, schema
@@ -66,7 +66,8 @@ def main() -> None:
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
     try:
-        app(arguments)  # prints usage errors and exits by itself
+        with warnings_printed():
+            app(arguments)  # prints usage errors and exits by itself
     except Exception as error:
         if debug:
             raise

@@ -86,8 +86,8 @@ def serve(
         fields = {"url": url, "models": server.model_names, "environment": environment}
         variables = " ".join(f"{key}={value}" for key, value in environment.items())
         text = (
-            f"{names} at {url} (playground) and {url}/v1; other commands find this Ray cluster with {variables}; Ctrl-C "
-            "finishes accepted requests and stops"
+            f"{names} at {url} (playground) and {url}/v1; other commands find this Ray cluster with {variables}; "
+            "Ctrl-C finishes accepted requests and stops"
         )
         show_result(fields, as_json, lambda: print_message(text))
         sys.stdout.flush()

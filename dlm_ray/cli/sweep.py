@@ -114,6 +114,8 @@ def sweep_clip_search(
 
     if gradients == 1:
         raise UserError.of("gradients", gradients, "a variance needs at least 2 draws", "0 leaves it out")
+    if out is not None:
+        local_path(out, "out")
     model = load(checkpoint, weights)
     options: dict[str, Any] = {"rows": rows, "draws": draws, "enforce": enforce.value}
     with progress("batches") as update:

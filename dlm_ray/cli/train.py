@@ -40,7 +40,9 @@ def train(
         ),
     ],
     overrides: Overrides = None,
-    out: Annotated[Path, typer.Option(help="Folder of runs; the run directory is OUT/<name>-<hash>.")] = Path("runs"),
+    out: Annotated[Path, typer.Option(help="Local folder of runs; the run directory is OUT/<name>-<hash>.")] = Path(
+        "runs"
+    ),
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Start a new run even if one of the same recipe exists.")
     ] = False,

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from dlm_ray.config.errors import UserError
 from dlm_ray.config.mistakes import listed, readable
+from dlm_ray.config.paths import local_path
 from dlm_ray.config.recipe import Recipe
 from dlm_ray.config.trees import Tree, parse_yaml, set_key
 

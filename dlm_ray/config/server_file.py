@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from dlm_ray.config.errors import UserError
 from dlm_ray.config.mistakes import listed, readable
+from dlm_ray.config.paths import local_path
 from dlm_ray.config.server import Server
 from dlm_ray.config.trees import Tree, parse_yaml, set_key
 
@@ -28,7 +29,7 @@ def load_server(target: str, overrides: Sequence[str] = ()) -> Server:
         UserError: with every mistake that was found.
     """
     if target.endswith((".yaml", ".yml")):
-        file = local_path(target, "the server's file", "a local file")
+        file = local_path(target, "the service's file", "a local file")
         if not file.is_file():
             raise UserError(f"there is no file {target!r}")
         tree = parse_yaml(file.read_text(), target, "server")

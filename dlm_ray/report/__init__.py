@@ -1,4 +1,4 @@
-"""A self-contained HTML page from tables, figures and text; every verb that draws uses it."""
+"""Reports: a self-contained HTML page from tables, figures and text."""
 
 from dlm_ray.report.figures import curves, intervals
 from dlm_ray.report.page import Block, Code, Figure, Numbers, Paragraph, Table, page

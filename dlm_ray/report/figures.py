@@ -1,4 +1,4 @@
-"""The figures that reports need: curves over steps, values with their intervals, values over two axes."""
+"""Figures of reports: curves over steps, values with intervals, heat maps and parallel coordinates."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart, without its yellow.
+# Okabe and Ito's palette for colour-blind readers, without its yellow.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 _GREY = "#8a93a0"
 
 
 def curves(series: Mapping[str, Sequence[tuple[float, float]]], xlabel: str, ylabel: str) -> Any:
-    """A line a series of (x, y), named at its right end."""
+    """Return line plots, one per series of (x, y), each labelled at its right end."""
     figure, axes = _axes(7.0, 3.4)
     for colour, points in zip(COLOURS, series.values(), strict=False):
         xs, ys = zip(*points, strict=True)
@@ -21,16 +21,16 @@ def curves(series: Mapping[str, Sequence[tuple[float, float]]], xlabel: str, yla
     figure.subplots_adjust(left=0.09, right=0.84, top=0.96, bottom=0.15)
     ends = [(name, colour, *points[-1]) for colour, (name, points) in zip(COLOURS, series.items(), strict=False)]
     low, high = axes.get_ylim()
-    height = axes.bbox.height * 72 / figure.dpi  # in points, as labels are moved
+    height = axes.bbox.height * 72 / figure.dpi  # in points, the unit of the labels' offsets
     places = [height * (y - low) / (high - low) for _, _, _, y in ends]
-    for (name, colour, x, y), place, moved in zip(ends, places, _apart(places, 12.0), strict=True):
+    for (name, colour, x, y), place, moved in zip(ends, places, _spread(places, 12.0), strict=True):
         beside = {"xytext": (6, moved - place), "textcoords": "offset points", "va": "center"}
         axes.annotate(name, (x, y), color=colour, annotation_clip=False, **beside)
     return figure
 
 
 def intervals(rows: Sequence[tuple[str, float, float | None, float | None]], xlabel: str) -> Any:
-    """A dot with its interval a row of (label, value, low, high), the first on top; a dot alone where there is no interval (None)."""
+    """Return dots with intervals, one per (label, value, low, high), the first on top; None is no interval."""
     figure, axes = _axes(7.0, 0.6 + 0.42 * len(rows))
     for place, (_, value, low, high) in enumerate(reversed(rows)):
         if low is not None and high is not None:
@@ -47,14 +47,14 @@ def intervals(rows: Sequence[tuple[str, float, float | None, float | None]], xla
 
 
 def heat_map(cells: Mapping[tuple[float, float], float], xlabel: str, ylabel: str, title: str) -> Any:
-    """Values at (x, y), each written into its cell, dark where small; the smallest is framed. Places without a value stay empty."""
+    """Return a heat map of values by (x, y), low values dark, the lowest framed; missing cells stay empty."""
     xs, ys = (sorted({place[axis] for place in cells}) for axis in (0, 1))
     low, high = min(cells.values()), max(cells.values())
     figure, axes = _axes(1.2 + 0.56 * len(xs), 1.0 + 0.34 * len(ys))
     grid = [[cells.get((x, y), float("nan")) for x in xs] for y in ys]
     axes.imshow(grid, origin="lower", aspect="auto", cmap="viridis", vmin=low, vmax=high)
     for (x, y), value in cells.items():
-        # Both colours are written out, so that a page's own colour of text does not replace them.
+        # Explicit colours, which the page's text colour does not replace.
         colour = "#111111" if value > (low + high) / 2 else "#ffffff"
         place = (xs.index(x), ys.index(y))
         axes.annotate(f"{value:.3g}", place, ha="center", va="center", fontsize=7, color=colour)
@@ -68,16 +68,16 @@ def heat_map(cells: Mapping[tuple[float, float], float], xlabel: str, ylabel: st
 
 
 def parallel(names: Sequence[str], lines: Sequence[Sequence[Any]]) -> Any:
-    """A line for each of `lines` over upright axes of `names`, coloured by its last value, the least darkest.
+    """Return parallel coordinates: one polyline per item of `lines` over vertical axes, the lowest last value darkest.
 
-    Numbers stand where they are within the axis' range; everything else is a step of its own, in order of appearance.
+    Numbers are placed by value within the range of their axis; other values are categories in order of appearance.
     """
     figure, axes = _axes(1.4 + 1.6 * len(names), 3.6)
     heights = []
     for x, column in enumerate(zip(*lines, strict=True)):
-        own, ticks = _on_axis(column)
-        heights.append(own)
-        for (text, _), height in zip(ticks, _apart([height for _, height in ticks], 0.05), strict=True):
+        positions, ticks = _axis_positions(column)
+        heights.append(positions)
+        for (text, _), height in zip(ticks, _spread([height for _, height in ticks], 0.05), strict=True):
             axes.annotate(text, (x, height), xytext=(4, 3), textcoords="offset points", fontsize=7)
     for points in sorted(zip(*heights, strict=True), key=lambda points: -(points[-1] or 0)):
         places = [(x, height) for x, height in enumerate(points) if height is not None]
@@ -91,10 +91,10 @@ def parallel(names: Sequence[str], lines: Sequence[Sequence[Any]]) -> Any:
     return figure
 
 
-def _on_axis(column: Sequence[Any]) -> tuple[list[float | None], list[tuple[str, float]]]:
-    """Heights in [0, 1] of the values of an upright axis, and what is written beside it where.
+def _axis_positions(column: Sequence[Any]) -> tuple[list[float | None], list[tuple[str, float]]]:
+    """Return the heights in [0, 1] of an axis' values, and its tick labels with their heights.
 
-    A number that is not finite has no height.
+    Infinite numbers and NaN have no height.
     """
     column = [None if isinstance(value, float) and not math.isfinite(value) else value for value in column]
     known = [value for value in column if value is not None]
@@ -104,20 +104,18 @@ def _on_axis(column: Sequence[Any]) -> tuple[list[float | None], list[tuple[str,
         places = {value: value - order[0] for value in order}
         column_keys = list(column)
     else:
-        texts = list(dict.fromkeys(_written(value) for value in known))
+        texts = list(dict.fromkeys(_category(value) for value in known))
         places = {text: float(number) for number, text in enumerate(texts)}
-        column_keys = [None if value is None else _written(value) for value in column]
+        column_keys = [None if value is None else _category(value) for value in column]
     span = max(places.values(), default=0.0)
     heights = {key: place / span if span else 0.5 for key, place in places.items()}
     ticks = list(zip(texts, heights.values(), strict=True))
-    return [None if key is None else heights[key] for key in column_keys], ticks if len(ticks) <= 6 else [
-        ticks[0],
-        ticks[-1],
-    ]
+    shown = ticks if len(ticks) <= 6 else [ticks[0], ticks[-1]]
+    return [None if key is None else heights[key] for key in column_keys], shown
 
 
-def _apart(places: Sequence[float], least: float) -> list[float]:
-    """Where labels stand that belong to these places: in the same order, `least` from each other, those in the way moved up."""
+def _spread(places: Sequence[float], least: float) -> list[float]:
+    """Return positions of labels for these places: in the same order, moved up to be at least `least` apart."""
     moved = list(places)
     order = sorted(range(len(places)), key=lambda number: places[number])
     for below, number in zip(order, order[1:], strict=False):
@@ -125,21 +123,21 @@ def _apart(places: Sequence[float], least: float) -> list[float]:
     return moved
 
 
-def _written(value: Any) -> str:
-    """A value that is no number, short."""
+def _category(value: Any) -> str:
+    """Return the label of a category, at most 24 characters."""
     text = " ".join(str(part) for part in value.values()) if isinstance(value, dict) else str(value)
     return text if len(text) < 24 else text[:21] + "..."
 
 
 def _frame(place: tuple[int, int]) -> Any:
-    """The border of a cell."""
+    """Return a border around one cell."""
     from matplotlib.patches import Rectangle
 
     return Rectangle((place[0] - 0.5, place[1] - 0.5), 1, 1, fill=False, edgecolor=COLOURS[1], linewidth=2.5)
 
 
 def _axes(width: float, height: float) -> tuple[Any, Any]:
-    """Axes in inches with text that stays text."""
+    """Return a figure of this size in inches and its axes; text stays text in SVG."""
     import matplotlib
     from matplotlib.figure import Figure
 

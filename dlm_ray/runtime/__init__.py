@@ -1,1 +1,1 @@
-"""Everything on Ray. The only folder that imports it."""
+"""Everything that runs on Ray; no other folder imports it."""

@@ -1,15 +1,16 @@
-"""Builds a data folder: parts of the sources in parallel through Ray Data, the index last."""
+"""Build a data folder: chunks of the sources in parallel through Ray Data, the index last."""
 
 from __future__ import annotations
 
 import json
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from dlm_ray.runtime import cluster  # first of all: it sets what Ray reads when it is imported
+from dlm_ray.runtime import cluster  # imported first: it sets the variables that Ray reads when it is imported
 
 # isort: split
 import ray
@@ -17,6 +18,7 @@ import ray.data
 
 from dlm_ray.config.errors import DamageError, UserError
 from dlm_ray.config.paths import check_url
+from dlm_ray.config.trees import differences
 from dlm_ray.data import index as indexes
 from dlm_ray.data import sources, storage
 from dlm_ray.data.build import Settings, build_part, write_index
@@ -24,6 +26,7 @@ from dlm_ray.data.tokenizer import identity, load_tokenizer, train_tokenizer
 
 # A byte-pair encoding of a few thousand pieces does not change with more text than this.
 _TOKENIZER_BYTES = 64 * 2**20
+_MIN_SEQUENCE_LENGTH = 3
 
 
 def build(
@@ -38,96 +41,113 @@ def build(
     sequences_per_shard: int = 4096,
     progress: Callable[[int, int], None] | None = None,
 ) -> indexes.Index:
-    """Text -> tokens -> packed rows -> shards in `out`, with an index that is written last.
+    """Tokenize text, pack it into sequences and write shards into `out`, with the index last.
 
-    The same inputs give the same bytes. A build that was interrupted goes on where it stopped: parts whose inputs and settings
-    are the same are kept.
+    The same inputs give the same bytes. An interrupted build resumes: chunks with the same input and settings are kept.
 
     Args:
-        inputs: text files, .jsonl, .jsonl.gz, .parquet, folders or patterns.
+        inputs: text files, .jsonl, .jsonl.gz, .parquet, folders or glob patterns.
         out: a local folder, s3:// or gs://.
-        tokenizer: a folder, a hub name or a GGUF file; or else
-        train_tokenizer_vocab: trains a byte-level BPE of so many tokens on the inputs.
-        sequence_length: L.
-        held_out: share of the documents, by hash, that goes to the split `held_out`.
-        text_field: of JSONL records and parquet columns.
-        sequences_per_shard: at most.
-        progress: called with (parts done, parts).
+        tokenizer: a Hugging Face folder, a hub name or a GGUF file. Give this or `train_tokenizer_vocab`.
+        train_tokenizer_vocab: train a byte-level BPE of this many tokens on the inputs.
+        sequence_length: L, tokens per packed sequence.
+        held_out: share of the documents, chosen by hash, in the split `held_out`.
+        text_field: field of JSONL records and column of parquet files.
+        sequences_per_shard: most sequences per shard.
+        progress: called with (chunks done, chunks).
+
+    Returns:
+        The index. If the split `held_out` is empty, a warning says so.
 
     Raises:
-        UserError: if there is no text, or `out` holds data of other settings.
+        UserError: if an argument is invalid, there is no text, or `out` has data of other settings.
     """
     if (tokenizer is None) == (train_tokenizer_vocab is None):
-        raise UserError("give one of --tokenizer NAME and --train-tokenizer VOCAB")
-    if sequence_length < 3:
-        raise UserError(
-            f"--sequence-length {sequence_length} is too short for a start token and text; 3 is the least, 256 and more is usual"
-        )
+        raise UserError("give exactly one of `tokenizer` and `train_tokenizer_vocab`")
+    if sequence_length < _MIN_SEQUENCE_LENGTH:
+        allowed = f"too short for a start token and text; the minimum is {_MIN_SEQUENCE_LENGTH}, 256 and more is usual"
+        raise UserError.of("sequence_length", sequence_length, allowed)
     if not 0 <= held_out < 1:
-        raise UserError(f"--held-out {held_out} is a share of the documents: at least 0 and below 1")
-    check_url(out, "--out")
-    parts = sources.list_parts(inputs)
+        raise UserError.of("held_out", held_out, "a share of the documents must be at least 0 and below 1")
+    check_url(out, "out")
+    chunks = sources.list_parts(inputs)
     out = out if storage.is_remote(out) else str(Path(out).absolute())
     with tempfile.TemporaryDirectory() as folder:
-        chosen = (
-            load_tokenizer(tokenizer)
-            if tokenizer is not None
-            else _trained(parts, text_field, train_tokenizer_vocab or 0)
-        )
-        chosen.save_pretrained(folder)
-        own = replace(identity(load_tokenizer(folder)), name=Path(tokenizer or "trained").name)
-        settings = Settings(own.sha256, sequence_length, held_out, text_field, sequences_per_shard)
-        built_from = {"settings": asdict(settings), "inputs": [Path(one).name for one in inputs], "parts": len(parts)}
+        used = load_tokenizer(tokenizer) if tokenizer is not None else None
+        (used or _trained(chunks, text_field, train_tokenizer_vocab or 0)).save_pretrained(folder)
+        tokenizer_identity = replace(identity(load_tokenizer(folder)), name=Path(tokenizer or "trained").name)
+        settings = Settings(tokenizer_identity.sha256, sequence_length, held_out, text_field, sequences_per_shard)
+        built_from = {
+            "settings": asdict(settings),
+            "inputs": [Path(name).name for name in inputs],
+            "parts": len(chunks),
+        }
         _refuse_other_settings(out, built_from)
-        for path in sorted(
-            path for path in Path(folder).rglob("*") if path.is_file()
-        ):  # other chat templates lie in a folder
-            storage.write(storage.join(out, f"tokenizer/{path.relative_to(folder)}"), path.read_bytes())
+        _store_tokenizer(Path(folder), out)
         results: dict[int, dict[str, Any]] = {}
-        for number, result in _run(parts, storage.join(out, "tokenizer"), settings, out):
+        for number, result in _run(chunks, storage.join(out, "tokenizer"), settings, out):
             results[number] = result
             if progress is not None:
-                progress(len(results), len(parts))
+                progress(len(results), len(chunks))
     if not any(split["rows"] for result in results.values() for split in result.values()):
-        raise UserError(f"no text in {', '.join(inputs)}: nothing to build; check the paths and --text-field")
-    return write_index(out, [results[part.number] for part in parts], sequence_length, own, built_from)
+        raise UserError(f"no text in {', '.join(inputs)}: nothing to build; check the paths and `text_field`")
+    ordered = [results[chunk.number] for chunk in chunks]
+    index = write_index(out, ordered, sequence_length, tokenizer_identity, built_from)
+    _warn_of_empty_splits(index, held_out)
+    return index
+
+
+def _store_tokenizer(folder: Path, out: str) -> None:
+    """Copy the tokenizer's files, with those of subfolders (further chat templates), into the data folder."""
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        storage.write(storage.join(out, f"tokenizer/{path.relative_to(folder)}"), path.read_bytes())
+
+
+def _warn_of_empty_splits(index: indexes.Index, held_out: float) -> None:
+    for name in ("train", "held_out") if held_out else ("train",):
+        if index.splits[name].rows:
+            continue
+        total = sum(split.documents for split in index.splits.values())
+        effect = "training cannot validate" if name == "held_out" else "there is nothing to train on"
+        warnings.warn(
+            f"the {name} split is empty, so {effect}: {total} documents were split by hash with held_out={held_out:g}; "
+            f"give more documents (a text file is one document), or {'raise' if name == 'held_out' else 'lower'} "
+            "`held_out`",
+            stacklevel=3,
+        )
 
 
 def _run(
-    parts: Sequence[sources.SourceChunk], tokenizer_folder: str, settings: Settings, out: str
+    chunks: Sequence[sources.SourceChunk], tokenizer_folder: str, settings: Settings, out: str
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(number, result) of every part as it is finished, from tasks of Ray Data."""
-    if not parts:
+    """Yield (number, result) of every chunk as it is finished, from tasks of Ray Data."""
+    if not chunks:
         return
     with cluster.session():
-        # What a task raises that a person should read comes back as it is: Ray would wrap it beyond recognition.
+        # User errors are returned as values, because Ray would wrap an exception beyond recognition.
         def task(item: dict[str, Any]) -> dict[str, Any]:
-            part = parts[item["id"]]
+            chunk = chunks[item["id"]]
             try:
-                return {
-                    "part": part.number,
-                    "result": json.dumps(build_part(part, tokenizer_folder, settings, out)),
-                    "error": "",
-                    "kind": "",
-                }
+                result = json.dumps(build_part(chunk, tokenizer_folder, settings, out))
             except UserError as error:
-                return {"part": part.number, "result": "", "error": str(error), "kind": type(error).__name__}
+                return {"number": chunk.number, "result": "", "error": str(error), "kind": type(error).__name__}
+            return {"number": chunk.number, "result": result, "error": "", "kind": ""}
 
-        for row in ray.data.range(len(parts), override_num_blocks=len(parts)).map(task).iter_rows():
-            if row["kind"]:
-                raise (DamageError if row["kind"] == "DamageError" else UserError)(row["error"])
-            yield row["part"], json.loads(row["result"])
+        for item in ray.data.range(len(chunks), override_num_blocks=len(chunks)).map(task).iter_rows():
+            if item["kind"]:
+                raise (DamageError if item["kind"] == "DamageError" else UserError)(item["error"])
+            yield item["number"], json.loads(item["result"])
 
 
-def _trained(parts: Sequence[sources.SourceChunk], text_field: str, vocab_size: int) -> Any:
-    """A tokenizer trained on documents spread evenly over the parts."""
+def _trained(chunks: Sequence[sources.SourceChunk], text_field: str, vocab_size: int) -> Any:
+    """Return a tokenizer that is trained on documents spread evenly over the chunks."""
 
     def sample() -> Iterator[str]:
-        per_part = _TOKENIZER_BYTES // max(1, len(parts))
-        for part in parts:
+        per_chunk = _TOKENIZER_BYTES // max(1, len(chunks))
+        for chunk in chunks:
             taken = 0
-            for text in sources.documents(part, text_field):
-                if taken >= per_part:
+            for text in sources.documents(chunk, text_field):
+                if taken >= per_chunk:
                     break
                 taken += len(text)
                 yield text
@@ -136,21 +156,17 @@ def _trained(parts: Sequence[sources.SourceChunk], text_field: str, vocab_size: 
 
 
 def _refuse_other_settings(out: str, built_from: dict[str, Any]) -> None:
+    """Raise UserError if `out` has an index that was built from other inputs or settings."""
     name = storage.join(out, indexes.NAME)
     if not storage.exists(name):
         return
     before = json.loads(storage.read(name))["built_from"]
-    changed = [
-        f"{key} was {before['settings'].get(key)}, asked {value}"
-        for key, value in built_from["settings"].items()
-        if before["settings"].get(key) != value
+    changes = [
+        f"{key.removeprefix('settings.')} was {old}, now {new}"
+        for part in ("settings", "inputs")
+        for key, old, new in differences(before[part], built_from[part], part)
     ]
-    changed += (
-        [f"inputs were {before['inputs']}, asked {built_from['inputs']}"]
-        if before["inputs"] != built_from["inputs"]
-        else []
-    )
-    if changed:
+    if changes:
         raise UserError(
-            f"{out} holds data that was built otherwise ({'; '.join(changed)}); choose another --out, or remove that folder"
+            f"{out} has data of another build ({'; '.join(changes)}); choose another `out`, or remove that folder"
         )

@@ -1,4 +1,4 @@
-"""The Ray cluster that a command uses: the one that RAY_ADDRESS names, or one of its own on this machine for as long as it runs."""
+"""The Ray cluster of a command: the one that RAY_ADDRESS names, or a local one for the duration of the command."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# Ray reads these when it is imported. Usage reports are off: nobody asked for them.
+# Ray reads these variables when it is imported. Usage reports are off by default.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
 os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
@@ -24,13 +24,15 @@ from dlm_ray.config.recipe import Parallelism  # noqa: E402
 
 @contextmanager
 def session() -> Iterator[None]:
-    """A Ray cluster within the context: one that is connected already, RAY_ADDRESS's, or a local one that ends with the context.
+    """Connect to a Ray cluster within the context.
+
+    It is the one that is connected already, the one at RAY_ADDRESS, or a local one that ends with the context.
 
     Raises:
         UserError: if no cluster answers at RAY_ADDRESS.
     """
-    for chatty in ("ray.data", "ray.train"):
-        logging.getLogger(chatty).setLevel(logging.ERROR)
+    for logger in ("ray.data", "ray.train"):
+        logging.getLogger(logger).setLevel(logging.ERROR)
     if ray.is_initialized():
         yield
         return
@@ -48,9 +50,10 @@ def session() -> Iterator[None]:
 
 
 def _start() -> None:
-    """A cluster on this machine, whose processes know it by its address.
+    """Start a cluster on this machine whose processes know its address.
 
-    Without one they look for a cluster by themselves, and with another beside it on the machine find two: Ray Train then leaks placement groups.
+    Without an address they would search for a cluster, and find two if another one runs on the machine; Ray Train then
+    leaks placement groups.
     """
     with socket.socket() as probe:
         probe.bind(("", 0))
@@ -58,7 +61,7 @@ def _start() -> None:
     os.environ["RAY_GCS_SERVER_PORT"] = str(port)
     os.environ["RAY_ADDRESS"] = f"{ray.util.get_node_ip_address()}:{port}"
     try:
-        # The dashboard stays on: Ray Train asks its State API whether a controller has died, and leaks placement groups without an answer.
+        # Ray Train asks the dashboard's State API whether a controller has died, and leaks placement groups without it.
         ray.init(
             address="local",
             include_dashboard=True,
@@ -76,10 +79,10 @@ def _start() -> None:
 
 @contextmanager
 def running() -> Iterator[None]:
-    """A Ray cluster that is there already: one that is connected, RAY_ADDRESS's, or the one of this machine.
+    """Connect to a Ray cluster that exists: a connected one, the one at RAY_ADDRESS, or the one on this machine.
 
     Raises:
-        UserError: if there is none, or one cannot be told from another.
+        UserError: if there is none, or more than one on this machine.
     """
     if ray.is_initialized():
         yield
@@ -92,49 +95,57 @@ def running() -> Iterator[None]:
 
 
 def environment() -> dict[str, str]:
-    """What another process has to have in its environment to find the connected cluster.
+    """Return the environment variables with which another process finds the connected cluster.
 
-    Ray asks for a token in a cluster that it starts itself, and brings none to one that is named by its address unless it is told to.
+    Ray requires a token in a cluster that it starts itself, and sends one to a cluster given by address only if told.
     """
     mode = os.environ.get("RAY_AUTH_MODE")
     return {"RAY_ADDRESS": ray.get_runtime_context().gcs_address} | ({"RAY_AUTH_MODE": mode} if mode else {})
 
 
 def _connect(address: str) -> None:
-    """Raises UserError if no cluster answers there, or several may be meant; and at once if nothing does, where Ray would try again for minutes."""
+    """Connect to the cluster at an address.
+
+    Raises:
+        UserError: if no cluster answers there, at once, where Ray would retry for minutes; or if several are found.
+    """
     host, colon, port = address.rpartition("://")[2].rpartition(":")
-    other = "give HOST:PORT of a cluster's head, or unset it for the one of this machine"
+    fix = "set it to HOST:PORT of a cluster's head, or unset it to use this machine's cluster"
     if address not in ("auto", "local"):
         if not (colon and host and port.isdecimal()):
-            raise UserError(f"RAY_ADDRESS={address} is no address; {other}")
+            raise UserError(f"RAY_ADDRESS={address} is not an address; {fix}")
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
         except (OSError, OverflowError) as error:
-            raise UserError(f"RAY_ADDRESS={address}: nothing answers there ({error}); {other}") from error
+            raise UserError(f"RAY_ADDRESS={address}: nothing answers there ({error}); {fix}") from error
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, AuthenticationError) as error:
-        where = "on this machine, or too many" if address == "auto" else f"at RAY_ADDRESS={address}"
+        where = "on this machine, or more than one" if address == "auto" else f"at RAY_ADDRESS={address}"
         raise UserError(
-            f"no Ray cluster was found {where} ({error}); RAY_ADDRESS names one, and with RAY_AUTH_MODE=token the token of this machine is "
-            "shown to it"
+            f"no Ray cluster was found {where} ({error}); set RAY_ADDRESS to select one, and RAY_AUTH_MODE=token to "
+            "send it this machine's token"
         ) from error
 
 
 def check_fits(parallelism: Parallelism) -> None:
-    """Raises UserError if the (fewest) workers ask for more than the connected cluster has; Ray would wait for it for ever."""
+    """Check that the connected cluster has the resources of the fewest workers; Ray would wait for them for ever.
+
+    Raises:
+        UserError: if it does not.
+    """
     resources = ray.cluster_resources()
     cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
     workers = parallelism.fewest_workers
     needed = workers * parallelism.cpus_per_worker
     if needed > cpus:
         raise UserError(
-            f"parallelism.workers={workers} with parallelism.cpus_per_worker={parallelism.cpus_per_worker:g} need {needed:g} CPUs, "
-            f"and the cluster has {cpus:g}; set parallelism.workers to at most {int(cpus // parallelism.cpus_per_worker)}, or lower "
-            "parallelism.cpus_per_worker"
+            f"parallelism.workers={workers} with parallelism.cpus_per_worker={parallelism.cpus_per_worker:g} need "
+            f"{needed:g} CPUs, and the cluster has {cpus:g}; set parallelism.workers to at most "
+            f"{int(cpus // parallelism.cpus_per_worker)}, or lower parallelism.cpus_per_worker"
         )
     if parallelism.device == "cuda" and workers > gpus:
         raise UserError(
-            f"parallelism.workers={workers} with parallelism.device=cuda need as many GPUs, and the cluster has {gpus:g}; lower "
-            "parallelism.workers or set parallelism.device=cpu"
+            f"parallelism.workers={workers} with parallelism.device=cuda need as many GPUs, and the cluster has "
+            f"{gpus:g}; lower parallelism.workers or set parallelism.device=cpu"
         )

@@ -24,17 +24,43 @@ _LABELS = {
 
 
 def write_report(report: dict[str, Any], run_dirs: dict[str, Path], out: Path) -> None:
-    """Writes both files; `run_dirs` gives the learning curves."""
+    """Write report.json and report.html.
+
+    Args:
+        report: the content of report.json.
+        run_dirs: run directories by name, for the learning curves.
+        out: folder of both files.
+    """
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    blocks: list[Block] = [
+        *_summary(report),
+        *_likelihoods(report),
+        Figure(
+            curves({name: _curve(run_dir) for name, run_dir in run_dirs.items()}, "step", "bits per byte, validation"),
+            "Validation during training on fixed sequences and draws, with the averaged weights",
+        ),
+        _infilling(report["infill"]),
+        *_samples(report["samples"]),
+        Table(
+            "Seconds by stage",
+            ["stage", "seconds"],
+            [[stage, f"{seconds:.1f}"] for stage, seconds in report["seconds"].items()],
+        ),
+    ]
+    (out / "report.html").write_text(page("From autoregressive to diffusion", blocks))
+
+
+def _summary(report: dict[str, Any]) -> list[Block]:
     difference = report["paired"]["adapted_minus_scratch"]
     paired = difference["ci95_documents_paired"]
     interval = f"95 % {paired[0]:+.3f} to {paired[1]:+.3f}" if paired else "no interval: one document"
-    blocks: list[Block] = [
+    smoke = " A smoke test: a few steps, the numbers mean nothing." if report["smoke"] else ""
+    return [
         Paragraph(
-            f"A small autoregressive model ({report['base']}) was adapted to a masked diffusion model with annealed attention and shift, beside the same "
-            f"network from scratch on the same tokens. Text: source code and documentation of Python {report['hardware']['python']}, "
-            f"{report['corpus']['bytes']:,} bytes. {report['date']}, {report['hardware']['cores']} cores."
-            + (" A smoke test: a few steps, the numbers mean nothing." if report["smoke"] else "")
+            f"A small autoregressive model ({report['base']}) was adapted to a masked diffusion model with annealed "
+            "attention and shift, and the same network was trained from scratch on the same tokens. Text: source code "
+            f"and documentation of Python {report['hardware']['python']}, {report['corpus']['bytes']:,} bytes. "
+            f"{report['date']}, {report['hardware']['cores']} cores.{smoke}"
         ),
         Numbers(
             [
@@ -45,65 +71,62 @@ def write_report(report: dict[str, Any], run_dirs: dict[str, Path], out: Path) -
             ]
         ),
         Paragraph(
-            f"Adapted less scratch, paired over documents: {difference['bits_per_byte']:+.3f} bits per byte ({interval}).",
-            "How well each model knows held-out text",
+            f"Adapted minus scratch, paired over documents: {difference['bits_per_byte']:+.3f} bits per byte "
+            f"({interval}).",
+            "How well each model predicts held-out text",
         ),
+    ]
+
+
+def _likelihoods(report: dict[str, Any]) -> list[Block]:
+    values = {name: (label, report[name]) for name, label in _LABELS.items()}
+    rows = [
+        (label, scored["bits_per_byte"], *(scored["ci95_documents"] or (None, None)))
+        for label, scored in values.values()
+    ]
+    cells = [
+        [
+            label,
+            f"{scored['bits_per_byte']:.3f}",
+            _range(scored["ci95_documents"]) or "none: one document",
+            _range(scored["ci95_draws"]),
+        ]
+        for label, scored in values.values()
+    ]
+    baselines = [
+        ["unigram frequencies of tokens", f"{report['unigram_bits_per_byte']:.3f}", "", ""],
+        ["xz -9", f"{report['xz_bits_per_byte']:.3f}", "", ""],
+    ]
+    return [
         Figure(
-            intervals(
-                [
-                    (label, report[name]["bits_per_byte"], *(report[name]["ci95_documents"] or (None, None)))
-                    for name, label in _LABELS.items()
-                ],
-                "bits per byte (lower is better)",
-            ),
+            intervals(rows, "bits per byte (lower is better)"),
             "Bits per byte on held-out documents with 95 % bootstrap intervals over documents",
         ),
         Table(
-            "The same in numbers, and what anybody should beat",
+            "The same numbers, with simple baselines",
             ["model", "bits per byte", "95 % over documents", "95 % over draws"],
-            [
-                *(
-                    [
-                        label,
-                        f"{report[name]['bits_per_byte']:.3f}",
-                        _range(report[name]["ci95_documents"]) or "none: one document",
-                        _range(report[name]["ci95_draws"]),
-                    ]
-                    for name, label in _LABELS.items()
-                ),
-                ["unigram frequencies of tokens", f"{report['unigram_bits_per_byte']:.3f}", "", ""],
-                ["xz -9", f"{report['xz_bits_per_byte']:.3f}", "", ""],
-            ],
-        ),
-        Figure(
-            curves({name: _curve(run_dir) for name, run_dir in run_dirs.items()}, "step", "bits per byte, validation"),
-            "Validation in the loop on fixed rows and draws, with the averaged weights",
-        ),
-        _infilling(report["infill"]),
-        Table(
-            f"{report['samples']['adapted']['num_samples']} texts from nothing",
-            ["model", "share of 4-grams in held-out text", "distinct-2"],
-            [
-                [name, f"{one['held_out_4grams']:.3f}", f"{one['distinct_2']:.3f}"]
-                for name, one in report["samples"].items()
-            ],
-        ),
-        *(
-            Code(f"Text from nothing, adapted, number {number}", [(text, False)])
-            for number, text in enumerate(report["samples"]["adapted"]["texts"], 1)
-        ),
-        Table(
-            "Seconds by stage",
-            ["stage", "seconds"],
-            [[stage, f"{seconds:.1f}"] for stage, seconds in report["seconds"].items()],
+            [*cells, *baselines],
         ),
     ]
-    (out / "report.html").write_text(page("From autoregressive to diffusion", blocks))
 
 
-def _infilling(infill: dict[str, str]) -> Code:
+def _samples(samples: dict[str, Any]) -> list[Block]:
+    return [
+        Table(
+            f"{samples['adapted']['num_samples']} unconditional samples",
+            ["model", "share of 4-grams in held-out text", "distinct-2"],
+            [[name, f"{one['held_out_4grams']:.3f}", f"{one['distinct_2']:.3f}"] for name, one in samples.items()],
+        ),
+        *(
+            Code(f"Unconditional sample {number} of the adapted model", [(text, False)])
+            for number, text in enumerate(samples["adapted"]["texts"], 1)
+        ),
+    ]
+
+
+def _infilling(infill: dict[str, str]) -> Block:
     return Code(
-        "Infilling: the marked text was written between the other two",
+        "Infilling: the model generated the marked text between the other two",
         [(infill["prefix"], False), (infill["written"], True), (infill["suffix"], False)],
     )
 

@@ -1,7 +1,8 @@
-"""Training rows through Ray Data: the rows of `data.reading.iterate_rows`, in the same order, read ahead of the step by the cluster.
+"""Training sequences through Ray Data: those of `data.reading.iterate_rows`, in the same order, read ahead of the step.
 
-Ray Data has no iterator that resumes. So every rank makes datasets of its own from where the cursor stands, of one item for several
-steps of this rank, in order. The actor that reads asks for no CPU, because the workers may hold all of them; reading takes next to none.
+Ray Data has no iterator that can resume. So every rank makes its own datasets from the cursor on; an item holds several
+steps of this rank, in order. The reading actor reserves no CPU, because the workers may hold all of them; reading takes
+very little.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dlm_ray.runtime import cluster  # noqa: F401  first of all: it sets what Ray reads when it is imported
+from dlm_ray.runtime import cluster  # noqa: F401  imported first: it sets the variables that Ray reads
 
 # isort: split
 import ray.data
@@ -23,38 +24,38 @@ from dlm_ray.config.recipe import Source
 from dlm_ray.data.order import Cursor, Order, SequenceReference
 from dlm_ray.data.reading import DataSequence, ShardReader, by_step, shares
 
-# A run is streamed in spans of so many items, so that its whole order has to be neither computed before the first step nor in memory.
+# Items per dataset: the whole order of a run need not be computed before the first step, nor fit into memory.
 _SPAN_ITEMS = 64
 
 
 def ray_data_stream(
     sources: Sequence[Source], order: Order, cursor: Cursor, *, on_bad_sample: str = "fail", **share: int
 ) -> Iterator[tuple[list[DataSequence], Cursor]]:
-    """For each of the next steps: this rank's rows, and the cursor behind the whole global batch.
+    """Yield, for each of the next steps, this rank's sequences and the cursor after the whole global batch.
 
     Args:
-        sources: where the shards lie.
+        sources: folders of the shards.
         order: of the run.
         cursor: where to begin.
-        on_bad_sample: fail, or skip for rows of padding in the place of those of a missing or damaged shard.
+        on_bad_sample: `fail`, or `skip` for padding in place of the sequences of a missing or damaged shard.
         share: global_batch_size, rank, world_size, num_steps.
 
     Raises:
-        DamageError: if a shard is missing or damaged, unless such are skipped.
+        DamageError: if a shard is missing or damaged and not skipped.
     """
     groups = _groups([source.path for source in sources], order, cursor, on_bad_sample, share)
-    # The next group is asked for before this one is used up: that hides the seconds in which the next span's actor starts.
-    with ThreadPoolExecutor(1) as ahead:
-        waiting = ahead.submit(next, groups, None)
-        while (group := waiting.result()) is not None:
-            waiting = ahead.submit(next, groups, None)
+    # Requesting the next group before this one is used up hides the seconds in which the next dataset's actor starts.
+    with ThreadPoolExecutor(1) as executor:
+        pending = executor.submit(next, groups, None)
+        while (group := pending.result()) is not None:
+            pending = executor.submit(next, groups, None)
             yield from group
 
 
 def _groups(
     paths: Sequence[str], order: Order, cursor: Cursor, on_bad_sample: str, share: dict[str, int]
 ) -> Iterator[list[tuple[list[DataSequence], Cursor]]]:
-    """Several steps at a time."""
+    """Yield the sequences and cursors of several steps at a time."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
@@ -65,7 +66,7 @@ def _groups(
             for references, _ in span
         ]
         dataset = ray.data.from_items(items, override_num_blocks=len(items)).map(
-            _Reader,  # type: ignore[arg-type]  # Ray's annotation leaves out the classes that it takes
+            _Reader,  # type: ignore[arg-type]  # Ray's annotation leaves out the classes that it accepts
             fn_constructor_args=(paths, order, on_bad_sample),
             num_cpus=0,
             concurrency=1,
@@ -73,10 +74,11 @@ def _groups(
         for (references, cursors), group in zip(span, dataset.iter_rows(), strict=True):
             if group["error"]:
                 raise DamageError(group["error"])
-            yield list(zip(by_step(_rows(group), references), cursors, strict=True))
+            yield list(zip(by_step(_sequences(group), references), cursors, strict=True))
 
 
-def _rows(group: dict[str, Any]) -> list[DataSequence]:
+def _sequences(group: dict[str, Any]) -> list[DataSequence]:
+    """Return the sequences of a reader's item."""
     arrays = (
         group["input_ids"],
         group["document_ids"],
@@ -90,23 +92,24 @@ def _rows(group: dict[str, Any]) -> list[DataSequence]:
 
 
 class _Reader:
-    """The actor: references -> the arrays of their rows, stacked. It checks each shard once."""
+    """The reading actor: turns references into stacked arrays, and checks each shard once."""
 
     def __init__(self, paths: Sequence[str], order: Order, on_bad_sample: str):
         self._reader = ShardReader(paths, order.indexes, on_bad_sample=on_bad_sample)
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+        """Return the arrays of an item's sequences, or its error."""
         try:
-            rows = self._reader.read([SequenceReference(*reference) for reference in item["references"]])
+            sequences = self._reader.read([SequenceReference(*reference) for reference in item["references"]])
         except DamageError as error:
             return {"error": str(error)}
         return {
-            "input_ids": np.stack([row.input_ids for row in rows]),
-            "document_ids": np.stack([row.document_ids for row in rows]),
-            "num_bytes": np.stack([row.num_bytes for row in rows]),
-            "source": np.array([row.source for row in rows]),
-            "part": np.array([row.part for row in rows]),
-            "finding": np.array([row.finding for row in rows]),
-            "place": np.array([row.place for row in rows]),
+            "input_ids": np.stack([sequence.input_ids for sequence in sequences]),
+            "document_ids": np.stack([sequence.document_ids for sequence in sequences]),
+            "num_bytes": np.stack([sequence.num_bytes for sequence in sequences]),
+            "source": np.array([sequence.source for sequence in sequences]),
+            "part": np.array([sequence.part for sequence in sequences]),
+            "finding": np.array([sequence.finding for sequence in sequences]),
+            "place": np.array([sequence.place for sequence in sequences]),
             "error": "",
         }

@@ -1,1 +1,1 @@
-"""The service on Ray Serve."""
+"""Services: the engine and its HTTP ingress on Ray Serve."""

@@ -1,14 +1,15 @@
-"""What runs inside Ray Serve: replicas that hold models and denoise, and the ingress in front of them that speaks HTTP and holds none.
+"""The deployments of Ray Serve: replicas that hold models and denoise, and the HTTP ingress in front of them.
 
-An ingress of its own sees a replica die and says so, or asks another one; Serve's proxy could only break the connection. The limits of what
-waits are the ingress's, so nothing queues inside Serve, and deadlines are the engine's, because Serve's timeout would cut streams.
+The ingress holds no model. It sees a replica die, and reports that or asks another replica, where Serve's proxy could
+only break the connection. It also limits what waits, so nothing queues inside Serve; deadlines are the engine's,
+because Serve's timeout would cut streams.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator
-from typing import Any
+from collections.abc import AsyncGenerator, Awaitable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ray import serve
 from ray.exceptions import RayActorError
@@ -19,107 +20,121 @@ from dlm_ray.config.server import Server
 from dlm_ray.config.server_file import read_keys
 from dlm_ray.serving.errors import Event, ReplicaLost
 
+if TYPE_CHECKING:
+    from dlm_ray.serving.jobs import Task
+
 log = logging.getLogger("dlm_ray.serving")
+T = TypeVar("T")
 
 
 class Replica:
-    """Engines of the service's models, as many at once as one replica holds."""
+    """A replica: engines of the service's models, as many at once as it may hold."""
 
     async def __init__(self, server: dict[str, Any]):  # type: ignore[misc]  # Serve awaits it
-        from dlm_ray.runtime.serve.shards import Shards  # and with them torch, which the ingress does without
+        # These import torch, which the ingress does without.
+        from dlm_ray.runtime.serve.shards import Shards
         from dlm_ray.serving.model_pool import ModelPool
 
-        _log_to_the_replica()
-        own = Server.model_validate(server)
-        self._shards = Shards(own) if own.replicas.shards > 1 else None
+        _log_requests()
+        config = Server.model_validate(server)
+        self._shards = Shards(config) if config.replicas.shards > 1 else None
         group = self._shards.group if self._shards else None
-        self._residents = ModelPool(own, serve.multiplexed(max_num_models_per_replica=own.models_at_once), group)
-        await self._residents.load()
+        self._pool = ModelPool(config, serve.multiplexed(max_num_models_per_replica=config.models_at_once), group)
+        await self._pool.load()
         if self._shards:
             self._shards.watch()
 
     async def describe(self) -> list[dict[str, Any]]:
-        """The models' cards."""
-        return await self._residents.describe()
+        """Return the descriptions of all models."""
+        return await self._pool.describe()
 
-    async def generate(self, task: Any) -> AsyncGenerator[list[Event]]:
-        """Events of a task."""
-        events = self._residents.generate(task)
+    async def generate(self, task: Task) -> AsyncGenerator[list[Event]]:
+        """Yield the events of a task."""
+        stream = self._pool.generate(task)
         try:
-            async for some in events:
-                yield some
+            async for events in stream:
+                yield events
         finally:
-            await events.aclose()
+            await stream.aclose()
 
     async def score(self, model: str, text: str, draws: int, seed: int) -> Event:
-        """A text's bound by a model."""
-        return await self._residents.score(model, text, draws, seed)
+        """Return the bound of a text under a model."""
+        return await self._pool.score(model, text, draws, seed)
 
     def check_health(self) -> None:
-        """Serve replaces a replica for which this raises."""
-        self._residents.check()
+        """Raise an exception if the replica is broken; Serve then replaces it."""
+        self._pool.check()
 
 
-class Replicas:
-    """`serving.service.Backend` over a handle."""
+class ReplicaClient:
+    """The ingress's side of the replicas; implements `serving.http.service.Backend` with a Serve handle."""
 
     def __init__(self, handle: DeploymentHandle):
         self._handle = handle
 
     async def describe(self) -> list[dict[str, Any]]:
-        """The models' cards, by any replica."""
-        return await _answered(self._handle.describe.remote())
+        """Return the descriptions of all models, from any replica."""
+        return await _result(self._handle.describe.remote())
 
     async def score(self, model: str, text: str, draws: int, seed: int) -> Event:
-        """A text's bound, by a replica that holds the model if there is one."""
-        return await _answered(self._handle.options(multiplexed_model_id=model).score.remote(model, text, draws, seed))
+        """Return the bound of a text, preferably from a replica that holds the model."""
+        return await _result(self._handle.options(multiplexed_model_id=model).score.remote(model, text, draws, seed))
 
-    async def generate(self, task: Any) -> AsyncGenerator[list[Event]]:
-        """Events of a task, by a replica that holds the model if there is one."""
-        events: Any = self._handle.options(stream=True, multiplexed_model_id=task["model"]).generate.remote(task)
+    async def generate(self, task: Task) -> AsyncGenerator[list[Event]]:
+        """Yield the events of a task, preferably from a replica that holds the model.
+
+        Raises:
+            ReplicaLost: if the replica dies or none is available.
+        """
+        stream: Any = self._handle.options(stream=True, multiplexed_model_id=task["model"]).generate.remote(task)
         try:
-            async for some in events:
-                yield some
+            async for events in stream:
+                yield events
         except (RayActorError, DeploymentUnavailableError) as error:
             raise ReplicaLost from error
         finally:
-            events.cancel()
+            stream.cancel()
 
 
 class Ingress:
-    """HTTP in front of the replicas."""
+    """The HTTP ingress in front of the replicas."""
 
     def __init__(self, server: dict[str, Any], needs_keys: bool, engine: DeploymentHandle):
-        _log_to_the_replica()
+        _log_requests()
         self._server = Server.model_validate(server)
         self._keys = read_keys(self._server.http.api_keys_file)
         if needs_keys and not self._keys:
             raise RuntimeError(
-                "this process has no API keys: DLM_RAY_API_KEYS or http.api_keys_file has to be there on its node, too"
+                "this process has no API keys: DLM_RAY_API_KEYS or http.api_keys_file must exist on its node, too"
             )
-        self._backend = Replicas(engine)
+        self._backend = ReplicaClient(engine)
 
     def __serve_build_asgi_app__(self) -> Any:
-        """Called by Serve after the constructor."""
+        """Return the ASGI application; Serve calls this after the constructor."""
         from dlm_ray.serving.http.app import build
 
         engine, replicas = self._server.engine, self._server.replicas
         count = replicas.autoscaling.max_replicas if replicas.autoscaling is not None else replicas.count
-        texts = count * self._server.models_at_once * (engine.slots + engine.max_waiting)
-        return build(self._server, self._backend, self._keys, texts, is_named=True)
+        sequences = count * self._server.models_at_once * (engine.slots + engine.max_waiting)
+        return build(self._server, self._backend, self._keys, sequences, is_named=True)
 
     def settings(self) -> dict[str, Any]:
-        """What the service was started with."""
+        """Return the configuration that the service runs with."""
         return self._server.model_dump(mode="json")
 
 
-async def _answered(response: Any) -> Any:
+async def _result(response: Awaitable[T]) -> T:
+    """Return the result of a call.
+
+    Raises:
+        ReplicaLost: if the replica dies or none is available.
+    """
     try:
         return await response
     except (RayActorError, DeploymentUnavailableError) as error:
         raise ReplicaLost from error
 
 
-def _log_to_the_replica() -> None:
-    """Every request's line goes to the process's log, with its id."""
+def _log_requests() -> None:
+    """Let the line of every request, with its id, into the process's log."""
     log.setLevel(logging.INFO)

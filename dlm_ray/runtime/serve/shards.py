@@ -1,4 +1,4 @@
-"""The processes of a replica whose network is sharded: the replica leads, and starts the others as actors in the bundles of its placement group."""
+"""The processes of a sharded replica: the replica leads, and starts followers as actors in its placement group."""
 
 from __future__ import annotations
 
@@ -18,57 +18,65 @@ log = logging.getLogger("dlm_ray.serving")
 
 
 class Follower:
-    """Holds one shard."""
+    """An actor that holds one shard of the network."""
 
     def __init__(self, server: dict[str, Any], rank: int):
         self._server, self._rank = Server.model_validate(server), rank
 
     def start(self) -> None:
-        """Returns when the actor is there."""
+        """Return once the actor exists."""
 
     def hold(self, port: int) -> None:
-        """Until the replica stops; raises RuntimeError when it is lost."""
+        """Hold the shard until the replica stops; raises RuntimeError if the replica is lost.
+
+        Args:
+            port: of the replica's rendezvous store.
+        """
         server = self._server
-        [own] = server.served
+        [model] = server.served
         group = sharding.join(self._rank, server.replicas.shards, port, pick_device(server.device))
         try:
-            sharding.follow(group, load_network(own.checkpoint, own.weights, device=server.device, mesh=group.mesh))
+            sharding.follow(group, load_network(model.checkpoint, model.weights, device=server.device, mesh=group.mesh))
         finally:
             sharding.leave()
 
 
 class Shards:
-    """A sharded replica's side: the followers, and the group that it leads."""
+    """The followers of a sharded replica, and the process group that the replica leads."""
 
     def __init__(self, server: Server):
-        """Starts the followers, which load then.
+        """Start the followers, which then load their shards.
 
         Args:
-            server: of one model, whose checkpoint is a step, so that all load the same.
+            server: configuration of one model, whose checkpoint is a step directory, so that all shards load the same.
         """
-        replicas, bundles = server.replicas, ray.util.get_current_placement_group()
-        assert bundles is not None, "Serve starts a sharded replica in a placement group"
+        replicas, placement_group = server.replicas, ray.util.get_current_placement_group()
+        assert placement_group is not None, "Serve starts a sharded replica in a placement group"
         self._followers: list[Any] = [
             ray.remote(Follower)
             .options(
                 num_cpus=replicas.cpus,
                 num_gpus=replicas.gpus,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(bundles, placement_group_bundle_index=rank),
+                scheduling_strategy=PlacementGroupSchedulingStrategy(
+                    placement_group, placement_group_bundle_index=rank
+                ),
             )
             .remote(server.model_dump(mode="json"), rank)
             for rank in range(1, replicas.shards)
         ]
         ray.get([follower.start.remote() for follower in self._followers])
         store = sharding.meeting_place()
-        self._held = [follower.hold.remote(store.port) for follower in self._followers]
+        self._holding = [follower.hold.remote(store.port) for follower in self._followers]
         self.group = sharding.join(0, replicas.shards, store, pick_device(server.device))
 
     def watch(self) -> None:
-        """From here on, when a follower ends, this process ends, too: Serve sees that at once, and starts another replica."""
-        for held in self._held:
-            held.future().add_done_callback(_end)
+        """End this process when a follower ends; Serve sees that at once and starts another replica."""
+        for holding in self._holding:
+            holding.future().add_done_callback(_exit)
 
 
-def _end(held: Future[None]) -> None:
-    log.error("a process that holds a part of the network has ended; this replica ends, too", exc_info=held.exception())
+def _exit(holding: Future[None]) -> None:
+    log.error(
+        "a process that holds a shard of the network has ended; this replica ends, too", exc_info=holding.exception()
+    )
     os._exit(1)

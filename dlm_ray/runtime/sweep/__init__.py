@@ -1,1 +1,1 @@
-"""Sweeps on Ray Tune."""
+"""Sweeps: trials of a recipe on Ray Tune."""

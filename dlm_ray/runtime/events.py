@@ -1,0 +1,58 @@
+"""Follow a run's metrics.jsonl from another process."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+OnEvent = Callable[[dict[str, Any]], None]
+"""Called with the fields of one line of metrics.jsonl."""
+
+_POLL_SECONDS = 0.5
+
+
+def complete_lines(path: Path, offset: int = 0) -> tuple[list[str], int]:
+    """Return the complete lines of a file from a byte offset on, and the offset after them.
+
+    A last line without a newline is still being written, or was cut short by a kill. A file that does not exist has no
+    lines; a file that has become shorter than the offset was rewritten and is read from its beginning.
+    """
+    if not path.exists():
+        return [], offset
+    if path.stat().st_size < offset:
+        offset = 0
+    with path.open("rb") as file:
+        file.seek(offset)
+        content = file.read()
+    complete = content[: content.rfind(b"\n") + 1]
+    return complete.decode().splitlines(), offset + len(complete)
+
+
+@contextmanager
+def followed(path: Path, on_event: OnEvent | None) -> Iterator[None]:
+    """Call `on_event` from a thread with every line that is appended to `path` within the context."""
+    if on_event is None:
+        yield
+        return
+    stop = threading.Event()
+    start = path.stat().st_size if path.exists() else 0
+
+    def follow() -> None:
+        offset, is_last_round = start, False
+        while not is_last_round:
+            is_last_round = stop.wait(_POLL_SECONDS)
+            lines, offset = complete_lines(path, offset)
+            for line in lines:
+                on_event(json.loads(line))
+
+    follower = threading.Thread(target=follow, daemon=True)
+    follower.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        follower.join()
