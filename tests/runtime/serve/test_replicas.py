@@ -58,7 +58,7 @@ def test_a_replica_whose_engine_has_died_is_replaced(deployment):
     [name] = engines()
 
     def die(actor):
-        residents = actor._replica_impl._user_callable_wrapper.user_callable._residents
+        residents = actor._replica_impl._user_callable_wrapper.user_callable._pool
         residents._hosts["tiny"]._do(sys.exit)
 
     ray.get(ray.get_actor(name, namespace="serve").__ray_call__.remote(die))
@@ -99,12 +99,12 @@ def test_a_checkpoint_that_cannot_be_loaded_leaves_the_old_one_serving(deploymen
     for parts, message in (
         ({"checkpoint": str(runs / "none")}, "checkpoint=.*none"),
         ({"http": {"port": 1}}, "an address cannot be changed"),
-        ({"replicas": {"cpus": 64}}, "what is free beside the service that runs"),
+        ({"replicas": {"cpus": 64}}, "the resources that the running service leaves free"),
     ):
         with pytest.raises(UserError, match=message):
             runtime.replace(settings(**parts))
     with asked_all_the_time(url) as answers:
-        with pytest.raises(UserError, match="the old service goes on as it was: the service did not come up"):
+        with pytest.raises(UserError, match="the old service continues unchanged: the service did not start"):
             runtime.replace(settings(checkpoint=str(runs / "damaged")))
         until(lambda: len(answers) > 12)
     assert len({text for _, text in answers}) == 1
@@ -156,7 +156,7 @@ def test_a_replica_killed_under_load_costs_no_whole_answer_and_ends_streams_with
         return "finished"
 
     def load_and_pid(actor):
-        pool = actor._replica_impl._user_callable_wrapper.user_callable._residents
+        pool = actor._replica_impl._user_callable_wrapper.user_callable._pool
         return pool._hosts["tiny"].engine.num_active, os.getpid()
 
     def busiest():
