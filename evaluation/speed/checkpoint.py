@@ -1,6 +1,7 @@
-"""What a checkpoint costs beside torch.distributed.checkpoint's file writer, as ratios in one run, and what each does with a flipped bit.
+"""The cost of checkpoints relative to torch.distributed.checkpoint, and what each does with a flipped bit.
 
-The state is the network of a shape with AdamW's moments, sharded by FSDP2 over this one process, and saved to the same disk by turns.
+The state is the network of a shape with AdamW's moments, sharded by FSDP2 over this one process. Both writers save it
+to the same disk in turn.
 """
 
 from __future__ import annotations
@@ -8,26 +9,26 @@ from __future__ import annotations
 import shutil
 import statistics
 import tempfile
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from dlm_ray.evaluation.speed.networks import Shape, build_root, network_of, single_process_group, training_recipe
+from dlm_ray.evaluation.speed.timing import interleaved, paired_ratios, rounded_medians, timed
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from dlm_ray.checkpoint import commit
-from dlm_ray.config.recipe import Checkpoint, Recipe
-from dlm_ray.models import families
+from dlm_ray.config.recipe import Checkpoint
 from dlm_ray.training import optimizer as optimization
 from dlm_ray.training import setup, state
 from dlm_ray.training.saving import Saver
 
-FIELDS: dict[str, Any] = {
+Tensors = Mapping[str, Tensor]
+
+MANIFEST_FIELDS: dict[str, Any] = {
     "recipe": {},
     "tokenizer": {},
     "model": {},
@@ -35,132 +36,123 @@ FIELDS: dict[str, Any] = {
     "cursor": {},
     "extra": {"metrics": {}},
 }
-FLIPS = 8
+NUM_FLIPS = 8
 
 
-def measure(recipe: Recipe, vocab_size: int, repetitions: int, folder: Path | None) -> dict[str, Any]:
-    """Seconds of saving and loading, ratios within a repetition, and what became of flipped bits.
+def measure(shape: Shape, repetitions: int, folder: Path | None, device: torch.device) -> dict[str, Any]:
+    """Return the seconds of saving and loading, their ratios within a round, and the outcome of flipped bits.
 
     Args:
-        recipe: its architecture is the network's.
-        vocab_size: of the network.
-        repetitions: after one that warms up: it makes the buffers of the asynchronous save.
-        folder: on the disk that is measured; the system's temporary one if None.
+        shape: the network.
+        repetitions: rounds after the warm-up, which allocates the buffers of the asynchronous save.
+        folder: a folder on the disk to measure; the system's temporary folder if None.
+        device: where the tensors lie.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
-    place = Path(tempfile.mkdtemp(dir=folder))
-    try:
-        return _measured(_state(recipe, vocab_size, device), place, repetitions)
-    finally:
-        shutil.rmtree(place)
-        dist.destroy_process_group()
+    with single_process_group(device), tempfile.TemporaryDirectory(dir=folder) as place:
+        return _measure(_training_state(shape, device), Path(place), repetitions, device)
 
 
-def _measured(tensors: dict[str, Tensor], place: Path, repetitions: int) -> dict[str, Any]:
+def _measure(tensors: dict[str, Tensor], place: Path, repetitions: int, device: torch.device) -> dict[str, Any]:
     saver = Saver(Checkpoint(), place / "asynchronous", rank=0)
     target = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
-    seconds: dict[str, list[float]] = {}
-    for repetition in range(repetitions + 1):
-        ours, theirs = str(place / f"ours-{repetition}"), str(place / f"dcp-{repetition}")
-        acts: dict[str, Callable[[], Any]] = {
-            "save": lambda path=ours: commit.save(path, tensors, {**FIELDS, "step": 1}),
-            "dcp_save": lambda path=theirs: dcp.save(tensors, storage_writer=dcp.FileSystemWriter(path)),
-            "blocked_by_asynchronous_save": lambda step=repetition + 1: saver.begin(
-                step, tensors, {**FIELDS, "step": step}, {}
-            ),
-            "rest_of_asynchronous_save": lambda: saver.end(has_to_succeed=True),
-            "load": lambda path=ours: commit.load(path, target),
-            "dcp_load": lambda path=theirs: dcp.load(target, storage_reader=dcp.FileSystemReader(path)),
-        }
-        for name, act in acts.items():
-            elapsed = _timed(act)
-            if name.endswith("load"):
-                _check_equal(target, tensors, name)
-            if repetition:
-                seconds.setdefault(name, []).append(elapsed)
-        if repetition < repetitions:
-            shutil.rmtree(ours)
-            shutil.rmtree(theirs)
+    ours, theirs = place / "ours", place / "dcp"
+
+    def load_ours() -> None:
+        commit.load(str(ours), target)
+
+    def load_theirs() -> None:
+        dcp.load(target, storage_reader=dcp.FileSystemReader(theirs))
+
+    def save(write: Callable[[], object], path: Path) -> float:
+        shutil.rmtree(path, ignore_errors=True)
+        return timed(write, device, wait=False)
+
+    def load(read: Callable[[], None]) -> float:
+        elapsed = timed(read, device, wait=False)
+        different = _different(target, tensors)
+        assert not different, f"loading gave other numbers for {different[:3]}"
+        return elapsed
+
+    def begin(number: int) -> float:
+        fields = {**MANIFEST_FIELDS, "step": number + 1}
+        return timed(lambda: saver.begin(number + 1, tensors, fields, {}), device, wait=False)
+
+    fields = {**MANIFEST_FIELDS, "step": 1}
+    cases: dict[str, Callable[[int], float]] = {
+        "save": lambda _: save(lambda: commit.save(str(ours), tensors, fields), ours),
+        "dcp_save": lambda _: save(lambda: dcp.save(tensors, storage_writer=dcp.FileSystemWriter(theirs)), theirs),
+        "blocked_by_asynchronous_save": begin,
+        "rest_of_asynchronous_save": lambda _: timed(lambda: saver.end(has_to_succeed=True), device, wait=False),
+        "load": lambda _: load(load_ours),
+        "dcp_load": lambda _: load(load_theirs),
+    }
+    seconds = interleaved(cases, repetitions)
     saver.close()
-    flips = {"ours": _flipped(Path(ours), lambda: commit.load(ours, target), target, tensors)}
-    flips["torch.distributed.checkpoint"] = _flipped(
-        Path(theirs), lambda: dcp.load(target, storage_reader=dcp.FileSystemReader(theirs)), target, tensors
-    )
     return {
         "state_mib": round(sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) / 2**20),
         "num_tensors": len(tensors),
         "repetitions": repetitions,
-        "median_seconds": {name: round(statistics.median(times), 3) for name, times in seconds.items()},
+        "median_seconds": rounded_medians(seconds, 3),
         "save_over_dcp": _ratio(seconds["save"], seconds["dcp_save"]),
         "load_over_dcp": _ratio(seconds["load"], seconds["dcp_load"]),
         "blocked_over_synchronous_save": _ratio(seconds["blocked_by_asynchronous_save"], seconds["save"]),
-        "flipped_bits": flips,
-        "seconds": {name: [round(one, 4) for one in times] for name, times in seconds.items()},
+        "flipped_bits": {
+            "ours": _load_flipped(ours, load_ours, target, tensors),
+            "torch.distributed.checkpoint": _load_flipped(theirs, load_theirs, target, tensors),
+        },
+        "seconds": {name: [round(value, 4) for value in values] for name, values in seconds.items()},
     }
 
 
-def _state(recipe: Recipe, vocab_size: int, device: torch.device) -> dict[str, Tensor]:
-    assert recipe.model.architecture is not None, "the recipe is from scratch"
-    config = families.scratch_config(recipe.model.architecture, vocab_size, 0, 0)
-    network = setup.Network(config.to_dict(), None, recipe.objective.shift, True)
-    objective = setup.build_objective(recipe, network, recipe.model.architecture.max_positions)
-    root, denoiser = setup.build(recipe, network, objective, init_device_mesh(device.type, (1,)), device)
-    setup.init_weights(recipe, network, denoiser, objective)
+def _training_state(shape: Shape, device: torch.device) -> dict[str, Tensor]:
+    """Return the tensors of a training run's checkpoint, filled with random numbers."""
+    recipe = training_recipe(shape, "autoregressive")
+    network = network_of(recipe, shape.vocab_size)
+    root = build_root(recipe, network, setup.build_objective(recipe, network, shape.sequence_length), device)
     tensors = state.tensors(root, optimization.build(recipe.optimizer, root), None)
     generator = torch.Generator(device).manual_seed(0)
-    for tensor in tensors.values():  # moments of zeros would be a special case
-        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    for tensor in tensors.values():  # moments of zeros would compress and compare too well
+        local = _local(tensor)
         local.copy_(torch.randn(local.shape, generator=generator, device=device))
     return tensors
 
 
-def _timed(act: Callable[[], Any]) -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    act()
-    return time.perf_counter() - started
-
-
-def _ratio(own: list[float], other: list[float]) -> dict[str, Any]:
-    """Median and range of the ratio within a repetition."""
-    ratios = [one / two for one, two in zip(own, other, strict=True)]
+def _ratio(numerators: Sequence[float], denominators: Sequence[float]) -> dict[str, Any]:
+    """Return the median and the range of the ratio within a round."""
+    ratios = paired_ratios(numerators, denominators)
     return {"median": round(statistics.median(ratios), 3), "range": [round(min(ratios), 3), round(max(ratios), 3)]}
 
 
-def _check_equal(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str) -> None:
-    wrong = [name for name, tensor in expected.items() if not _equal(found[name], tensor)]
-    assert not wrong, f"{what} gave back other numbers for {wrong[:3]}"
+def _local(tensor: Tensor) -> Tensor:
+    """Return this process's part of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _equal(one: Tensor, other: Tensor) -> bool:
-    return torch.equal(
-        one.to_local() if isinstance(one, DTensor) else one, other.to_local() if isinstance(other, DTensor) else other
-    )
+def _different(loaded: Tensors, expected: Tensors) -> list[str]:
+    """Return the names of the tensors whose numbers differ."""
+    return [name for name, tensor in expected.items() if not torch.equal(_local(loaded[name]), _local(tensor))]
 
 
-def _flipped(
-    directory: Path, load: Callable[[], Any], target: dict[str, Tensor], expected: dict[str, Tensor]
-) -> dict[str, int]:
-    """Flips one bit at FLIPS evenly spaced places of the largest file, one at a time; how many loads said so, and how many gave wrong numbers."""
+def _load_flipped(directory: Path, load: Callable[[], None], target: Tensors, expected: Tensors) -> dict[str, int]:
+    """Flip one bit at a time, at NUM_FLIPS even places of the largest file, and count the outcomes of loading it."""
     file = max((path for path in directory.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
-    size, found = file.stat().st_size, {"refused": 0, "loaded_wrong_numbers": 0, "loaded_right_numbers": 0}
-    for number in range(FLIPS):
-        offset = (2 * number + 1) * size // (2 * FLIPS)
-        _flip(file, offset)
+    size, outcomes = file.stat().st_size, {"refused": 0, "loaded_wrong_numbers": 0, "loaded_right_numbers": 0}
+    for number in range(NUM_FLIPS):
+        offset = (2 * number + 1) * size // (2 * NUM_FLIPS)
+        _flip_bit(file, offset)
         try:
             load()
-        except Exception:  # whatever it is, it is no silent acceptance
-            found["refused"] += 1
+        except Exception:  # any error is a refusal
+            outcomes["refused"] += 1
         else:
-            is_right = all(_equal(target[name], tensor) for name, tensor in expected.items())
-            found["loaded_right_numbers" if is_right else "loaded_wrong_numbers"] += 1
-        _flip(file, offset)
-    return found
+            is_wrong = bool(_different(target, expected))
+            outcomes["loaded_wrong_numbers" if is_wrong else "loaded_right_numbers"] += 1
+        _flip_bit(file, offset)
+    return outcomes
 
 
-def _flip(file: Path, offset: int) -> None:
+def _flip_bit(file: Path, offset: int) -> None:
+    """Flip one bit of the byte at `offset`; a second call restores it."""
     with file.open("r+b") as stream:
         stream.seek(offset)
         [byte] = stream.read(1)

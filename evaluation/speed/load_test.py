@@ -1,4 +1,4 @@
-"""Many clients at once against `dlm-ray serve` on loopback: how long they waited, what was refused, and whether every request was answered once."""
+"""A load test of `dlm-ray serve` on loopback: throughput, latency, refusals, and lost or doubled answers."""
 
 from __future__ import annotations
 
@@ -20,143 +20,139 @@ from typing import Any
 import httpx
 import numpy as np
 
-CLIENTS = 32
-PROMPT_TOKENS, WRITTEN_TOKENS = (32, 96), (16, 48)
+NUM_CLIENTS = 32
+PROMPT_TOKENS, GENERATED_TOKENS = (32, 96), (16, 48)
+"""Ranges [low, high) of the tokens per request."""
 _MODEL = "load"
-_ANSWER_SECONDS = 300.0
+_TIMEOUT_SECONDS = 300.0
 
 
 @dataclass(frozen=True)
 class LoadRequest:
-    """What a client asks for; no two requests begin alike."""
+    """A client's request; all prompts differ from their first tokens on."""
 
     prompt: list[int]
-    """Ids, without the start token."""
+    """Token ids without the start token."""
     num_tokens: int
-    """To write at most."""
+    """The most tokens to generate."""
     seed: int
 
 
 def load_request(client: int, number: int, vocab_size: int) -> LoadRequest:
-    """The request `number` of a client, the same in every run."""
+    """Return request `number` of a client; it is the same in every run."""
     random = np.random.default_rng((client, number))
     prompt = random.integers(1, vocab_size, random.integers(*PROMPT_TOKENS)).tolist()
-    return LoadRequest(prompt, int(random.integers(*WRITTEN_TOKENS)), client * 1_000_000 + number)
+    return LoadRequest(prompt, int(random.integers(*GENERATED_TOKENS)), client * 1_000_000 + number)
 
 
 @dataclass
-class _Seen:
-    """What the clients saw."""
+class _ClientLog:
+    """What the clients sent and received."""
 
     num_sent: int = 0
     num_tokens: int = 0
     num_refused: int = 0
     latencies: list[float] = field(default_factory=list)
-    """Seconds, of the requests that got a text."""
+    """Seconds from request to answer, of the requests that got a text."""
     ids: list[str] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
-    wrong: list[str] = field(default_factory=list)
-    """Answers that belong to another request."""
+    mismatched: list[str] = field(default_factory=list)
+    """Ids of answers that belong to another request."""
 
 
 def run(url: str, vocab_size: int, seconds: float) -> dict[str, Any]:
-    """Clients that ask again as soon as they are answered, for so long and until the last answer.
+    """Run clients that send their next request on every answer, for `seconds` and until the last answer.
 
     Returns:
-        Counts of requests: lost ones were sent and never answered; doubled ones came twice, or the service counts more answers than the clients.
+        Rates, latencies, and counts of requests. `lost` requests were sent and never answered. `doubled` counts
+        answers that came twice, or that only the service counted.
     """
-    counted = _answered(url)
-    seen, started = _Seen(), time.monotonic()
-    asyncio.run(_ask(url, vocab_size, started + seconds, seen))
+    answered_before = _answered_requests(url)
+    log, started = _ClientLog(), time.monotonic()
+    asyncio.run(_run_clients(url, vocab_size, started + seconds, log))
     elapsed = time.monotonic() - started
-    counted = _answered(url) - counted
-    cuts = statistics.quantiles(seen.latencies, n=20)
+    answered = _answered_requests(url) - answered_before
+    quantiles = statistics.quantiles(log.latencies, n=20)
     return {
-        "clients": CLIENTS,
+        "clients": NUM_CLIENTS,
         "seconds": round(elapsed, 1),
-        "requests": seen.num_sent,
-        "answered": len(seen.latencies),
-        "refused_with_retry_after": seen.num_refused,
-        "errors": seen.errors,
-        "lost": seen.num_sent - len(seen.latencies) - seen.num_refused - len(seen.errors),
-        "doubled": max(len(seen.ids) - len(set(seen.ids)), counted - len(seen.latencies)),
-        "of_another_request": seen.wrong,
-        "tokens_per_second": round(seen.num_tokens / elapsed, 2),
-        "latency_seconds": {"p50": round(cuts[9], 2), "p95": round(cuts[18], 2)},
+        "requests": log.num_sent,
+        "answered": len(log.latencies),
+        "refused_with_retry_after": log.num_refused,
+        "errors": log.errors,
+        "lost": log.num_sent - len(log.latencies) - log.num_refused - len(log.errors),
+        "doubled": max(len(log.ids) - len(set(log.ids)), answered - len(log.latencies)),
+        "of_another_request": log.mismatched,
+        "tokens_per_second": round(log.num_tokens / elapsed, 2),
+        "latency_seconds": {"p50": round(quantiles[9], 2), "p95": round(quantiles[18], 2)},
     }
 
 
-async def _ask(url: str, vocab_size: int, until: float, seen: _Seen) -> None:
-    async with httpx.AsyncClient(
-        base_url=url, timeout=_ANSWER_SECONDS, limits=httpx.Limits(max_connections=CLIENTS)
-    ) as http:
+async def _run_clients(url: str, vocab_size: int, until: float, log: _ClientLog) -> None:
+    """Run all clients until the time `until` of the monotonic clock."""
+    limits = httpx.Limits(max_connections=NUM_CLIENTS)
+    async with httpx.AsyncClient(base_url=url, timeout=_TIMEOUT_SECONDS, limits=limits) as http:
 
-        async def client(name: int) -> None:
+        async def run_client(client: int) -> None:
             number = 0
             while time.monotonic() < until:
-                await _one(http, load_request(name, number, vocab_size), seen)
+                await _send(http, load_request(client, number, vocab_size), log)
                 number += 1
 
-        await asyncio.gather(*(client(name) for name in range(CLIENTS)))
+        await asyncio.gather(*(run_client(client) for client in range(NUM_CLIENTS)))
 
 
-async def _one(http: httpx.AsyncClient, own: LoadRequest, seen: _Seen) -> None:
-    """One request and its answer."""
-    body = {"model": _MODEL, "prompt": own.prompt, "max_tokens": own.num_tokens, "seed": own.seed}
+async def _send(http: httpx.AsyncClient, request: LoadRequest, log: _ClientLog) -> None:
+    """Send one request, wait for its answer, and log the outcome."""
+    body = {"model": _MODEL, "prompt": request.prompt, "max_tokens": request.num_tokens, "seed": request.seed}
     started = time.monotonic()
-    seen.num_sent += 1
+    log.num_sent += 1
     try:
-        answer = await http.post("/v1/completions", json=body)
+        response = await http.post("/v1/completions", json=body)
     except httpx.HTTPError:
-        return  # lost
-    if answer.status_code in (429, 503) and "retry-after" in answer.headers:
-        seen.num_refused += 1
-        await asyncio.sleep(float(answer.headers["retry-after"]))
+        return  # the request counts as lost
+    if response.status_code in (429, 503) and "retry-after" in response.headers:
+        log.num_refused += 1
+        await asyncio.sleep(float(response.headers["retry-after"]))
         return
-    if answer.status_code != 200:
-        seen.errors.append(f"{answer.status_code} {answer.text[:200]}")
+    if response.status_code != 200:
+        log.errors.append(f"{response.status_code} {response.text[:200]}")
         return
-    seen.latencies.append(time.monotonic() - started)
-    said = answer.json()
-    seen.ids.append(said["id"])
-    seen.num_tokens += said["usage"]["completion_tokens"]
-    if (said["dlm_ray"]["seed"], said["usage"]["prompt_tokens"]) != (own.seed, len(own.prompt)):
-        seen.wrong.append(said["id"])
+    log.latencies.append(time.monotonic() - started)
+    answer = response.json()
+    log.ids.append(answer["id"])
+    log.num_tokens += answer["usage"]["completion_tokens"]
+    if (answer["dlm_ray"]["seed"], answer["usage"]["prompt_tokens"]) != (request.seed, len(request.prompt)):
+        log.mismatched.append(answer["id"])
 
 
-def _answered(url: str) -> int:
-    """Texts that the service says it has written."""
+def _answered_requests(url: str) -> int:
+    """Return the number of requests that the service has answered, by its own metrics."""
     page = httpx.get(f"{url}/metrics").text
-    found = re.search(r'^dlm_ray_http_requests_total\{path="/v1/completions",status="200"\} (\d+)', page, re.MULTILINE)
-    return int(found[1]) if found else 0
+    pattern = r'^dlm_ray_http_requests_total\{path="/v1/completions",status="200"\} (\d+)'
+    match = re.search(pattern, page, re.MULTILINE)
+    return int(match[1]) if match else 0
 
 
 @contextlib.contextmanager
 def served(checkpoint: Path, slots: int, num_gpus: int) -> Iterator[str]:
-    """The URL of one replica behind `dlm-ray serve`; Ray gives a replica as many threads as CPUs, here one."""
+    """Serve a checkpoint with one replica of one CPU, and yield its URL.
+
+    Ray gives a replica as many threads as CPUs, here one.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "dlm_ray",
-        "serve",
-        str(checkpoint),
-        "--port",
-        str(port),
-        "--json",
-        f"name={_MODEL}",
-    ]
-    command += [f"engine.slots={slots}", "replicas.cpus=1", f"replicas.gpus={num_gpus}"]
-    with tempfile.TemporaryFile("w+") as said:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True)
+    command = [sys.executable, "-m", "dlm_ray", "serve", str(checkpoint), "--port", str(port), "--json"]
+    command += [f"name={_MODEL}", f"engine.slots={slots}", "replicas.cpus=1", f"replicas.gpus={num_gpus}"]
+    with tempfile.TemporaryFile("w+") as stderr:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
         try:
-            assert process.stdout is not None, "its output is a pipe"
+            assert process.stdout is not None, "stdout is a pipe"
             line = process.stdout.readline()
             if not line:
-                said.seek(0)
-                raise RuntimeError(f"the service did not start: {said.read()[-2000:]}")
+                stderr.seek(0)
+                raise RuntimeError(f"the service did not start: {stderr.read()[-2000:]}")
             yield json.loads(line)["url"]
         finally:
             process.terminate()
