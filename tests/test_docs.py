@@ -13,12 +13,14 @@ import yaml
 from helpers.data import make_data
 
 from dlm_ray.cli.main import app
-from dlm_ray.config.load import all_keys, read_tree, set_key, shipped, validate
+from dlm_ray.config.load import read_tree, shipped, validate
+from dlm_ray.config.mistakes import all_keys
 from dlm_ray.config.recipe import Recipe
 from dlm_ray.config.server import Server
 from dlm_ray.config.server_file import load_server
 from dlm_ray.config.sweep import Sweep
 from dlm_ray.config.sweep_load import load_sweep
+from dlm_ray.config.trees import set_key
 from dlm_ray.serving.http import protocol
 
 ROOT = Path(__file__).parent.parent
