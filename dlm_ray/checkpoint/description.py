@@ -1,48 +1,61 @@
-"""What has to be known of a model beside its weights, so that a checkpoint and its export are loaded as the same: in an export a key of config.json."""
+"""The description of a model that a checkpoint and its export share, so that both load as the same model.
+
+An export has it as a key of config.json.
+"""
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from dlm_ray.checkpoint.commit import Manifest
 from dlm_ray.config.errors import DamageError, UserError
-from dlm_ray.config.objective import NAMES, Sampling
+from dlm_ray.config.objective import Sampling, resolve_settings
 
 KEY = "dlm_ray"
-"""Of config.json; stock transformers keeps it and does not look at it."""
+"""The key of config.json; stock transformers keeps it and does not read it."""
 OBJECTIVE_FILE = "dlm_ray_objective.safetensors"
-"""In an export: what the objective has learned beside the network, if anything."""
+"""The file of an export that holds the objective's own parameters, if it has any."""
 
 
 class Description(BaseModel):
-    """What a model is: its objective, its tokenizer, how its text is sampled, and what can be asked of it."""
+    """The objective, the tokenizer, the sampling defaults and the capabilities of a model."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     format: Literal[1] = 1
     objective: str
-    """`objective.name` of the recipe."""
+    """`objective.name` of the recipe; the import path of a custom class."""
+    settings: dict[str, Any] = {}
+    """The recipe's `objective` section, from which the objective is restored."""
     is_causal: bool
-    exponents: Literal["per_token", "scalar"] = "per_token"
-    """Of genmd4."""
-    simplex: dict[str, Any] | None = None
-    """Of ssd_lm."""
+    """Whether the attention of the network is causal."""
     capabilities: dict[str, Any]
-    """Of the manifest."""
+    """Capabilities of the manifest."""
     sampling: Sampling
+    """Sampling defaults of the recipe."""
     tokenizer: dict[str, Any]
-    """A TokenizerIdentity."""
+    """Fields of a `TokenizerIdentity`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_settings(cls, fields: Any) -> Any:
+        """Convert the fields of earlier exports, which had three settings of the objective only."""
+        if not isinstance(fields, dict) or "settings" in fields:
+            return fields
+        fields = dict(fields)
+        settings = {key: fields.pop(key) for key in ("exponents", "simplex") if key in fields}
+        if fields.get("objective") == "block":
+            settings["block_tokens"] = fields.get("capabilities", {}).get("block_tokens")
+        return {**fields, "settings": settings}
 
     @classmethod
     def of(cls, manifest: Manifest) -> Description:
-        """The description of a checkpoint."""
-        objective = manifest.recipe.get("objective", {})
+        """Return the description of a checkpoint."""
         return cls(
             objective=manifest.model["objective"],
+            settings=manifest.recipe.get("objective", {}),
             is_causal=manifest.model["is_causal"],
-            exponents=objective.get("exponents", "per_token"),
-            simplex=objective.get("simplex"),
             capabilities=manifest.capabilities,
             sampling=Sampling(**manifest.recipe.get("sampling", {})),
             tokenizer=manifest.tokenizer,
@@ -50,7 +63,7 @@ class Description(BaseModel):
 
     @classmethod
     def of_config(cls, fields: dict[str, Any], where: str) -> Description | None:
-        """The description in the config.json of an export; None if the folder is none of ours.
+        """Return the description in the config.json of an export; None for a folder from another source.
 
         Raises:
             DamageError: if it cannot be read.
@@ -64,11 +77,16 @@ class Description(BaseModel):
                 f"{where}: {KEY} in config.json cannot be read: {error}; export the checkpoint again with this version"
             ) from error
 
+    def objective_settings(self, where: str) -> dict[str, Any]:
+        """Return the settings for `objectives.restore`, with custom classes imported.
 
-def check_restorable(name: str, where: str) -> None:
-    """Raises UserError for an objective of somebody's own, which nothing but training can build yet."""
-    if name not in NAMES:
-        raise UserError(
-            f"{where} was trained with objective.name={name}, which this version restores for training alone: loaded, it would be sampled and scored "
-            f"as another objective; sample, eval, export, serve and sweep need one of {', '.join(NAMES)}"
-        )
+        Args:
+            where: the checkpoint or export, for the message.
+
+        Raises:
+            UserError: if a custom class cannot be imported or does not meet its protocol.
+        """
+        try:
+            return resolve_settings({**self.settings, "name": self.objective})
+        except UserError as error:
+            raise UserError(f"{where} cannot be restored: {error}") from error

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dlm_ray.checkpoint import arrays, commit
 from dlm_ray.checkpoint.commit import Manifest
-from dlm_ray.checkpoint.description import KEY, OBJECTIVE_FILE, Description, check_restorable
+from dlm_ray.checkpoint.description import KEY, OBJECTIVE_FILE, Description
 from dlm_ray.checkpoint.weights import our_checkpoint, weight_prefix
 from dlm_ray.config.errors import UserError
 from dlm_ray.config.paths import local_path
@@ -67,12 +67,11 @@ def export(checkpoint_dir: str, out: str, *, weights: str | None = None, dtype: 
     if checkpoint is None:
         raise UserError(f"{checkpoint_dir} is no checkpoint of ours: neither it nor a step in it has a manifest.json")
     manifest = commit.read_manifest(checkpoint)
-    if manifest.model.get("objective") == "ssd_lm":
+    if manifest.capabilities.get("canvas") == "simplex_blocks":
         raise UserError(
             f"{checkpoint} is an SSD-LM: its block sees embeddings of noise that no Hugging Face model has, so an export could not be sampled; "
             "use `dlm-ray sample` on the checkpoint itself"
         )
-    check_restorable(manifest.model["objective"], checkpoint)
     prefix = weight_prefix(manifest.arrays, weights, checkpoint)
     stored = {
         name.removeprefix(f"{prefix}."): entry

@@ -111,7 +111,7 @@ def load_objective(folder: Path, parameters: Mapping[str, Tensor]) -> None:
         UserError: if a name is missing or a shape differs.
         DamageError: if there is no such file, or it is cut short.
     """
-    if not parameters:
+    if not parameters and not (folder / OBJECTIVE_FILE).exists():
         return
     with _opened(folder / OBJECTIVE_FILE) as archive:
         stored = {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118  (it is no mapping)

@@ -1,5 +1,5 @@
-"""The papers' mathematics: schedules, draws, visibility, objectives, the bound, samplers. torch and nothing else; knows nothing of text.
+"""The mathematics of the papers: schedules, draws, visibility, objectives, the bound, samplers. It needs only torch.
 
-Legend of every module here: B batch rows, L positions of a row, V vocabulary, D width, R scored positions of a micro-batch, N
-rows of logits.
+Symbols in every module here: B sequences of a batch, L positions of a sequence, V vocabulary, D width, R scored
+positions of a micro-batch, N rows of logits.
 """

@@ -1,77 +1,106 @@
-"""The seam between the papers and the networks: what a denoiser answers, what an objective is given, what it returns."""
+"""The interfaces between the papers and the networks: the denoiser, the objective, and what they exchange."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dlm_ray.diffusion.draws import Draw, DrawKey
 from dlm_ray.diffusion.visibility import Visibility
 
+CanvasKind = Literal["autoregressive", "block", "whole", "simplex"]
+Likelihood = Literal["exact", "bound", "none"]
+
 
 class Cache(Protocol):
-    """Keys and values of committed blocks, a slot a request; slots in use are the first ones."""
+    """Keys and values of committed blocks, one slot per request; the slots in use come first."""
 
     lengths: list[int]
-    """Committed positions of every slot."""
+    """Number of committed positions of every slot."""
     last_rows: Tensor
-    """[slots, D]: the hidden row of every slot's last committed position, which with shift predicts the next block's first."""
+    """[slots, D]: the hidden state of every slot's last committed position; with shift it predicts the next token."""
 
     def commit(self, slot: int, num_tokens: int, last_row: Tensor) -> None:
-        """The next `num_tokens` positions of a slot, as the last pass wrote them, stay; `last_row` [D] is the last one's hidden row."""
+        """Keep the next `num_tokens` positions of a slot, as the last pass wrote them.
+
+        Args:
+            slot: the slot.
+            num_tokens: number of positions.
+            last_row: [D], the hidden state of the last position.
+        """
 
     def part(self, first: int, count: int) -> Cache:
-        """The slots from `first` on as a cache for one pass over them alone; what it wrote is committed to the whole cache."""
+        """Return the `count` slots from `first` on, for one pass over them; commits go to the whole cache."""
 
     def save(self, slot: int, start: int, num_tokens: int) -> Tensor:
-        """A copy of the keys and values of so many committed positions, [..., n, D/H]."""
+        """Return a copy of the keys and values of `num_tokens` committed positions, [..., n, D/H]."""
 
     def restore(self, slot: int, saved: Sequence[Tensor], last_row: Tensor) -> None:
-        """Begins an empty slot with what `save` gave, one behind the other; `last_row` [D] is the hidden row of the last position."""
+        """Fill an empty slot with the concatenated results of `save`; `last_row` [D] is the last hidden state."""
 
     def fork(self, source: int, target: int) -> None:
-        """Makes slot `target` a copy of slot `source`."""
+        """Make slot `target` a copy of slot `source`."""
 
     def release(self, slot: int) -> None:
-        """Empties a slot."""
+        """Empty a slot."""
 
 
 class Denoiser(Protocol):
-    """A network that turns a partly masked row into hidden rows, and hidden rows into whatever of the logits is asked for."""
+    """A network that turns partly masked tokens into hidden states, and hidden states into reductions of logits."""
 
     mask_id: int | None
-    """None if it is autoregressive only."""
+    """Id of the mask token; None if the network is only autoregressive."""
 
     def hidden(self, inputs: Tensor, visibility: Visibility, kv: Any = None) -> Tensor:
-        """[B, L] ids, or [B, L, D] embeddings -> [B, L, D] final hidden states.
+        """Return the final hidden states [B, L, D].
 
-        `memory` is a cache of `new_cache`, behind whose first B slots the rows go on, or a recording of `record`, which the rows see.
+        Args:
+            inputs: [B, L] ids, or [B, L, D] embeddings.
+            visibility: the keys that every query position sees.
+            kv: a cache of `new_cache`, whose first B slots the sequences continue, or keys and values of
+                `forward_with_kv`, which the sequences see.
         """
 
     def new_cache(self, num_slots: int, capacity_tokens: int, *, fixed_shapes: bool = False) -> Cache:
-        """An empty cache; with `fixed_shapes` a pass over it sees as many keys whatever is committed."""
+        """Return an empty cache; with `fixed_shapes` a pass over it sees the same number of keys at any length."""
 
     def forward_with_kv(self, inputs: Tensor, visibility: Visibility) -> tuple[Tensor, Any]:
-        """`hidden`, and its keys and values for later passes to see."""
+        """Return the result of `hidden`, and its keys and values for later passes."""
 
     def states(self, inputs: Tensor, visibility: Visibility) -> tuple[Tensor, ...]:
-        """The same with what is below: the embeddings, the states after every block, [B, L, D] each; the last is `hidden`."""
+        """Return the embeddings and the states after every layer, [B, L, D] each; the last is `hidden`."""
 
     def embed(self, input_ids: Tensor) -> Tensor:
-        """[B, L] ids -> [B, L, D] embeddings."""
+        """Return embeddings [B, L, D] of ids [B, L]."""
 
     def reduce_logits(self, rows: Tensor, fn: Callable[..., Any], *row_arguments: Tensor) -> Any:
-        """Applies fn(logits [n, V] float32, *arguments [n, ...]) chunk by chunk over rows [N, D]; fn's tensors are concatenated over rows.
+        """Apply fn(logits [n, V] float32, *arguments [n, ...]) to rows [N, D] in chunks and concatenate its results.
 
-        The mask token's logit is -inf: it gets no probability.
+        The mask token's logit is -inf, so it has no probability.
         """
 
     def rows_for(self, positions: Tensor) -> Tensor:
-        """The hidden rows (flat indices) that predict the tokens at flat `positions`; the only place that knows about the shift."""
+        """Return the flat indices of the hidden states that predict the tokens at flat `positions`.
+
+        This is the only function that knows about the shift.
+        """
+
+
+@dataclass(frozen=True)
+class NetworkFacts:
+    """The properties of a network and its data that an objective may need."""
+
+    vocab_size: int
+    """V: the tokens that have a logit; an appended mask token is not among them."""
+    width: int
+    """D of the hidden states."""
+    sequence_length: int
+    """Tokens of a training sequence."""
 
 
 @dataclass(frozen=True)
@@ -79,30 +108,30 @@ class Batch:
     """One micro-batch, ready for the network."""
 
     x_0: Tensor
-    """[B, L] int64, the clean tokens."""
+    """[B, L] int64: the clean tokens."""
     draw: Draw
     visibility: Visibility
 
 
 @dataclass(frozen=True)
 class LossSum:
-    """Sums and counts, never means: the training step divides once, by the count over all ranks and micro-batches."""
+    """Sums, never means: the training step divides once, by the count over all ranks and micro-batches."""
 
     weighted_sum: Tensor
-    """Scalar, nats; what is differentiated."""
+    """Scalar in nats, to differentiate."""
     by_name: dict[str, Tensor] = field(default_factory=dict)
-    """Detached scalar sums over scored positions, to log; the step divides them by the global number of scored positions."""
+    """Detached scalar sums to log; the step divides them by the global number of scored positions."""
     by_token: dict[str, Tensor] = field(default_factory=dict)
-    """Detached scalar sums to log that are divided by what the loss is divided by."""
+    """Detached scalar sums to log; the step divides them by the divisor of the loss."""
     over_tokens: dict[str, Tensor] = field(default_factory=dict)
-    """Scalar sums over all maskable positions that are differentiated and logged, too: each is divided by the global number of maskable
-    positions, whatever the loss is divided by."""
+    """Scalar sums over all maskable positions, to differentiate and to log; the step divides them by the global number
+    of maskable positions, whatever the divisor of the loss is."""
 
     def total(self, count: int, num_maskable: int) -> Tensor:
-        """Return the sum to differentiate; the step divides it by `count`, which cancels in the sums that have a divisor of their own.
+        """Return the sum to differentiate; the step divides it by `count`, which cancels in `over_tokens`.
 
         Args:
-            count: what the loss is divided by: `Objective.count` over the global batch.
+            count: divisor of the loss: `Objective.count` over the global batch.
             num_maskable: maskable positions of the global batch.
         """
         if not self.over_tokens:
@@ -113,48 +142,103 @@ class LossSum:
 
 
 class Objective(Protocol):
-    """What is minimised. Also an nn.Module; its own parameters, if any, are trained, saved and left out of exports."""
+    """The loss that is minimised, and what it says about sampling and scoring; a torch module.
 
+    A custom objective (`objective.name: package.module:Class`) meets this protocol. A subclass of `objectives.Masked`
+    or of another built-in class does. Its own parameters are replicated on all ranks, trained, averaged, saved as
+    `objective.*` and loaded again by name; buffers are not saved. An optional method `start_from(embedding)` gets the
+    network's embedding [rows >= V, D] before the first step.
+    """
+
+    kind: str
+    """The built-in objective that it extends, such as `masked`; its keys of the recipe and its sampling rules apply."""
+    canvas: CanvasKind
+    """What a sampler denoises at once; `block` needs an attribute `block_tokens`, `simplex` the methods of `SsdLm`."""
     is_causal: bool
     """Whether attention stays causal; otherwise it becomes bidirectional."""
-    likelihood: Literal["exact", "bound", "none"]
-    """What weight * token_nll sums to over an evaluation draw: -log p(x_0), an upper bound of it, or nothing of the kind."""
+    likelihood: Likelihood
+    """What weight * token_nll sums to over an evaluation draw: -log p(x_0), an upper bound of it, or neither."""
     draws_per_sequence: int
-    """So many draws of every row are in a batch: copy j of row r is row r * draws_per_sequence + j of a draw's key."""
+    """Draws of every sequence in a batch: copy j of sequence r is row r * draws_per_sequence + j of a draw's key."""
 
-    def draw(self, key: DrawKey, x_0: Any, maskable: Any) -> Draw:
-        """The randomness of the rows of `key`; x_0 [B, L] and maskable [B, L] bool are on the host."""
+    @classmethod
+    def build(cls, settings: Mapping[str, Any], facts: NetworkFacts) -> Objective:
+        """Return the objective that trains a network.
 
-    def evaluation_draw(self, seed: int, keys: Sequence[tuple[int, int]], t: Any, x_0: Any, maskable: Any) -> Draw:
-        """The randomness of pairs (number of the draw, row) at given times t [B], for a bound that is compared between models."""
+        Args:
+            settings: the recipe's `objective` section, complete; class paths in it are replaced by the classes.
+            facts: of the network and its data.
+
+        Raises:
+            ValueError: if the settings do not fit the network.
+        """
+
+    @classmethod
+    def restore(cls, settings: Mapping[str, Any], facts: NetworkFacts) -> Objective:
+        """Return the objective that scores and samples the trained network; its parameters are loaded afterwards.
+
+        Its `evaluation_draw` covers the full range of t, whatever noise training used.
+        """
+
+    def draw(self, key: DrawKey, x_0: np.ndarray, maskable: np.ndarray) -> Draw:
+        """Return the randomness of the rows of `key`; x_0 [B, L] and maskable [B, L] bool are on the host."""
+
+    def evaluation_draw(
+        self, seed: int, keys: Sequence[tuple[int, int]], t: np.ndarray, x_0: np.ndarray, maskable: np.ndarray
+    ) -> Draw:
+        """Return the randomness of pairs (number of the draw, row) at given times t [B], for a comparable bound."""
 
     def count(self, draw: Draw) -> int:
-        """What this micro-batch adds to the count that the loss is divided by."""
+        """Return the part of a micro-batch in the count that divides the loss."""
 
     def token_nll(self, denoiser: Denoiser, batch: Batch) -> Tensor:
-        """[R] float32: the nats of the scored positions, without weights; -log p(x_0^n | x_t) unless the objective says otherwise."""
+        """Return [R] float32 nats of the scored positions, without weights.
+
+        They are -log p(x_0^n | x_t) unless the objective says otherwise.
+        """
 
     def __call__(self, denoiser: Denoiser, batch: Batch) -> LossSum:
-        """The loss of one micro-batch."""
+        """Return the loss of one micro-batch; a module defines it as `forward`."""
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """Return the parameters that are trained beside the network; see `nn.Module`."""
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """Return the parameters with their names; see `nn.Module`."""
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Set whether the parameters get gradients; see `nn.Module`."""
+
+    def to(self, device: torch.device) -> Self:
+        """Move the parameters to `device`; see `nn.Module`."""
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """[n, V] float32, [n] int64 -> [n]: -log softmax(logits)[target], in nats."""
+    """Return -log softmax(logits)[target] [n] in nats for logits [n, V] float32 and targets [n] int64."""
     return torch.nn.functional.cross_entropy(logits, targets, reduction="none")
 
 
 def scored_rows(denoiser: Denoiser, hidden: Tensor, draw: Draw) -> Tensor:
-    """[B, L, D] -> [R, D]: the hidden rows that predict the scored positions."""
+    """Return [R, D]: the hidden states, of [B, L, D], that predict the scored positions."""
     return hidden.flatten(0, 1)[denoiser.rows_for(draw.scored)]
 
 
 def reduce_scored(
     denoiser: Denoiser, rows: Tensor, fn: Callable[..., Any], batch: Batch, *row_arguments: Tensor
 ) -> Any:
-    """Apply fn(logits [n, V], targets [n], *row_arguments) to the hidden rows [R, D] that predict the scored positions of `batch`.
+    """Apply fn(logits [n, V], targets [n], *row_arguments) to the hidden states that predict the scored positions.
 
-    Padding of `draw.scored` gets a row of zeros and a target that has a logit. Its values and gradients are finite whatever the network
-    makes of the position that padding points at, so that its weight 0 makes them 0.
+    Padding of `draw.scored` gets a hidden state of zeros and a target that has a logit. So its values and gradients are
+    finite whatever the network computes at the position that padding points at, and its weight 0 makes them 0.
+
+    Args:
+        denoiser: the network.
+        rows: [R, D], the hidden states.
+        fn: the reduction.
+        batch: gives the scored positions and their targets.
+        row_arguments: [R, ...] further arguments of `fn`.
     """
     is_padding = ~batch.draw.is_scored
     targets = batch.x_0.flatten()[batch.draw.scored].masked_fill(is_padding, 1 if denoiser.mask_id == 0 else 0)
@@ -162,11 +246,11 @@ def reduce_scored(
 
 
 def nll_of(denoiser: Denoiser, rows: Tensor, batch: Batch) -> Tensor:
-    """[R] float32: -log p(x_0) in nats at the scored positions of `batch`, from the hidden rows [R, D] that predict them."""
+    """Return [R] float32: -log p(x_0) in nats at the scored positions, from their hidden states [R, D]."""
     nll: Tensor = reduce_scored(denoiser, rows, cross_entropy, batch)
     return nll
 
 
 def score(denoiser: Denoiser, inputs: Tensor, batch: Batch) -> Tensor:
-    """The same after one network call on `inputs`."""
+    """Return [R] float32: -log p(x_0) in nats at the scored positions, after one network call on `inputs`."""
     return nll_of(denoiser, scored_rows(denoiser, denoiser.hidden(inputs, batch.visibility), batch.draw), batch)

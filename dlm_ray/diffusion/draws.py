@@ -1,8 +1,8 @@
-"""The randomness of a batch: the times t of the global batch, and the uniform numbers that decide what is masked.
+"""The randomness of a batch: the times t of the global batch, and the uniform numbers that decide the masks.
 
-Every number is a pure function of (seed, stream, step, global row index), by numpy's counter-based Philox. So neither the number
-of workers nor the micro-batch nor a restart changes a mask, and the draws are made on the host, where the step needs no
-synchronisation to know their counts.
+Every number is a pure function of (seed, stream, step, global row index), by numpy's counter-based Philox. So neither
+the number of workers nor the micro-batch nor a restart changes a mask. The draws are made on the host, so that a step
+needs no synchronisation to know their counts.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from torch import Tensor
 # Streams keep the uses of one seed apart.
 STRATA, TIME, MASK, EVALUATION_TIME, EVALUATION_MASK, SAMPLING, JUMP, NOISE, GUMBEL, COUNT, BLOCK_TIME = range(11)
 
-# Scored positions are padded with weight 0 to a multiple of this: shapes repeat, and no rank of FSDP2 ever has nothing to score.
+# Scored positions are padded with weight 0 to a multiple of this number: shapes repeat, and no rank of FSDP2 scores nothing.
 ROW_MULTIPLE = 128
 
 
 def generator(seed: int, stream: int, step: int, row: int) -> np.random.Generator:
-    """The random numbers of one row in one step; rows, steps and streams never share any."""
+    """Return the generator of one row in one step; rows, steps and streams share no random numbers."""
     return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, 0, row, step]))
 
 
 @dataclass(frozen=True)
 class DrawKey:
-    """Which rows of which step a draw is for."""
+    """The rows and the step of a draw; a row is one draw of a sequence in the global batch."""
 
     seed: int
     step: int
@@ -36,48 +36,48 @@ class DrawKey:
     """Indices of the rows within the global batch."""
     global_batch_size: int
     block_tokens: int | None = None
-    """Positions of a block that has a t of its own, where the step decides (a curriculum over block sizes); None: as the objective says."""
+    """Positions of a block with its own t, if the step decides (a curriculum of block sizes); None: the objective decides."""
 
 
 @dataclass(frozen=True)
 class Draw:
-    """The randomness of one micro-batch, and the positions that it scores."""
+    """The randomness of one micro-batch, and its scored positions."""
 
     t: Tensor
     """[B], or [B, blocks], float32 in (0, 1)."""
     is_masked: Tensor
-    """[B, L] bool; the only record of what is masked (a token may look like the mask)."""
+    """[B, L] bool: the only record of the masks (a token of the text may have the id of the mask)."""
     scored: Tensor
-    """[R] int64, flat indices into B*L, padded with indices of weight 0."""
+    """[R] int64: flat indices into B*L, padded with indices of weight 0."""
     weight: Tensor
     """[R] float32: the weight of each scored position in the loss; 0 for padding."""
     maskable: Tensor
     """[B, L] bool: the positions that could be masked; all others are context that is never scored."""
     num_maskable: int
-    """How many of them: the tokens that a bound per token is divided by."""
+    """Number of maskable positions: the tokens that divide a bound per token."""
     num_scored: int
-    """Positions that are scored, padding left out."""
+    """Number of scored positions, without padding."""
     noise_seeds: tuple[int, ...] = ()
-    """Of every row, for an objective whose noise is made on the device."""
+    """Seed of every row, for an objective that makes its noise on the device."""
 
     @property
     def is_scored(self) -> Tensor:
-        """[R] bool: which of `scored` are positions, and not padding; a position's own weight may be 0."""
+        """Return [R] bool: which of `scored` are not padding; the weight of such a position may be 0."""
         return torch.arange(len(self.scored), device=self.scored.device) < self.num_scored
 
     @property
     def t_scored(self) -> Tensor:
-        """[R]: the time of every scored position, its block's if blocks have their own."""
+        """Return [R]: the time of every scored position, or of its block if blocks have their own."""
         return self.t.flatten()[self.scored // (self.maskable.numel() // self.t.numel())]
 
     def to(self, device: torch.device) -> Draw:
-        """The same draw with its tensors on `device`; the counts stay on the host."""
+        """Return the draw with its tensors on `device`; the counts stay on the host."""
         names = ("t", "is_masked", "scored", "weight", "maskable")
         return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
 
 def maskable_positions(document_ids: np.ndarray) -> np.ndarray:
-    """Where a token may be masked and is scored: everywhere but at the start token of a segment and in padding.
+    """Return where a token may be masked and is scored: everywhere but at the start token of a segment and in padding.
 
     Args:
         document_ids: [B, L] int; a change starts a segment, -1 is padding.
@@ -92,22 +92,22 @@ def maskable_positions(document_ids: np.ndarray) -> np.ndarray:
 
 
 def times(mode: str, key: DrawKey, num_blocks: int = 1) -> np.ndarray:
-    """[B, num_blocks] float64: t in (0, 1) for every block of every row; a row with one t is one block.
+    """Return [B, num_blocks] float64: t in (0, 1) for every block of every row; a row with one t is one block.
 
     Args:
-        mode: how the K * num_blocks times of a global batch of K rows hang together.
-            `stratified`: one stratum of width 1 / (K num_blocks) each, dealt out by a permutation that is new in every step, so that
-            neither a row's place in the batch nor a block's place in the row decides its t.
-            `antithetic`: one u for all, t_i = (u + i / (K num_blocks)) mod 1 (MD4's low-discrepancy draw, over the whole global batch).
-            `independent`: each its own.
-            `paper`: strata in the order of BD3-LM's code, where t rises along a row; kept to show what that does.
-        key: which rows.
-        num_blocks: blocks of a row that have a time each.
+        mode: how the K * num_blocks times of a global batch of K rows depend on each other.
+            `stratified`: one stratum of width 1 / (K num_blocks) each, assigned by a new permutation in every step, so
+            that neither the place of a row in the batch nor of a block in the row decides its t.
+            `antithetic`: one u for all, t_i = (u + i / (K num_blocks)) mod 1 (MD4's low-discrepancy draw, over the
+            whole global batch).
+            `independent`: independent times.
+            `paper`: strata in the order of BD3-LM's code, where t rises along a row; kept to show its effect.
+        key: the rows.
+        num_blocks: blocks of a row, each with its own time.
     """
     total = key.global_batch_size * num_blocks
-    cells = np.array(key.rows)[:, None] * num_blocks + np.arange(
-        num_blocks
-    )  # [B, num_blocks], numbers within the global batch
+    # [B, num_blocks], numbers within the global batch
+    cells = np.array(key.rows)[:, None] * num_blocks + np.arange(num_blocks)
     if mode == "antithetic":
         shared = generator(key.seed, STRATA, key.step, 0).uniform(2**-53, 1.0)
         return np.maximum((shared + cells / total) % 1.0, 2**-53)
@@ -124,7 +124,7 @@ def times(mode: str, key: DrawKey, num_blocks: int = 1) -> np.ndarray:
 
 
 def evaluation_times(seed: int, rows: Sequence[int], num_draws: int) -> np.ndarray:
-    """[B, num_draws] float64: each row's own strata over its draws, in an order of its own."""
+    """Return [B, num_draws] float64: strata over the draws of each row, in a random order."""
     times = np.empty((len(rows), num_draws))
     for i, row in enumerate(rows):
         random = generator(seed, EVALUATION_TIME, 0, row)
@@ -133,14 +133,14 @@ def evaluation_times(seed: int, rows: Sequence[int], num_draws: int) -> np.ndarr
 
 
 def uniforms(seed: int, stream: int, keys: Sequence[tuple[int, int]], num_positions: int) -> np.ndarray:
-    """[B, L] float64 in [0, 1) for B pairs (step, row); in evaluation the number of the draw stands for the step."""
+    """Return [B, L] float64 in [0, 1) for B pairs (step, row); evaluation passes the number of the draw as the step."""
     return np.stack([generator(seed, stream, step, row).random(num_positions) for step, row in keys])
 
 
 def make_draw(
     t: np.ndarray, is_masked: np.ndarray, scored: np.ndarray, weight: np.ndarray, maskable: np.ndarray
 ) -> Draw:
-    """A Draw from host arrays: pads the scored positions to a multiple of ROW_MULTIPLE with position 1 at weight 0."""
+    """Return a Draw from host arrays, whose scored positions are padded with position 1 at weight 0 to ROW_MULTIPLE."""
     padded = max(1, -(-len(scored) // ROW_MULTIPLE)) * ROW_MULTIPLE
     positions = np.ones(padded, dtype=np.int64)
     positions[: len(scored)] = scored

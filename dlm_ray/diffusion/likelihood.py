@@ -1,7 +1,8 @@
-"""The likelihood of rows: exact for an autoregressive model, a bound for a diffusion model; its sums, strata, and intervals.
+"""The likelihood of sequences: exact for an autoregressive model, a bound for a diffusion model; sums and intervals.
 
-A diffusion model's value is the ELBO over the full range of t with alpha(0) = 1 and alpha(1) = 0, so there is no reconstruction
-or prior term to add (GenMD4, whose range begins at t_1, adds its own), and whatever the training did to its schedule does not enter.
+A diffusion model's value is the ELBO over the full range of t with alpha(0) = 1 and alpha(1) = 0. So it has no
+reconstruction or prior term (GenMD4, whose range starts at t_1, adds its own), and the schedule of training does not
+enter.
 """
 
 from __future__ import annotations
@@ -9,14 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
 
 from dlm_ray.diffusion.denoiser import Batch, Denoiser, Objective
 from dlm_ray.diffusion.draws import evaluation_times, maskable_positions
-from dlm_ray.diffusion.objectives.block import Block
 from dlm_ray.diffusion.visibility import Visibility, documents_apart
 
 NUM_RESAMPLES = 2000
@@ -24,12 +23,12 @@ NUM_RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class TokenNats:
-    """-log p (or its bound) of every token, and how much of it is chance."""
+    """-log p of every token, or its bound, and its spread over draws."""
 
     nats: np.ndarray
-    """[N, L] float64, the mean over draws; 0 where nothing is scored."""
+    """[N, L] float64: the mean over draws; 0 where nothing is scored."""
     draw_totals: np.ndarray
-    """[draws] float64: the total over rows by each draw alone."""
+    """[draws] float64: the total over sequences for each draw."""
 
 
 def evaluation_batch(
@@ -43,16 +42,16 @@ def evaluation_batch(
     device: torch.device,
     is_real: bool = True,
 ) -> Batch:
-    """The batch that scores pairs (row, number of the draw).
+    """Return the batch that scores pairs (sequence, number of the draw).
 
     Args:
         objective: makes the draws.
-        x_0, document_ids: [N, L] of all rows.
-        pairs: B pairs; a row may stand in several.
+        x_0, document_ids: [N, L] of all sequences.
+        pairs: B pairs; a sequence may be in several.
         times: [N, draws].
-        seed: of the masks.
-        visibility_of: from the [B, L] document ids of the batch.
-        device: of the network.
+        seed: seed of the masks.
+        visibility_of: function of the [B, L] document ids of the batch.
+        device: device of the network.
         is_real: False scores nothing (a filler that keeps ranks in step).
     """
     rows = [row for row, _ in pairs]
@@ -62,13 +61,18 @@ def evaluation_batch(
     return Batch(torch.from_numpy(x_0[rows]).to(device), draw.to(device), visibility_of(document_ids[rows]))
 
 
-def num_padding(objective: Any, sequence_length: int) -> int:
-    """Return how many positions a row lacks to be a whole number of the objective's blocks; 0 if it is not made of blocks."""
-    return -sequence_length % objective.block_tokens if isinstance(objective, Block) else 0
+def block_tokens_of(objective: Objective) -> int:
+    """Return K of an objective that generates block by block, and 1 for any other."""
+    return int(getattr(objective, "block_tokens", 1)) if objective.canvas == "block" else 1
 
 
-def pad_to_blocks(objective: Any, x_0: np.ndarray, document_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return rows [N, L] and their document ids, padded by `num_padding` positions.
+def num_padding(objective: Objective, sequence_length: int) -> int:
+    """Return the number of positions that a sequence lacks to be a whole number of the objective's blocks."""
+    return -sequence_length % block_tokens_of(objective)
+
+
+def pad_to_blocks(objective: Objective, x_0: np.ndarray, document_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return sequences [N, L] and their document ids, padded by `num_padding` positions.
 
     Padding is document -1: it is never scored, and `documents_apart` hides it from the text.
     """
@@ -90,10 +94,22 @@ def token_nats(
     micro_batch_size: int = 16,
     progress: Callable[[int, int], None] | None = None,
 ) -> TokenNats:
-    """The (bound on the) nats of every token of rows [N, L], from `num_draws` draws a row with t in strata; one exact pass if causal.
+    """Return the nats of every token of sequences [N, L], or their bound.
 
-    Two models that are scored with the same rows, seed and draws see the same masks, so their difference can be paired. Rows that are not a whole
-    number of the objective's blocks are padded (`pad_to_blocks`); the text does not see the padding, whatever `visibility_of` says.
+    Two models that are scored with the same sequences, seed and draws see the same masks, so a comparison can be paired.
+    Sequences that are not a whole number of the objective's blocks are padded (`pad_to_blocks`); the text does not see
+    the padding, whatever `visibility_of` returns.
+
+    Args:
+        denoiser: the network.
+        objective: makes the draws and computes the nats.
+        x_0, document_ids: [N, L].
+        visibility_of: function of the [B, L] document ids of a batch.
+        device: device of the network.
+        num_draws: draws per sequence, with t in strata; an exact likelihood needs one.
+        seed: seed of the draws.
+        micro_batch_size: draws per network call.
+        progress: called with (draws done, draws).
     """
     assert objective.likelihood != "none", "this objective bounds nothing"
     num_draws = 1 if objective.likelihood == "exact" else num_draws
@@ -102,38 +118,38 @@ def token_nats(
     num_positions = x_0.shape[1]
 
     def visible(ids: np.ndarray) -> Visibility:
-        found = visibility_of(ids)
-        if found.document_ids is None and num_positions > length:
-            return replace(found, document_ids=documents_apart(ids, False, device))
-        return found
+        visibility = visibility_of(ids)
+        if visibility.document_ids is None and num_positions > length:
+            return replace(visibility, document_ids=documents_apart(ids, False, device))
+        return visibility
 
     times = evaluation_times(seed, range(len(x_0)), num_draws)
     pairs = [(row, number) for row in range(len(x_0)) for number in range(num_draws)]
     nats, totals = np.zeros(x_0.shape), np.zeros(num_draws)
     for start in range(0, len(pairs), micro_batch_size):
-        chosen = pairs[start : start + micro_batch_size]
-        batch = evaluation_batch(objective, x_0, document_ids, chosen, times, seed, visible, device)
+        part = pairs[start : start + micro_batch_size]
+        batch = evaluation_batch(objective, x_0, document_ids, part, times, seed, visible, device)
         weighted = (
             (batch.draw.weight * objective.token_nll(denoiser, batch)).double().cpu().numpy()[: batch.draw.num_scored]
         )
         scored = batch.draw.scored[: batch.draw.num_scored].cpu().numpy()
-        rows, numbers = np.array(chosen)[scored // num_positions].T
+        rows, numbers = np.array(part)[scored // num_positions].T
         np.add.at(nats, (rows, scored % num_positions), weighted / num_draws)
         np.add.at(totals, numbers, weighted)
         if progress is not None:
-            progress(start + len(chosen), len(pairs))
+            progress(start + len(part), len(pairs))
     return TokenNats(nats[:, :length], totals)
 
 
 def bits_per_byte(nats: float, num_bytes: float) -> float:
-    """Nats over raw UTF-8 bytes, in bits."""
+    """Return nats over raw UTF-8 bytes, in bits."""
     return nats / math.log(2) / num_bytes
 
 
 def draws_interval(totals: np.ndarray, num_bytes: float) -> tuple[float, float] | None:
-    """95 % interval of the bits per byte over draws, given these rows; None if there was one draw.
+    """Return the 95 % interval of the bits per byte over draws, for these sequences; None if there is one draw.
 
-    Normal approximation from the spread between whole draws; the strata make it conservative.
+    It is a normal approximation from the spread between whole draws; the strata make it conservative.
     """
     if len(totals) < 2:
         return None
@@ -142,15 +158,17 @@ def draws_interval(totals: np.ndarray, num_bytes: float) -> tuple[float, float] 
 
 
 def documents_interval(nats: np.ndarray, num_bytes: np.ndarray, seed: int = 0) -> tuple[float, float] | None:
-    """95 % bootstrap interval of sum(nats) / sum(bytes) in bits, over documents; None if fewer than two of them have text.
+    """Return the 95 % bootstrap interval of sum(nats) / sum(bytes) in bits over documents.
+
+    It is None if fewer than two documents have text.
 
     Args:
         nats: [documents]; for a paired comparison, the difference between two models document by document.
         num_bytes: [documents].
-        seed: of the resampling.
+        seed: seed of the resampling.
     """
     if np.count_nonzero(num_bytes) < 2:
-        return None  # a resample of one document is that document: what others would have given cannot be known
+        return None  # every resample of one document is that document, which says nothing about others
     random = np.random.default_rng(seed)
     counts = random.multinomial(
         len(nats), np.full(len(nats), 1 / len(nats)), size=NUM_RESAMPLES
@@ -162,7 +180,7 @@ def documents_interval(nats: np.ndarray, num_bytes: np.ndarray, seed: int = 0) -
     return float(low), float(high)
 
 
-def by_document(values: np.ndarray, documents: np.ndarray) -> Any:
-    """Sums of [N, L] values over each document [N, L] (numbered from 0, -1 for none): [documents]."""
+def by_document(values: np.ndarray, documents: np.ndarray) -> np.ndarray:
+    """Return [documents] sums of values [N, L] by document [N, L], numbered from 0; -1 is no document."""
     keep = documents >= 0
     return np.bincount(documents[keep], weights=values[keep], minlength=int(documents.max()) + 1)

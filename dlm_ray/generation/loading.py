@@ -9,15 +9,16 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from dlm_ray.checkpoint import commit, huggingface, weights
-from dlm_ray.checkpoint.description import KEY, Description, check_restorable
+from dlm_ray.checkpoint.description import KEY, Description
 from dlm_ray.checkpoint.model_files import ModelFiles, fill_with_extra_row
 from dlm_ray.checkpoint.pretrained import open_pretrained
 from dlm_ray.config.errors import UserError
 from dlm_ray.config.objective import rules_of
 from dlm_ray.data import storage
 from dlm_ray.data.tokenizer import TokenizerIdentity, identity, load_tokenizer
-from dlm_ray.diffusion.absorbing import Absorbing
-from dlm_ray.diffusion.objectives import Autoregressive, Block, GenMD4, Masked, Sedd, SsdLm
+from dlm_ray.diffusion import objectives
+from dlm_ray.diffusion.denoiser import NetworkFacts, Objective
+from dlm_ray.diffusion.objectives import Autoregressive, Masked
 from dlm_ray.generation.text_model import TextModel
 from dlm_ray.models import families, parallel
 from dlm_ray.models.denoiser import HuggingFaceDenoiser
@@ -38,9 +39,17 @@ def load(
     denoiser = load_network(checkpoint or path, weights_kind, device=device, mesh=mesh)
     if checkpoint is None:
         return _pretrained_model(open_pretrained(str(path)), denoiser)
-    description = Description.of(commit.read_manifest(checkpoint))
+    manifest = commit.read_manifest(checkpoint)
+    description = Description.of(manifest)
     objective = _objective(description, denoiser, checkpoint)
-    weights.load_objective(checkpoint, dict(objective.named_parameters()), weights_kind)
+    parameters = dict(objective.named_parameters())
+    stored = {name.removeprefix("objective.") for name in manifest.arrays if name.startswith("objective.")}
+    if stored != parameters.keys():
+        raise UserError(
+            f"{checkpoint} holds the parameters {sorted(stored)} of objective.name={description.objective}, and the class "
+            f"has {sorted(parameters)}; restore the class that it was trained with"
+        )
+    weights.load_objective(checkpoint, parameters, weights_kind)
     folder = storage.join(checkpoint.rstrip("/").rpartition("/")[0] or ".", "tokenizer")
     return _text_model(description, denoiser, objective, load_tokenizer(folder), checkpoint)
 
@@ -122,7 +131,7 @@ def _pretrained_model(files: ModelFiles, denoiser: HuggingFaceDenoiser) -> TextM
 
 
 def _text_model(
-    description: Description, denoiser: HuggingFaceDenoiser, objective: Any, tokenizer: Any, where: str
+    description: Description, denoiser: HuggingFaceDenoiser, objective: Objective, tokenizer: Any, where: str
 ) -> TextModel:
     """The same from a checkpoint and from its export.
 
@@ -140,35 +149,26 @@ def _text_model(
         tokenizer,
         trained,
         objective=objective.requires_grad_(False),
-        rules=rules_of(description.objective),
+        rules=rules_of(objective.kind),
         sampling=description.sampling,
         sequence_length=description.capabilities["sequence_length"],
         document_mask=description.capabilities["document_mask"],
     )
 
 
-def _objective(description: Description, denoiser: HuggingFaceDenoiser, where: str) -> Any:
-    """What scores the model's text and says how it is sampled: the bound over the full range, whatever training did to its noise.
-
-    D3PM and tauLDR are bounded by MD4's form of the same integral.
+def _objective(description: Description, denoiser: HuggingFaceDenoiser, where: str) -> Objective:
+    """Return the objective that scores the model's text and says how it is sampled, its own parameters not yet loaded.
 
     Raises:
-        UserError: for an objective of somebody's own.
+        UserError: if a custom class cannot be imported or restored.
     """
-    name = description.objective
-    check_restorable(name, where)
-    if description.is_causal:
-        return Autoregressive()
-    objective: Any = Masked()
-    if name == "block":
-        objective = Block(block_tokens=description.capabilities["block_tokens"])
-    elif name == "genmd4":
-        objective = GenMD4(Absorbing(), denoiser.vocab_size, scalar=description.exponents == "scalar")
-    elif name == "sedd":
-        objective = Sedd(vocab_size=denoiser.vocab_size)
-    elif name == "ssd_lm":
-        objective = SsdLm(denoiser.vocab_size, denoiser.embedding.shape[1], **(description.simplex or {}))
-    return objective.to(denoiser.embedding.device)
+    settings = description.objective_settings(where)
+    sequence_length = description.capabilities["sequence_length"]
+    facts = NetworkFacts(denoiser.vocab_size, denoiser.embedding.shape[1], sequence_length)
+    try:
+        return objectives.restore(settings, facts).to(denoiser.embedding.device)
+    except ValueError as error:
+        raise UserError(f"{where} cannot be restored: {error}") from error
 
 
 def _network(

@@ -17,7 +17,6 @@ from dlm_ray.data.reading import check_ids, read_split
 from dlm_ray.data.tokenizer import TokenizerIdentity, encode_text
 from dlm_ray.diffusion import likelihood
 from dlm_ray.diffusion.draws import maskable_positions
-from dlm_ray.diffusion.objectives import Block, SsdLm
 from dlm_ray.diffusion.samplers.adjust import banned, chained, forced
 from dlm_ray.diffusion.samplers.blocks import write
 from dlm_ray.diffusion.samplers.requests import LOWEST_ENTROPY_NATS, Request, StoppedBy, Stops
@@ -76,7 +75,7 @@ class TextModel:
         self.tokenizer, self.tokenizer_identity = tokenizer, tokenizer_identity
         self.objective, self.is_causal = objective, bool(objective.is_causal)
         # Of whole blocks: a network of more positions than its blocks fill uses the rest for nothing.
-        size = objective.block_tokens if isinstance(objective, Block) else 1
+        size = likelihood.block_tokens_of(objective)
         self.sequence_length, self.document_mask = sequence_length // size * size or sequence_length, document_mask
         self.rules = rules or rules_of("autoregressive" if self.is_causal else "masked")
         self.sampling = sampling or Sampling()
@@ -101,7 +100,7 @@ class TextModel:
         """
         before = self.encode(prompt)
         room = self.sequence_length - 1 - len(before)
-        if isinstance(self.objective, SsdLm):
+        if self.objective.canvas == "simplex":
             room -= room % self.objective.block_tokens  # the network sees whole blocks
         length = room if length_tokens is None else length_tokens
         chosen = resolve_sampling(options, self.sampled_as(), max(1, length))
@@ -289,7 +288,7 @@ class TextModel:
     def sampled_as(self) -> SamplingTarget:
         """What it is, for a sampler."""
         trained = 1 if self.is_causal else getattr(self.objective, "block_tokens", None)
-        if isinstance(self.objective, SsdLm):
+        if self.objective.canvas == "simplex":
             return SamplingTarget("simplex", self.rules, self.sampling, self.sequence_length, None)
         if trained is None or trained >= self.sequence_length:
             return SamplingTarget("whole", self.rules, self.sampling, self.sequence_length, None)
@@ -309,7 +308,7 @@ class TextModel:
             "top_p": chosen.top_p,
             "on_step": options.get("on_step"),
         }
-        if isinstance(self.objective, SsdLm):
+        if self.objective.canvas == "simplex":
             common |= {"seed": options.get("seed", 0), "control_weight": options.get("control_weight", 0.0)}
             common |= {
                 "banned_ids": torch.tensor(never, dtype=torch.long, device=self.device),

@@ -24,7 +24,6 @@ from torch import Tensor
 
 from dlm_ray.config.errors import UserError
 from dlm_ray.config.server import Engine as EngineSettings
-from dlm_ray.diffusion.objectives import SsdLm
 from dlm_ray.diffusion.samplers.adjust import banned
 from dlm_ray.diffusion.samplers.blocks import BlockSampler
 from dlm_ray.diffusion.samplers.canvases import CanvasRequest, CanvasSampler
@@ -65,7 +64,7 @@ class Engine:
     """
 
     def __init__(self, model: TextModel, settings: EngineSettings):
-        if isinstance(model.objective, SsdLm):
+        if model.objective.canvas == "simplex":
             raise UserError(
                 "this checkpoint is an SSD-LM, whose blocks are no slots of a batch: it cannot be served; sample it with dlm-ray sample"
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dlm_ray.checkpoint import commit, weights
-from dlm_ray.checkpoint.description import check_restorable
+from dlm_ray.checkpoint.description import Description
 from dlm_ray.checkpoint.pretrained import open_pretrained
 from dlm_ray.config.errors import UserError
 from dlm_ray.config.server import Model, Server
@@ -34,7 +34,7 @@ def _pinned(model: Model) -> Model:
     path, kind = weights.our_checkpoint(model.checkpoint), model.weights
     if path is not None:
         manifest = commit.read_manifest(path)
-        check_restorable(manifest.model["objective"], path)
+        Description.of(manifest).objective_settings(path)  # refuses a custom objective that cannot be imported
         prefix = weights.weight_prefix(manifest.arrays, kind, path)
         kind = "ema" if prefix == "ema" else "raw"
     else:

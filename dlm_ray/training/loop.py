@@ -29,6 +29,7 @@ from dlm_ray.data.reading import (
     iterate_rows,
     open_sources,
 )
+from dlm_ray.diffusion.objectives import Masked
 from dlm_ray.training import clip_search, curriculum, guards, setup, state, teacher
 from dlm_ray.training import optimizer as optimization
 from dlm_ray.training.capabilities import capabilities
@@ -136,6 +137,7 @@ class _Run:
         self.root, denoiser = setup.build(self.recipe, self.network, self.objective, mesh, self.device)
         self.root.train()
         if self.recipe.objective.alignment_weight:
+            assert isinstance(self.objective, Masked), "alignment is for masked objectives"
             self.objective.terms = replace(self.objective.terms, teacher=teacher.load(self.recipe, mesh, self.device))
         if manifest is None:
             setup.init_weights(self.recipe, self.network, denoiser, self.objective)
@@ -279,7 +281,7 @@ class _Run:
             "recipe": self.recipe.model_dump(mode="json"),
             "tokenizer": self.indexes[0].tokenizer.as_dict(),
             "model": {**self.network.as_manifest(), "objective": self.recipe.objective.name},
-            "capabilities": capabilities(self.recipe, self.network, self.objective, self.indexes[0].sequence_length),
+            "capabilities": capabilities(self.recipe, self.objective, self.indexes[0].sequence_length),
             "cursor": self.cursor.as_dict(),
             "extra": {
                 "metrics": dict(metrics),

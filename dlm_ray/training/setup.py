@@ -14,13 +14,12 @@ from dlm_ray.checkpoint import commit, weights
 from dlm_ray.checkpoint.description import KEY
 from dlm_ray.checkpoint.pretrained import open_pretrained
 from dlm_ray.config.errors import UserError
-from dlm_ray.config.objective import Simplex
+from dlm_ray.config.objective import OBJECTIVES, resolve_settings
 from dlm_ray.config.recipe import Recipe
 from dlm_ray.data.index import Index, load_data_tokenizer
 from dlm_ray.data.tokenizer import TokenizerIdentity, identity, load_tokenizer
-from dlm_ray.diffusion import objectives, schedules
-from dlm_ray.diffusion.absorbing import Absorbing, Clip
-from dlm_ray.diffusion.objectives.auxiliary import AuxiliaryLosses
+from dlm_ray.diffusion import objectives
+from dlm_ray.diffusion.denoiser import NetworkFacts, Objective
 from dlm_ray.models import families, parallel
 from dlm_ray.models.denoiser import HuggingFaceDenoiser
 from dlm_ray.training.step import TrainModule
@@ -158,63 +157,36 @@ def with_precision(recipe: Recipe, device: torch.device, started_with: Mapping[s
 
 
 def is_causal(recipe: Recipe) -> bool:
-    """Whether the recipe's objective keeps attention causal.
+    """Return whether the recipe's objective keeps attention causal.
 
     Raises:
         UserError: if there is no such objective.
     """
-    try:
-        return bool(objectives.find(recipe.objective.name).is_causal)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    return objectives.class_of(resolve_settings(recipe.objective.model_dump())).is_causal
 
 
-def build_objective(recipe: Recipe, network: Network, sequence_length: int) -> Any:
-    """The objective of the recipe for a network of this vocabulary and width, on rows of so many tokens.
+def build_objective(recipe: Recipe, network: Network, sequence_length: int) -> Objective:
+    """Return the recipe's objective for a network and sequences of `sequence_length` tokens.
 
     Raises:
-        UserError: if a row is too short for it.
+        UserError: if a custom class cannot be imported, or settings do not fit the class, the network or the sequences.
     """
-    asked = recipe.objective
-    kind = objectives.find(asked.name)
-    if asked.name == "autoregressive":
-        return kind()
-    if asked.name == "ssd_lm":
-        simplex = asked.simplex or Simplex()
-        if simplex.block_tokens >= sequence_length - 1:
-            raise UserError(
-                f"objective.simplex.block_tokens={simplex.block_tokens} leaves no context in rows of {sequence_length} tokens; make it smaller, or "
-                "build the data with longer --sequence-length"
-            )
-        return kind(network.vocab_size, network.width, **simplex.model_dump(), times=asked.times)
-    _check_blocks(recipe, sequence_length)
-    process = Absorbing(
-        schedule=schedules.build(**asked.schedule.model_dump()),
-        times=asked.times,
-        mask_sampler=asked.mask_sampler,
-        num_timesteps=asked.num_timesteps or (1000 if asked.name == "d3pm" else None),
-        clip=Clip(**asked.clip.model_dump()) if asked.clip else None,
-        weight=asked.weight,
-        complementary=asked.complementary,
-        context_weights=asked.context_weights,
-    )
-    if process.clip is not None:
-        log.info(
-            "clip [%g, %g]: every weight is multiplied with %g",
-            process.clip.beta,
-            process.clip.omega,
-            process.clip.constant,
-        )
-    if asked.name == "genmd4":
-        return kind(process, network.vocab_size, scalar=asked.exponents == "scalar")
-    terms = AuxiliaryLosses(asked.confidence_weight, asked.autoregressive_weight, asked.alignment_weight)
-    own: dict[str, dict[str, Any]] = {
-        "sedd": {"vocab_size": network.vocab_size},
-        "d3pm": {"epsilon": asked.posterior_epsilon},
-        "tauldr": {"estimator": asked.estimator},
-        "block": {"block_tokens": asked.block_tokens, "context": asked.context},
-    }
-    return kind(process, asked.normalize_by, asked.draws_per_sequence, terms, **own.get(asked.name, {}))
+    settings = resolve_settings(recipe.objective.model_dump())
+    kind = objectives.class_of(settings).kind
+    if recipe.objective.name not in OBJECTIVES:
+        errors = recipe.objective.errors_of(kind) + recipe.sampling.contradictions(kind)
+        if errors:
+            raise UserError("\n".join(errors))
+    if kind not in ("autoregressive", "ssd_lm"):
+        _check_blocks(recipe, sequence_length)
+    try:
+        objective = objectives.build(settings, NetworkFacts(network.vocab_size, network.width, sequence_length))
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    clip = getattr(getattr(objective, "process", None), "clip", None)
+    if clip is not None:
+        log.info("clip [%g, %g]: every weight is multiplied with %g", clip.beta, clip.omega, clip.constant)
+    return objective
 
 
 def _check_blocks(recipe: Recipe, sequence_length: int) -> None:

@@ -69,15 +69,10 @@ def test_the_tokenizer_beside_the_step_comes_along_wherever_the_run_lies(tmp_pat
     assert {name: (out / name).read_bytes() for name in files} == files
 
 
-def test_an_objective_of_somebodys_own_is_refused(tmp_path):
-    """Loaded again it would be another one."""
+def test_a_custom_objective_is_exported_with_its_class_path_without_importing_it(tmp_path):
     commit_step(str(tmp_path / "run"), CONFIGS["llama"], objective="package.module:Own")
-    with pytest.raises(
-        UserError,
-        match="was trained with objective.name=package.module:Own, which this version restores for training alone",
-    ):
-        export(str(tmp_path / "run"), str(tmp_path / "out"))
-    assert not (tmp_path / "out").exists()
+    out = export(str(tmp_path / "run"), str(tmp_path / "out"))
+    assert json.loads((out / "config.json").read_text())["dlm_ray"]["objective"] == "package.module:Own"
 
 
 def test_what_cannot_be_exported_is_refused_and_leaves_nothing(tmp_path):

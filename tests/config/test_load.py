@@ -202,10 +202,6 @@ def test_a_wrong_override_says_what_is_allowed(recipe_file, override, message):
             "is not used by objective.name=d3pm, only by block, masked, sedd",
         ),
         (["objective={name: tauldr, normalize_by: global_masked}"], "is not used by objective.name=tauldr"),
-        (
-            ["objective={name: 'own.module:Own', block_tokens: 4}"],
-            "objective.block_tokens=4 is not used by objective.name=own.module:Own",
-        ),
         (["model.attention=flash"], "data.document_mask=true needs one; set model.attention=auto"),
         (
             ["model.attention=flash", "data.document_mask=false", "curriculum.annealing={pattern: window, steps: 9}"],

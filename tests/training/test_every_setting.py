@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 
 class OwnObjective(Masked):
-    """A class of somebody's own."""
+    """A custom class."""
 
 
 CURRICULA = {
@@ -72,9 +72,9 @@ def recipe_of(chosen, turn):
     """The recipe, and what is wrong with it."""
     keys = {key: value for key, value in chosen.items() if key != "curriculum"}
     for key, value in turn.items():
-        if not Objective(
-            **{"name": keys["name"], "block_tokens": K if keys["name"] == "block" else None, key: value}
-        ).contradictions(False):
+        kind = keys["name"] if keys["name"] in NAMES else OwnObjective.kind
+        objective = Objective(**{"name": kind, "block_tokens": K if kind == "block" else None, key: value})
+        if not objective.contradictions(False):
             keys[key] = value
     if keys["mask_sampler"] == "count":
         keys.pop("schedule", None)
@@ -84,7 +84,10 @@ def recipe_of(chosen, turn):
         keys |= {"simplex": {"block_tokens": 3, "num_timesteps": 20}}
     parts = {"objective": Objective(**keys), "curriculum": Curriculum(**CURRICULA[chosen["curriculum"]])}
     recipe = base_recipe().model_copy(update=parts)
-    return recipe, recipe.contradictions()
+    errors = recipe.contradictions()
+    if keys["name"] not in NAMES:
+        errors += recipe.objective.errors_of(OwnObjective.kind)
+    return recipe, errors
 
 
 @functools.cache

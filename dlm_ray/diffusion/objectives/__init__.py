@@ -1,10 +1,11 @@
-"""One paper a file; `find` gives the class that a recipe's `objective.name` means."""
+"""The objectives, one paper per file; `build` and `restore` create the objective of a recipe's `objective` section."""
 
 from __future__ import annotations
 
-import importlib
+from collections.abc import Mapping
 from typing import Any
 
+from dlm_ray.diffusion.denoiser import NetworkFacts, Objective
 from dlm_ray.diffusion.objectives.autoregressive import Autoregressive
 from dlm_ray.diffusion.objectives.block import Block
 from dlm_ray.diffusion.objectives.d3pm import D3pm
@@ -14,7 +15,7 @@ from dlm_ray.diffusion.objectives.sedd import Sedd
 from dlm_ray.diffusion.objectives.ssd_lm import SsdLm
 from dlm_ray.diffusion.objectives.tauldr import TauLDR
 
-BY_NAME: dict[str, Any] = {
+CLASSES: dict[str, type[Objective]] = {
     "autoregressive": Autoregressive,
     "masked": Masked,
     "block": Block,
@@ -26,20 +27,21 @@ BY_NAME: dict[str, Any] = {
 }
 
 
-def find(name: str) -> Any:
-    """The class of the objective `name`: one of BY_NAME, or `package.module:Class`, which is called as `Masked` is.
+def class_of(settings: Mapping[str, Any]) -> type[Objective]:
+    """Return the class of an `objective` section, whose `name` is a key of CLASSES or a custom class itself."""
+    name = settings["name"]
+    return CLASSES[name] if isinstance(name, str) else name
+
+
+def build(settings: Mapping[str, Any], facts: NetworkFacts) -> Objective:
+    """Return the objective that trains a network by an `objective` section.
 
     Raises:
-        ValueError: for a name that is neither.
+        ValueError: if the settings do not fit the network.
     """
-    if name in BY_NAME:
-        return BY_NAME[name]
-    module_name, colon, class_name = name.partition(":")
-    if not colon:
-        raise ValueError(
-            f"objective.name={name!r}; allowed are {', '.join(BY_NAME)}, or package.module:Class for one of your own"
-        )
-    try:
-        return getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"objective.name={name!r} cannot be imported: {error}") from error
+    return class_of(settings).build(settings, facts)
+
+
+def restore(settings: Mapping[str, Any], facts: NetworkFacts) -> Objective:
+    """Return the objective that scores and samples a network that was trained by an `objective` section."""
+    return class_of(settings).restore(settings, facts)

@@ -1,15 +1,16 @@
-"""Block diffusion: BD3-LM (arXiv 2503.09573, Eq. 8), autoregressive over blocks of K tokens and masked diffusion within each.
+"""Block diffusion: BD3-LM (arXiv 2503.09573, Eq. 8), autoregressive over blocks of K, masked diffusion within each.
 
-L(x_0) = sum_b E_{t_b, x_t^b ~ q(.|x_0^b)} [ w(t_b) * sum_{n in b: x_t^n masked} -log p(x_0^n | x_t^b, x_0^{<b}) ]   in nats a row.
+L(x_0) = sum_b E_{t_b, x_t^b ~ q(.|x_0^b)} [ w(t_b) * sum_{n in b: x_t^n masked} -log p(x_0^n | x_t^b, x_0^{<b}) ]
 
-All blocks are trained in one pass over [x_t ; x_0]: a block of x_t sees itself and the clean blocks before it. With shift, a block's first
-position is predicted by the clean row before it, all others by x_t's. K = 1 with shift and every token masked is the autoregressive
-model; K = L is masked diffusion.
+in nats per sequence. One pass over [x_t ; x_0] trains all blocks: a block of x_t sees itself and the clean blocks
+before it. With shift, the clean hidden state before a block predicts the block's first position, and x_t's hidden
+states predict all others. K = 1 with shift and every token masked is the autoregressive model; K = L is masked
+diffusion.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -18,22 +19,25 @@ import torch
 from torch import Tensor
 
 from dlm_ray.diffusion.absorbing import Absorbing, Process
-from dlm_ray.diffusion.denoiser import Batch, Denoiser, nll_of
+from dlm_ray.diffusion.denoiser import Batch, CanvasKind, Denoiser, NetworkFacts, nll_of
 from dlm_ray.diffusion.draws import BLOCK_TIME, Draw, DrawKey, generator
 from dlm_ray.diffusion.objectives.auxiliary import AuxiliaryLosses
-from dlm_ray.diffusion.objectives.masked import Masked
+from dlm_ray.diffusion.objectives.masked import Masked, masked_arguments
 
 
 class Block(Masked):
-    """The bound of block diffusion, with a time of its own for every block.
+    """The bound of block diffusion, with one time per block.
 
     Args:
         process, normalize_by, draws_per_sequence, terms: as in `Masked`.
-        block_tokens: K, at which the bound is evaluated; a step may train at another (`DrawKey.block_tokens`).
-        context: what a block sees in training of the blocks before it: `clean` x_0, or `noisy` x_t (one pass over x_t; BD3-LM's ablation). The
-            bound is always with x_0, which is what a sampler has.
-        passes: `one` over [x_t ; x_0], or `two`: x_0 first, then x_t over its keys and values. The same numbers.
+        block_tokens: K, at which the bound is evaluated; a step may train at another K (`DrawKey.block_tokens`).
+        context: what a block sees in training of the blocks before it: `clean` x_0, or `noisy` x_t (one pass over x_t;
+            BD3-LM's ablation). The bound always uses x_0, which is what a sampler has.
+        passes: `one` pass over [x_t ; x_0], or `two`: x_0 first, then x_t over its keys and values, with equal results.
     """
+
+    kind = "block"
+    canvas: CanvasKind = "block"
 
     def __init__(
         self,
@@ -48,14 +52,20 @@ class Block(Masked):
     ):
         super().__init__(process, normalize_by, draws_per_sequence, terms)
         self.block_tokens, self.context, self.passes = block_tokens, context, passes
-        # Counted masks of a block of one leave nothing to chance: what is a bound elsewhere is the likelihood there.
+        # Counted masks of a block of one token have no randomness: the bound is the likelihood there.
         self.likelihood = "exact" if block_tokens == 1 and isinstance(self.process, Absorbing) else "bound"
 
+    @classmethod
+    def build(cls, settings: Mapping[str, Any], facts: NetworkFacts) -> Block:
+        """Return the objective for a recipe's `objective` section."""
+        blocks = {"block_tokens": settings["block_tokens"], "context": settings["context"]}
+        return cls(**masked_arguments(settings, facts), **blocks)
+
     def draw(self, key: DrawKey, x_0: np.ndarray, maskable: np.ndarray) -> Draw:
-        """The process's, a t for every block.
+        """Return the draw of the process, with one t per block.
 
         Raises:
-            ValueError: if the rows are not whole blocks.
+            ValueError: if the sequences are not whole blocks.
         """
         block_tokens = key.block_tokens or self.block_tokens
         _check_whole(maskable.shape[1], block_tokens)
@@ -64,13 +74,14 @@ class Block(Masked):
     def evaluation_draw(
         self, seed: int, keys: Sequence[tuple[int, int]], t: np.ndarray, x_0: np.ndarray, maskable: np.ndarray
     ) -> Draw:
-        """Counted masks at times (t + u_b) mod 1, with u_b the row's own for every block: strata over draws stay strata in every block.
+        """Return counted masks at times (t + u_b) mod 1, with one uniform u_b per sequence and block.
 
-        Counting integrates over t whatever the schedule is, and at K = 1 nothing is left to chance (specific to the absorbing process).
-        A position's draws do not depend on what stands behind its block, so padding changes none of them (`likelihood.pad_to_blocks`).
+        Strata over draws stay strata in every block. With the absorbing process, counting integrates over t whatever
+        the schedule is, and K = 1 has no randomness. A position's draws do not depend on what follows its block, so
+        padding changes none of them (`likelihood.pad_to_blocks`).
 
         Raises:
-            ValueError: if the rows are not whole blocks.
+            ValueError: if the sequences are not whole blocks.
         """
         _check_whole(x_0.shape[1], self.block_tokens)
         num_blocks = x_0.shape[1] // self.block_tokens
@@ -81,20 +92,20 @@ class Block(Masked):
         return self.process.evaluation_draw(seed, keys, t, maskable)
 
     def token_nll(self, denoiser: Denoiser, batch: Batch) -> Tensor:
-        """[R] nats: -log p(x_0^n | x_t^b, x_0^{<b}) at the masked positions n."""
+        """Return [R] nats: -log p(x_0^n | x_t^b, x_0^{<b}) at the masked positions n."""
         return nll_of(denoiser, self._rows(denoiser, batch, "clean"), batch)
 
     def rows(self, denoiser: Denoiser, batch: Batch) -> Tensor:
-        """[R, D]: the hidden rows that predict the masked positions in training."""
+        """Return [R, D]: the hidden states that predict the masked positions in training."""
         return self._rows(denoiser, batch, self.context)
 
     def _rows(self, denoiser: Denoiser, batch: Batch, context: str) -> Tensor:
         block_tokens = _block_tokens(batch)
         length = batch.x_0.shape[1]
-        predicting = denoiser.rows_for(batch.draw.scored)  # of [B, L], in the position's own block or in the one before
+        predicting = denoiser.rows_for(batch.draw.scored)  # in [B, L]: the position's own block or the one before
         if context == "clean" and block_tokens < length:
             if block_tokens == 1 and _predicts_next(denoiser):
-                # Only rows of x_0 predict anything, and they see the past alone: this is the autoregressive model.
+                # Only hidden states of x_0 predict tokens, and they see only the past: the autoregressive model.
                 return denoiser.hidden(batch.x_0, replace(batch.visibility, pattern="causal")).flatten(0, 1)[predicting]
             if self.passes == "two":
                 return next(self._rows_of_draws(denoiser, batch, [batch.draw]))
@@ -109,12 +120,12 @@ class Block(Masked):
         return denoiser.hidden(self.process.inputs(denoiser, batch), visibility).flatten(0, 1)[predicting]
 
     def nll_of_draws(self, denoiser: Denoiser, batch: Batch, draws: Sequence[Draw]) -> list[Tensor]:
-        """[R] nats of each of several draws of the same rows, which share one pass over x_0."""
+        """Return [R] nats for each of several draws of the same sequences, which share one pass over x_0."""
         rows = self._rows_of_draws(denoiser, batch, draws)
-        return [nll_of(denoiser, own, replace(batch, draw=draw)) for own, draw in zip(rows, draws, strict=True)]
+        return [nll_of(denoiser, scored, replace(batch, draw=draw)) for scored, draw in zip(rows, draws, strict=True)]
 
     def _rows_of_draws(self, denoiser: Denoiser, batch: Batch, draws: Sequence[Draw]) -> Iterator[Tensor]:
-        """[R, D] of each draw: x_t over the keys and values of one pass over x_0."""
+        """Yield [R, D] for each draw: x_t over the keys and values of one pass over x_0."""
         block_tokens, length = _block_tokens(batch), batch.x_0.shape[1]
         halves = replace(batch.visibility, block_tokens=block_tokens, half=length)
         clean, kv = denoiser.forward_with_kv(batch.x_0, replace(halves, half=None))
@@ -125,7 +136,7 @@ class Block(Masked):
 
 
 def _check_whole(num_positions: int, block_tokens: int) -> None:
-    """Raise ValueError if a row is not a whole number of blocks."""
+    """Raise ValueError if a sequence is not a whole number of blocks."""
     if num_positions % block_tokens:
         raise ValueError(
             f"rows of {num_positions} positions are not a whole number of blocks of {block_tokens}; pad them to "
@@ -134,16 +145,16 @@ def _check_whole(num_positions: int, block_tokens: int) -> None:
 
 
 def _block_tokens(batch: Batch) -> int:
-    """K of a batch: its draw has a time for every block."""
+    """Return K of a batch, whose draw has one time per block."""
     return batch.draw.maskable.numel() // batch.draw.t.numel()
 
 
 def _in_halves(predicting: Tensor, scored: Tensor, block_tokens: int, length: int) -> Tensor:
-    """[R] flat rows of [B, 2L] from those of [B, L]: a row before the position's block is looked up in x_0."""
+    """Return [R] flat indices into [B, 2L] for those into [B, L]; one before the position's block points into x_0."""
     is_before = predicting // block_tokens != scored // block_tokens
     return predicting // length * (2 * length) + predicting % length + length * is_before
 
 
-def _predicts_next(denoiser: Any) -> bool:
-    """Whether row n - 1 predicts position n, without waiting for a device."""
+def _predicts_next(denoiser: Denoiser) -> bool:
+    """Return whether the hidden state at n - 1 predicts position n, without waiting for a device."""
     return int(denoiser.rows_for(torch.tensor(1))) == 0

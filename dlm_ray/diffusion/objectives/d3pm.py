@@ -1,15 +1,17 @@
-"""D3PM-absorb (Austin et al., arXiv 2107.03006) as its code computes it: the KL of two posteriors over all states, with a small epsilon.
+"""D3PM-absorb (Austin et al., arXiv 2107.03006) as its code computes it: a KL of posteriors with a small epsilon.
 
 L(x_0) = sum_{i=1..T} E_{x_t} KL( q(x_s | x_t, x_0) || p(x_s | x_t) ),   t = i/T, s = (i-1)/T,
 q(x_s | x_t, x_0) ~ q(x_s | x_0) q(x_t | x_s),   p(x_s | x_t) ~ (sum_v mu_v q(x_s | x_0 = v)) q(x_t | x_s)
 
-Both are taken from logarithms of products in which most factors are 0, so epsilon is added to every factor. That makes the number wrong
-(MD4's authors and `tests/diffusion/test_identities.py` show how much), and a small epsilon diverges; without it the sum is MD4's discrete-time
-loss, which is logged beside it as `closed_form` and is what evaluation reports. The last step, to s = 0, is treated as all others.
+Both are computed from logarithms of products in which most factors are 0, so epsilon is added to every factor. That
+makes the value wrong (MD4's authors and `tests/diffusion/test_identities.py` show by how much), and a small epsilon
+diverges. Without epsilon the sum is MD4's discrete-time loss, which is logged as `closed_form` and which evaluation
+reports. The last step, to s = 0, is computed like all others.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -17,16 +19,24 @@ import torch
 from torch import Tensor
 
 from dlm_ray.diffusion.absorbing import Absorbing, step_before
-from dlm_ray.diffusion.denoiser import Batch, Denoiser, LossSum, cross_entropy, reduce_scored, scored_rows
+from dlm_ray.diffusion.denoiser import (
+    Batch,
+    Denoiser,
+    LossSum,
+    NetworkFacts,
+    cross_entropy,
+    reduce_scored,
+    scored_rows,
+)
 from dlm_ray.diffusion.draws import Draw, DrawKey, make_draw
-from dlm_ray.diffusion.objectives.masked import Masked
+from dlm_ray.diffusion.objectives.masked import Masked, masked_arguments
 
 
 class D3pm(Masked):
-    """The literal variational bound in T steps; every token is scored, masked or not, because epsilon gives both a KL.
+    """The literal variational bound in T steps. It scores every token, because epsilon gives unmasked ones a KL, too.
 
     Args:
-        process: with its number of timesteps T.
+        process: the absorbing process, with its number of timesteps T.
         epsilon: added to every factor of a posterior (1e-6 in the authors' code).
     """
 
@@ -35,8 +45,19 @@ class D3pm(Masked):
         assert process.num_timesteps is not None, "D3PM has discrete times"
         self.schedule, self.num_timesteps, self.epsilon = process.schedule, process.num_timesteps, epsilon
 
+    @classmethod
+    def build(cls, settings: Mapping[str, Any], facts: NetworkFacts) -> D3pm:
+        """Return the objective for a recipe's `objective` section; T is 1000 if it has no `num_timesteps`."""
+        settings = {**settings, "num_timesteps": settings["num_timesteps"] or 1000}
+        return cls(**masked_arguments(settings, facts), epsilon=settings["posterior_epsilon"])
+
+    @classmethod
+    def restore(cls, settings: Mapping[str, Any], facts: NetworkFacts) -> Masked:
+        """Return `Masked`: the bound is MD4's form of the same sum, in continuous time."""
+        return Masked.build(settings, facts)
+
     def draw(self, key: DrawKey, x_0: np.ndarray, maskable: np.ndarray) -> Draw:
-        """The process's t and masks; every maskable position is scored with weight T."""
+        """Return t and masks of the process; every maskable position is scored with weight T."""
         masks = self.process.draw(key, maskable)
         scored = np.flatnonzero(maskable)
         return make_draw(
@@ -44,16 +65,16 @@ class D3pm(Masked):
         )
 
     def training_nats(self, denoiser: Denoiser, batch: Batch) -> Tensor:
-        """[R] nats: the weighted KL of every token."""
+        """Return [R] nats: the weighted KL of every token."""
         return batch.draw.weight * self._kl(denoiser, batch)[0]
 
     def forward(self, denoiser: Denoiser, batch: Batch) -> LossSum:
-        """The literal sum, and the closed form to log."""
+        """Return the literal sum, and the closed form to log."""
         kl, closed = self._kl(denoiser, batch)
         return LossSum((batch.draw.weight * kl).sum(), by_token={"closed_form": (batch.draw.weight * closed).sum()})
 
     def _kl(self, denoiser: Denoiser, batch: Batch) -> tuple[Tensor, Tensor]:
-        """[R] nats each: the literal KL of a token, and its closed form without a gradient."""
+        """Return [R] nats each: the literal KL of a token, and its closed form without a gradient."""
         draw = batch.draw
         row = draw.scored // batch.x_0.shape[1]
         alpha_t = self.schedule.alpha(draw.t)[row]
@@ -67,7 +88,12 @@ class D3pm(Masked):
     def posterior_kl(
         self, logits: Tensor, x_0: Tensor, is_masked: Tensor, alpha_s: Tensor, alpha_t: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """[n, V] logits and [n] x_0, is_masked, alpha_s, alpha_t -> [n] KL over the V tokens and the mask, and [n] -log mu_{x_0}."""
+        """Return [n] the KL over the V tokens and the mask, and [n] -log mu_{x_0}.
+
+        Args:
+            logits: [n, V].
+            x_0, is_masked, alpha_s, alpha_t: [n] each.
+        """
         onehot = torch.nn.functional.one_hot(x_0, logits.shape[1]).to(logits)  # [n, V]
         stays = (alpha_t / alpha_s)[:, None]
         given_s = torch.where(is_masked[:, None], 1 - stays, stays * onehot)  # q(x_t | x_s = v)

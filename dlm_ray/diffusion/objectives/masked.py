@@ -1,33 +1,52 @@
-"""Masked diffusion: MD4 (arXiv 2406.04329, Eq. 5), which is MDLM's loss and DiffuLLaMA's Eq. 7; in continuous time or at T times.
+"""Masked diffusion: MD4 (arXiv 2406.04329, Eq. 5), equal to MDLM's loss and DiffuLLaMA's Eq. 7; continuous or T times.
 
-L(x_0) = E_{t ~ U(0,1), x_t ~ q(.|x_0)} [ -alpha'_t / (1 - alpha_t) * sum_{n: x_t^n masked} -log p(x_0^n | x_t) ]   in nats a row.
+L(x_0) = E_{t ~ U(0,1), x_t ~ q(.|x_0)} [ -alpha'_t / (1 - alpha_t) * sum_{n: x_t^n masked} -log p(x_0^n | x_t) ]
+
+in nats per sequence.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
-from dlm_ray.diffusion.absorbing import Absorbing, Process
-from dlm_ray.diffusion.denoiser import Batch, Denoiser, LossSum, cross_entropy, nll_of, reduce_scored, scored_rows
+from dlm_ray.diffusion.absorbing import Absorbing, Process, build_process
+from dlm_ray.diffusion.denoiser import (
+    Batch,
+    CanvasKind,
+    Denoiser,
+    Likelihood,
+    LossSum,
+    NetworkFacts,
+    cross_entropy,
+    nll_of,
+    reduce_scored,
+    scored_rows,
+)
 from dlm_ray.diffusion.draws import Draw, DrawKey
 from dlm_ray.diffusion.objectives.auxiliary import AuxiliaryLosses
 
 
 class Masked(nn.Module):
-    """The negative ELBO of masked diffusion, divided by all tokens (the bound per token) or by the masked ones of the global batch.
+    """The negative ELBO of masked diffusion, per token or per masked token of the global batch.
+
+    A subclass is a complete custom objective: it is built, restored, sampled and scored as this class is, and its own
+    parameters are trained, averaged, saved and restored. A subclass with more constructor arguments overrides `build`.
 
     Args:
         process: the forward process q(x_t | x_0) with its schedule, times and weights.
-        normalize_by: `all_tokens` or `global_masked`.
-        draws_per_sequence: masks of one row in a batch.
-        terms: what today's systems add to the loss; nothing by default.
+        normalize_by: divisor of the loss, `all_tokens` or `global_masked`.
+        draws_per_sequence: masks of one sequence in a batch.
+        terms: auxiliary losses; none by default.
     """
 
+    kind = "masked"
+    canvas: CanvasKind = "whole"
+    likelihood: Likelihood = "bound"
     is_causal = False
-    likelihood = "bound"
 
     def __init__(
         self,
@@ -37,48 +56,64 @@ class Masked(nn.Module):
         terms: AuxiliaryLosses | None = None,
     ):
         super().__init__()
-        self.process = process or Absorbing()
+        self.process: Process = process or Absorbing()
         self.normalize_by = normalize_by
         self.draws_per_sequence = draws_per_sequence
         self.terms = terms or AuxiliaryLosses()
 
+    @classmethod
+    def build(cls, settings: Mapping[str, Any], facts: NetworkFacts) -> Masked:
+        """Return the objective for a recipe's `objective` section."""
+        return cls(**masked_arguments(settings, facts))
+
+    @classmethod
+    def restore(cls, settings: Mapping[str, Any], facts: NetworkFacts) -> Masked:
+        """Return the objective that scores and samples; its process evaluates the bound over the full range of t."""
+        return cls.build(settings, facts)
+
     def draw(self, key: DrawKey, x_0: np.ndarray, maskable: np.ndarray) -> Draw:
-        """The process's; with the continuous one t in strata, masks by Bernoulli(1 - alpha(t)), weights -alpha'/(1 - alpha)."""
+        """Return the draw of the process.
+
+        In continuous time it has t in strata, masks by Bernoulli(1 - alpha(t)) and weights -alpha'/(1 - alpha).
+        """
         return self.process.draw(key, maskable)
 
     def evaluation_draw(
         self, seed: int, keys: Sequence[tuple[int, int]], t: np.ndarray, x_0: np.ndarray, maskable: np.ndarray
     ) -> Draw:
-        """The masks of pairs (number of the draw, row) at given times t [B]."""
+        """Return the masks of pairs (number of the draw, row) at given times t [B]."""
         return self.process.evaluation_draw(seed, keys, t, maskable)
 
     def count(self, draw: Draw) -> int:
-        """Tokens of the rows, or masked tokens, as `normalize_by` says."""
+        """Return the number of tokens, or of masked tokens if `normalize_by` is `global_masked`."""
         return draw.num_maskable if self.normalize_by == "all_tokens" else draw.num_scored
 
     def token_nll(self, denoiser: Denoiser, batch: Batch) -> Tensor:
-        """[R] nats: -log p(x_0^n | x_t) at the masked positions n."""
+        """Return [R] nats: -log p(x_0^n | x_t) at the masked positions n."""
         return nll_of(denoiser, self.rows(denoiser, batch), batch)
 
     def rows(self, denoiser: Denoiser, batch: Batch) -> Tensor:
-        """[R, D]: the hidden rows that predict the masked positions, after one network call on x_t."""
+        """Return [R, D]: the hidden states that predict the masked positions, after one network call on x_t."""
         return scored_rows(
             denoiser, denoiser.hidden(self.process.inputs(denoiser, batch), batch.visibility), batch.draw
         )
 
     def training_nats(self, denoiser: Denoiser, batch: Batch) -> Tensor:
-        """[R] nats: what the scored positions of a training draw add to the estimate of the bound, weights included."""
+        """Return [R] nats: the contributions of the scored positions to the estimate of the bound, weights included."""
         return batch.draw.weight * self.token_nll(denoiser, batch)
 
     def forward(self, denoiser: Denoiser, batch: Batch) -> LossSum:
-        """The weighted sum over masked tokens, and the unweighted one to log (comparable between weights and papers)."""
+        """Return the weighted sum over masked tokens; the unweighted sum is logged, to compare weights and papers."""
         if self.terms.any:
             return self._with_terms(denoiser, batch)
         nll = nll_of(denoiser, self.rows(denoiser, batch), batch)
         return LossSum((batch.draw.weight * nll).sum(), {"masked_nll": self._masked_nll(nll, batch)})
 
     def _with_terms(self, denoiser: Denoiser, batch: Batch) -> LossSum:
-        """The same with the terms: what is a sum over masked tokens is divided as the loss is, all others by the number of tokens."""
+        """Return the sum with the auxiliary losses.
+
+        Sums over masked tokens are divided as the loss is, all other terms by the number of tokens.
+        """
         states: tuple[Tensor, ...] = ()
         if self.terms.alignment_weight:
             states = denoiser.states(self.process.inputs(denoiser, batch), batch.visibility)
@@ -97,3 +132,14 @@ class Masked(nn.Module):
 
     def _masked_nll(self, nll: Tensor, batch: Batch) -> Tensor:
         return (nll.detach() * batch.draw.is_scored).sum()
+
+
+def masked_arguments(settings: Mapping[str, Any], facts: NetworkFacts) -> dict[str, Any]:
+    """Return the constructor arguments that `Masked` and its subclasses share."""
+    weights = (settings["confidence_weight"], settings["autoregressive_weight"], settings["alignment_weight"])
+    return {
+        "process": build_process(settings, facts),
+        "normalize_by": settings["normalize_by"],
+        "draws_per_sequence": settings["draws_per_sequence"],
+        "terms": AuxiliaryLosses(*weights),
+    }

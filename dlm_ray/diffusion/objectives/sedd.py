@@ -1,40 +1,54 @@
-"""SEDD-absorb: score entropy (Lou et al., arXiv 2310.16834), where the network gives the ratios s_v = p_t(x with v for a mask) / p_t(x).
+"""SEDD-absorb: score entropy (Lou et al., arXiv 2310.16834).
+
+The network gives the ratios s_v = p_t(x with v in place of a mask) / p_t(x).
 
 With the true score at a mask, s_v = r p(x_0 = v | x_t), r = alpha / (1 - alpha), the loss of a masked token is
 
     -alpha'/alpha * [ sum_v s_v - r ln s_{x_0} + r (ln r - 1) ].
 
-The network's f gives ln s_v = f_v - ln((1 - alpha) / alpha) - ln V. With Z = sum_v s_v / r = (1/V) sum_v exp f_v and mu = softmax(f) the
-bracket is r [ -ln mu_{x_0} + Z - 1 - ln Z ], and the factor in front times r is MD4's weight: SEDD is MD4's loss and a consistency gap
-Z - 1 - ln Z >= 0 that is zero only for a score that is normalised. So it is computed, without cancellation at either end of t.
+The network's f gives ln s_v = f_v - ln((1 - alpha) / alpha) - ln V. With Z = sum_v s_v / r = (1/V) sum_v exp f_v and
+mu = softmax(f) the bracket is r [ -ln mu_{x_0} + Z - 1 - ln Z ], and the factor in front times r is MD4's weight: SEDD
+is MD4's loss plus a consistency gap Z - 1 - ln Z >= 0, which is zero only for a normalised score. This form is computed,
+because it has no cancellation at either end of t.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dlm_ray.diffusion.denoiser import Batch, Denoiser, LossSum, reduce_scored, scored_rows
-from dlm_ray.diffusion.objectives.masked import Masked
+from dlm_ray.diffusion.denoiser import Batch, Denoiser, LossSum, NetworkFacts, reduce_scored, scored_rows
+from dlm_ray.diffusion.objectives.masked import Masked, masked_arguments
 
 
 class Sedd(Masked):
-    """Denoising score entropy of the absorbing graph; logs the consistency gap."""
+    """Denoising score entropy of the absorbing graph. It logs the consistency gap.
+
+    Args:
+        vocab_size: V.
+    """
+
+    kind = "sedd"
 
     def __init__(self, *arguments: Any, vocab_size: int, **options: Any):
         super().__init__(*arguments, **options)
         self.vocab_size = vocab_size
 
+    @classmethod
+    def build(cls, settings: Mapping[str, Any], facts: NetworkFacts) -> Sedd:
+        """Return the objective for a recipe's `objective` section."""
+        return cls(**masked_arguments(settings, facts), vocab_size=facts.vocab_size)
+
     def parts(self, denoiser: Denoiser, batch: Batch) -> tuple[Tensor, Tensor]:
-        """[R] nats each: -ln mu_{x_0}, and the gap Z - 1 - ln Z."""
+        """Return [R] nats each: -ln mu_{x_0}, and the gap Z - 1 - ln Z."""
 
         def score_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-            log_z = log_normaliser(
-                logits, self.vocab_size
-            )  # also what -ln mu is normalised by: one pass over the vocabulary for both
+            # ln Z also normalises -ln mu: one pass over the vocabulary for both.
+            log_z = log_normaliser(logits, self.vocab_size)
             nll = log_z + math.log(self.vocab_size) - logits.gather(1, targets[:, None])[:, 0]
             return nll, torch.expm1(log_z) - log_z
 
@@ -45,12 +59,12 @@ class Sedd(Masked):
         return parts
 
     def token_nll(self, denoiser: Denoiser, batch: Batch) -> Tensor:
-        """[R] nats: score entropy in units of MD4's weight, of which MD4's loss is a part."""
+        """Return [R] nats: the score entropy in units of MD4's weight; MD4's loss is one of its two parts."""
         nll, gap = self.parts(denoiser, batch)
         return nll + gap
 
     def forward(self, denoiser: Denoiser, batch: Batch) -> LossSum:
-        """The weighted sum over masked tokens; by name, its two parts without weights."""
+        """Return the weighted sum over masked tokens; its two parts are logged without weights."""
         nll, gap = self.parts(denoiser, batch)
         is_scored = batch.draw.is_scored
         by_name = {"masked_nll": (nll.detach() * is_scored).sum(), "consistency_gap": (gap.detach() * is_scored).sum()}
@@ -58,5 +72,5 @@ class Sedd(Masked):
 
 
 def log_normaliser(logits: Tensor, vocab_size: int) -> Tensor:
-    """[n, V] -> [n]: ln Z = ln (1/V) sum_v exp f_v."""
+    """Return [n] ln Z = ln (1/V) sum_v exp f_v for logits [n, V]."""
     return logits.logsumexp(-1) - math.log(vocab_size)

@@ -1,32 +1,34 @@
-"""SSD-LM (Han et al., arXiv 2210.17432): one block a row is Gaussian noise on a simplex of logits, behind a clean context.
+"""SSD-LM (Han et al., arXiv 2210.17432): Gaussian noise on a simplex of logits, for one block after a clean context.
 
 Token v of the block becomes the logits w_0 = +K at v and -K elsewhere, and
 
-    w_t = sqrt(abar_t) w_0 + sqrt(1 - abar_t) K eps,   eps ~ N(0, I),   abar_t = f(t) / f(0),   f(t) = cos^2((t + s) / (1 + s) pi / 2)
+    w_t = sqrt(abar_t) w_0 + sqrt(1 - abar_t) K eps,   eps ~ N(0, I),
+    abar_t = f(t) / f(0),   f(t) = cos^2((t + s) / (1 + s) pi / 2)
 
-with t in 1/T .. 1. The network sees the context's embeddings, then W_diff softmax(w_t) + W_time t for the block, and nothing behind it; the
-loss is plain cross-entropy on the block. That is no bound of a likelihood, and it is not reported as one. Unlike the authors' code, each row
-of a batch has a context length of its own.
+with t in 1/T .. 1. The network sees the context's embeddings, then W_diff softmax(w_t) + W_time t for the block, and
+nothing after it. The loss is plain cross-entropy on the block, which is not a bound of a likelihood and is not reported
+as one. Unlike in the authors' code, each sequence of a batch has its own context length.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dlm_ray.diffusion.denoiser import Batch, Denoiser, LossSum, score
+from dlm_ray.diffusion.denoiser import Batch, CanvasKind, Denoiser, Likelihood, LossSum, NetworkFacts, score
 from dlm_ray.diffusion.draws import EVALUATION_MASK, MASK, NOISE, Draw, DrawKey, generator, make_draw, times
 
 _OFFSET = 1e-4  # s of the cosine schedule
 
 
 def alpha_bar(t: Tensor) -> Tensor:
-    """The share of the signal's variance that is left at t in [0, 1]: 1 at 0, 0 at 1."""
+    """Return the share of the signal's variance that is left at t in [0, 1]: 1 at 0, 0 at 1."""
 
     def f(time: Tensor) -> Tensor:
         return torch.cos((time + _OFFSET) / (1 + _OFFSET) * math.pi / 2) ** 2
@@ -35,7 +37,7 @@ def alpha_bar(t: Tensor) -> Tensor:
 
 
 class SsdLm(nn.Module):
-    """Cross-entropy on one noisy block.
+    """Cross-entropy on one noisy block per sequence.
 
     Args:
         vocab_size: V.
@@ -43,11 +45,13 @@ class SsdLm(nn.Module):
         block_tokens: length of the block (25).
         scale: K of the simplex (5).
         num_timesteps: T of training (5000).
-        times: mode of `draws.times`.
+        times: mode of the times, as in `draws.times`.
     """
 
+    kind = "ssd_lm"
+    canvas: CanvasKind = "simplex"
+    likelihood: Likelihood = "none"
     is_causal = False
-    likelihood = "none"
     draws_per_sequence = 1
 
     def __init__(
@@ -61,38 +65,53 @@ class SsdLm(nn.Module):
         times: str = "stratified",
     ):
         super().__init__()
-        self.vocab_size, self.block_tokens, self.scale, self.num_timesteps, self.times = (
-            vocab_size,
-            block_tokens,
-            scale,
-            num_timesteps,
-            times,
-        )
+        self.vocab_size, self.block_tokens = vocab_size, block_tokens
+        self.scale, self.num_timesteps, self.times = scale, num_timesteps, times
         self.diffusion_embedding = nn.Parameter(torch.zeros(vocab_size, width))  # W_diff
         self.time_slope = nn.Parameter(torch.zeros(width))  # W_time and its bias
         self.time_offset = nn.Parameter(torch.zeros(width))
 
+    @classmethod
+    def build(cls, settings: Mapping[str, Any], facts: NetworkFacts) -> SsdLm:
+        """Return the objective for a recipe's `objective` section.
+
+        Raises:
+            ValueError: if a sequence has no room for a block and its context.
+        """
+        objective = cls(facts.vocab_size, facts.width, **(settings["simplex"] or {}), times=settings["times"])
+        if objective.block_tokens >= facts.sequence_length - 1:
+            raise ValueError(
+                f"objective.simplex.block_tokens={objective.block_tokens} leaves no context in sequences of "
+                f"{facts.sequence_length} tokens; make it smaller, or build the data with a larger --sequence-length"
+            )
+        return objective
+
+    @classmethod
+    def restore(cls, settings: Mapping[str, Any], facts: NetworkFacts) -> SsdLm:
+        """Return the same objective as `build`, whose embeddings are then loaded."""
+        return cls.build(settings, facts)
+
     def start_from(self, embedding: Tensor) -> None:
-        """W_diff begins as a copy of the network's embedding [rows >= V, D], a parameter of its own from then on."""
+        """Copy the network's embedding [rows >= V, D] into W_diff, which is trained separately from then on."""
         with torch.no_grad():
             self.diffusion_embedding.copy_(embedding[: self.vocab_size])
 
     def draw(self, key: DrawKey, x_0: np.ndarray, maskable: np.ndarray) -> Draw:
-        """Times on the grid 1/T .. 1, a block that begins anywhere behind the first token, the seed of the row's noise."""
+        """Return times on the grid 1/T .. 1, blocks that start anywhere after the first token, and the noise seeds."""
         return self._draw(key.seed, MASK, [(key.step, row) for row in key.rows], times(self.times, key)[:, 0], maskable)
 
     def evaluation_draw(
         self, seed: int, keys: Sequence[tuple[int, int]], t: np.ndarray, x_0: np.ndarray, maskable: np.ndarray
     ) -> Draw:
-        """The same for pairs (number of the draw, row) at given times."""
+        """Return the same for pairs (number of the draw, row) at given times."""
         return self._draw(seed, EVALUATION_MASK, keys, t, maskable)
 
     def count(self, draw: Draw) -> int:
-        """Tokens of the blocks."""
+        """Return the number of tokens in the blocks."""
         return draw.num_scored
 
     def token_nll(self, denoiser: Denoiser, batch: Batch) -> Tensor:
-        """[R] nats: -log p(x_0^n | w_t, context) in the block."""
+        """Return [R] nats: -log p(x_0^n | w_t, context) in the block."""
         draw, num_positions = batch.draw, batch.x_0.shape[1]
         start = draw.is_masked.int().argmax(1)  # [B]
         block = start[:, None] + torch.arange(self.block_tokens, device=start.device)  # [B, K]
@@ -103,38 +122,38 @@ class SsdLm(nn.Module):
         inputs = embedded.scatter(
             1, block[..., None].expand(-1, -1, embedded.shape[2]), self.embed(w_t, draw.t).to(embedded.dtype)
         )
-        behind = torch.arange(num_positions, device=start.device) >= start[:, None] + self.block_tokens
+        after = torch.arange(num_positions, device=start.device) >= start[:, None] + self.block_tokens
         groups = (
             batch.visibility.document_ids
             if batch.visibility.document_ids is not None
-            else torch.zeros_like(behind, dtype=torch.int32)
+            else torch.zeros_like(after, dtype=torch.int32)
         )
-        # What lies behind the block is kept apart, as another document would be.
-        visibility = replace(batch.visibility, document_ids=torch.where(behind, -2, groups))
+        # Positions after the block are hidden, as another document would be.
+        visibility = replace(batch.visibility, document_ids=torch.where(after, -2, groups))
         return score(denoiser, inputs, replace(batch, visibility=visibility))
 
     def forward(self, denoiser: Denoiser, batch: Batch) -> LossSum:
-        """The sum over the blocks' tokens."""
+        """Return the sum over the tokens of the blocks."""
         return LossSum((batch.draw.weight * self.token_nll(denoiser, batch)).sum())
 
     def simplex(self, tokens: Tensor) -> Tensor:
-        """[...] ids -> [..., V]: +K at the token, -K elsewhere."""
+        """Return [..., V] for ids [...]: +K at the token, -K elsewhere."""
         corner = torch.full(
             (*tokens.shape, self.vocab_size), -self.scale, device=tokens.device, dtype=self.time_slope.dtype
         )
         return corner.scatter(-1, tokens[..., None], self.scale)
 
     def noised(self, tokens: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """[B, K] ids, [B] times, [B, K, V] standard normal -> [B, K, V]: w_t."""
+        """Return w_t [B, K, V] for ids [B, K], times [B] and standard normal noise [B, K, V]."""
         signal = alpha_bar(t)[:, None, None]
         return signal.sqrt() * self.simplex(tokens) + (1 - signal).clamp(min=0).sqrt() * self.scale * noise
 
     def embed(self, w: Tensor, t: Tensor) -> Tensor:
-        """[B, K, V] logits, [B] times -> [B, K, D]: W_diff softmax(w) + W_time t."""
+        """Return W_diff softmax(w) + W_time t [B, K, D] for logits [B, K, V] and times [B]."""
         return w.softmax(-1) @ self.diffusion_embedding + self.time_slope * t[:, None, None] + self.time_offset
 
     def noise(self, seed: int, device: torch.device) -> Tensor:
-        """[K, V] standard normal numbers of one row, made on the device: they are too many for the host."""
+        """Return [K, V] standard normal numbers of one sequence, made on the device: they are too many for the host."""
         generator_ = torch.Generator(device).manual_seed(seed)
         return torch.randn(
             self.block_tokens, self.vocab_size, generator=generator_, device=device, dtype=self.time_slope.dtype
@@ -144,7 +163,7 @@ class SsdLm(nn.Module):
         self, seed: int, stream: int, keys: Sequence[tuple[int, int]], t: np.ndarray, maskable: np.ndarray
     ) -> Draw:
         num_positions = maskable.shape[1]
-        assert self.block_tokens < num_positions, "a block is shorter than the row"
+        assert self.block_tokens < num_positions, "a block is shorter than the sequence"
         starts = np.array(
             [
                 generator(seed, stream, step, row).integers(1, num_positions - self.block_tokens + 1)

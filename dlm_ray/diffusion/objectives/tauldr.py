@@ -1,29 +1,36 @@
 """tauLDR (Campbell et al., arXiv 2205.14987) for the absorbing process: MD4's bound, estimated from the reverse rates.
 
-L(x_0) = int_0^1 beta(t) E_{x_t} [ sum_{i unmasked in x_t} -log p(x_0^i | x_t with i masked) ] dt,   beta = -alpha' / alpha   (MD4, appendix)
+L(x_0) = int_0^1 beta(t) E_{x_t} [ sum_{i unmasked in x_t} -log p(x_0^i | x_t with i masked) ] dt
 
-Every term needs a network call of its own. Two estimators take one call: both mask one more token i, uniform among the n unmasked ones;
-`one_token` scores i alone, with weight beta n; `all_masked` (what the released code reduces to) takes the mean over all M masked tokens,
-any of which could have been the one.
+with beta = -alpha' / alpha (MD4, appendix). Every term needs its own network call. Two estimators need one call: both
+mask one more token i, uniform among the n unmasked ones. `one_token` scores only i, with weight beta n. `all_masked`
+(what the released code reduces to) takes the mean over all M masked tokens, any of which could have been i.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor
 
 from dlm_ray.diffusion.absorbing import Absorbing
+from dlm_ray.diffusion.denoiser import NetworkFacts
 from dlm_ray.diffusion.draws import JUMP, Draw, DrawKey, generator, make_draw
-from dlm_ray.diffusion.objectives.masked import Masked
+from dlm_ray.diffusion.objectives.masked import Masked, masked_arguments
 
 # The largest float32 below 1: at t = 1 nothing is unmasked, and beta is infinite.
 _LATEST = 1 - 2.0**-24
 
 
 class TauLDR(Masked):
-    """One jump from x_t, then masked cross-entropy; evaluated by MD4's form of the same bound, which varies less."""
+    """Masked cross-entropy after one jump from x_t.
+
+    Args:
+        process: the absorbing process.
+        estimator: `one_token` or `all_masked`.
+    """
 
     def __init__(
         self,
@@ -35,8 +42,18 @@ class TauLDR(Masked):
         super().__init__(process, *arguments, **options)
         self.schedule, self.estimator = process.schedule, estimator
 
+    @classmethod
+    def build(cls, settings: Mapping[str, Any], facts: NetworkFacts) -> TauLDR:
+        """Return the objective for a recipe's `objective` section."""
+        return cls(**masked_arguments(settings, facts), estimator=settings["estimator"])
+
+    @classmethod
+    def restore(cls, settings: Mapping[str, Any], facts: NetworkFacts) -> Masked:
+        """Return `Masked`: MD4's form of the same bound, which has less variance."""
+        return Masked.build(settings, facts)
+
     def draw(self, key: DrawKey, x_0: np.ndarray, maskable: np.ndarray) -> Draw:
-        """Masks of x_t with one position more, and what is scored with which weight."""
+        """Return the masks of x_t with one more position, the scored positions and their weights."""
         before = self.process.draw(key, maskable)
         is_masked = before.is_masked.numpy()
         unmasked = maskable & ~is_masked
@@ -51,17 +68,24 @@ class TauLDR(Masked):
         return self.after_jump(before.t.double(), is_masked, jumped, maskable)
 
     def after_jump(self, t: Tensor, is_masked: np.ndarray, jumped: np.ndarray, maskable: np.ndarray) -> Draw:
-        """Times [B], masks [B, L] of x_t, and the one position more [B, L] (none where all is masked): what is scored with which weight."""
+        """Return the draw for given times, masks and jumps.
+
+        Args:
+            t: [B] times.
+            is_masked: [B, L] masks of x_t, before the jump.
+            jumped: [B, L], the one more masked position of every sequence; none where everything is masked.
+            maskable: [B, L].
+        """
         num_unmasked = (maskable & ~is_masked).sum(1)  # [B], before the jump
         is_masked = is_masked | jumped
         t = t.clamp(max=_LATEST)
         rate = (-self.schedule.alpha_prime(t) / self.schedule.alpha(t)).numpy()
         if self.estimator == "one_token":
-            chosen, weight = jumped, rate * num_unmasked
+            is_scored, weight = jumped, rate * num_unmasked
         else:
-            chosen, weight = (
+            is_scored, weight = (
                 is_masked & (num_unmasked > 0)[:, None],
                 rate * num_unmasked / np.maximum(1, is_masked.sum(1)),
             )
-        scored = np.flatnonzero(chosen)
+        scored = np.flatnonzero(is_scored)
         return make_draw(t.numpy(), is_masked, scored, weight[scored // maskable.shape[1]], maskable)

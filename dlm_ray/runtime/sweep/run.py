@@ -15,7 +15,6 @@ from dlm_ray.runtime import cluster  # imported first: it sets the variables tha
 # isort: split
 from dlm_ray.checkpoint import listing
 from dlm_ray.checkpoint.commit import read_manifest
-from dlm_ray.checkpoint.description import check_restorable
 from dlm_ray.config import space as spaces
 from dlm_ray.config.errors import UserError
 from dlm_ray.config.load import dump
@@ -120,7 +119,6 @@ def _prepare(loaded: Loaded, out: Path, emit: Emit) -> Plan:
     for settings in corners:
         recipe = plan.recipe(settings)
         try:
-            check_restorable(recipe.objective.name, "a trial")  # else the ended trial could not be measured
             check_before_starting(recipe)
         except UserError as error:
             raise UserError(f"{config.name} with {spaces.label(settings)}: {error}") from error

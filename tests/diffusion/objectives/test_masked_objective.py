@@ -13,7 +13,7 @@ from dlm_ray.diffusion.absorbing import Absorbing
 from dlm_ray.diffusion.denoiser import Batch
 from dlm_ray.diffusion.draws import DrawKey, make_draw
 from dlm_ray.diffusion.likelihood import token_nats
-from dlm_ray.diffusion.objectives import Autoregressive, Masked, find
+from dlm_ray.diffusion.objectives import Autoregressive, Masked
 from dlm_ray.diffusion.schedules import Cosine, Polynomial
 from dlm_ray.diffusion.visibility import Visibility
 
@@ -117,13 +117,6 @@ def test_normalisations_count_all_tokens_or_the_masked_ones():
     assert Masked(None, "all_tokens").count(draw) == 3
     assert Masked(None, "global_masked").count(draw) == 2
     assert Autoregressive().count(draw) == 3
-
-
-def test_an_objective_of_ones_own_is_taken_by_its_path():
-    assert find("dlm_ray.diffusion.objectives.masked:Masked") is Masked
-    for wrong in ("maskd", "no.such:Class", "dlm_ray.diffusion.objectives.masked:Nothing"):
-        with pytest.raises(ValueError, match="objective.name"):
-            find(wrong)
 
 
 def diffullama_loss(nll, weight):
