@@ -17,7 +17,7 @@ from torch import Tensor
 # Streams keep the uses of one seed apart.
 STRATA, TIME, MASK, EVALUATION_TIME, EVALUATION_MASK, SAMPLING, JUMP, NOISE, GUMBEL, COUNT, BLOCK_TIME = range(11)
 
-# Scored positions are padded with weight 0 to a multiple of this number: shapes repeat, and no rank of FSDP2 scores nothing.
+# Scored positions are padded with weight 0 to a multiple of this: shapes repeat, and no rank of FSDP2 scores nothing.
 ROW_MULTIPLE = 128
 
 
@@ -36,7 +36,7 @@ class DrawKey:
     """Indices of the rows within the global batch."""
     global_batch_size: int
     block_tokens: int | None = None
-    """Positions of a block with its own t, if the step decides (a curriculum of block sizes); None: the objective decides."""
+    """Positions of a block with its own t, if the step decides (a curriculum); None: the objective decides."""
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,7 @@ def token_nats(
 ) -> TokenNats:
     """Return the nats of every token of sequences [N, L], or their bound.
 
-    Two models that are scored with the same sequences, seed and draws see the same masks, so a comparison can be paired.
+    Two models that are scored with the same sequences, seed and draws see the same masks, so they compare in pairs.
     Sequences that are not a whole number of the objective's blocks are padded (`pad_to_blocks`); the text does not see
     the padding, whatever `visibility_of` returns.
 

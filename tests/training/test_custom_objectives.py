@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_recipe
+from helpers.recipes import tiny_recipe
 from helpers.service import client, hosted
 from torch import nn
 

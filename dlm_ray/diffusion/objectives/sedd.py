@@ -8,7 +8,7 @@ With the true score at a mask, s_v = r p(x_0 = v | x_t), r = alpha / (1 - alpha)
 
 The network's f gives ln s_v = f_v - ln((1 - alpha) / alpha) - ln V. With Z = sum_v s_v / r = (1/V) sum_v exp f_v and
 mu = softmax(f) the bracket is r [ -ln mu_{x_0} + Z - 1 - ln Z ], and the factor in front times r is MD4's weight: SEDD
-is MD4's loss plus a consistency gap Z - 1 - ln Z >= 0, which is zero only for a normalised score. This form is computed,
+is MD4's loss plus a consistency gap Z - 1 - ln Z >= 0, which is zero only for a normalised score. This form is used,
 because it has no cancellation at either end of t.
 """
 
