@@ -22,7 +22,7 @@ from dlm_ray.serving.pinning import pinned
 from dlm_ray.serving.worker import EngineWorker
 from dlm_ray.training import loop, setup
 
-LOCAL = "is written and read on a local disk alone, and not at a URL yet; give a local"
+LOCAL = "is read and written on a local disk only, not at a URL; give a local"
 ELSEWHERE = "allowed are a local folder, s3://BUCKET/... and gs://BUCKET/..."
 
 
@@ -55,8 +55,8 @@ def run(monkeypatch, capfd, *arguments):
         (["quickstart", "--smoke", "--out", "s3://b/quick"], f"--out s3://b/quick: this {LOCAL} folder"),
         (["export", "run", "s3://b/model"], f"FOLDER s3://b/model: this {LOCAL} folder"),
         (["export", "hdfs://b/run", "model"], ELSEWHERE),
-        (["serve", "s3://b/serve.yaml"], f"the server's file s3://b/serve.yaml: this {LOCAL} file"),
-        (["data", "build", "s3://b/texts", "--out", "d", "--train-tokenizer", "300"], "SOURCE s3://b/texts: this is written and read on a local"),
+        (["serve", "s3://b/serve.yaml"], f"the service's file s3://b/serve.yaml: this {LOCAL} file"),
+        (["data", "build", "s3://b/texts", "--out", "d", "--train-tokenizer", "300"], "SOURCE s3://b/texts: this is read and written on a local"),
         (["data", "build", "texts", "--out", "s3:/b/d", "--train-tokenizer", "300"], f"--out s3:/b/d: {ELSEWHERE}"),
         (["data", "build", "texts", "--out", "hdfs://b/d", "--train-tokenizer", "300"], f"--out hdfs://b/d: {ELSEWHERE}"),
         (["data", "inspect", "hdfs://b/d"], "hdfs:// is not supported; use a local path, s3:// or gs://"),
@@ -111,7 +111,7 @@ def test_functions_refuse_urls_also_those_that_have_been_paths(data_folder, monk
             lambda out=out: loop.fit(recipe, out),
             lambda out=out: export("run", str(out)),
         ):
-            with pytest.raises(UserError, match="s3://bucket/runs: this is written and read on a local disk alone"):
+            with pytest.raises(UserError, match="s3://bucket/runs: this is read and written on a local disk only"):
                 call()
     with pytest.raises(UserError, match="allowed are a local folder, s3://BUCKET"):
         storage.write("s3:/bucket/file", b"")

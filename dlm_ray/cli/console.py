@@ -69,26 +69,29 @@ def warnings_printed() -> Iterator[None]:
 
 
 class ProgressLines:
-    """Progress as plain lines for logs: the first update, one every 30 seconds, and the last one.
+    """Progress as plain lines for logs: one every 30 seconds, and the last update if any line was printed before.
 
     Args:
         description: what each line begins with, such as `train: step`.
+        is_long: print the first update, too.
         clock: seconds; the time left is estimated from the first update on.
     """
 
-    def __init__(self, description: str, clock: Callable[[], float] = time.monotonic):
+    def __init__(self, description: str, is_long: bool = False, clock: Callable[[], float] = time.monotonic):
         self._description, self._clock = description, clock
         self._start: tuple[float, int] | None = None
-        self._printed_at, self._note = -float("inf"), ""
+        self._printed_at = -float("inf") if is_long else clock()
+        self._has_printed, self._note = is_long, ""
 
     def __call__(self, done: int, total: int, note: str = "") -> None:
         """Print a line if one is due; a missing note repeats the last one."""
         now = self._clock()
         self._start = self._start or (now, done)
         self._note = note or self._note
-        if now - self._printed_at < _LINE_SECONDS and done < total:
+        is_due = now - self._printed_at >= _LINE_SECONDS or (done >= total and self._has_printed)
+        if not is_due:
             return
-        self._printed_at = now
+        self._printed_at, self._has_printed = now, True
         parts = [f"{self._description} {done} of {total}", self._note, self._time_left(now, done, total)]
         print_message(", ".join(part for part in parts if part))
 
@@ -114,10 +117,10 @@ def _columns() -> tuple[Any, ...]:
 
 
 @contextmanager
-def progress(description: str) -> Iterator[Update]:
-    """Show progress on stderr: a bar on a terminal, a line every 30 seconds elsewhere."""
+def progress(description: str, is_long: bool = False) -> Iterator[Update]:
+    """Show progress on stderr: a bar on a terminal, a line every 30 seconds elsewhere (at once if the task is long)."""
     if not console.is_terminal:
-        yield ProgressLines(description)
+        yield ProgressLines(description, is_long)
         return
     with Progress(*_columns(), console=console, transient=True) as bar:
         task = bar.add_task(description, total=None, note="")
@@ -141,9 +144,9 @@ def stage_progress() -> Iterator[Callable[[str, int, int], None]]:
 
         def print_lines(stage: str, done: int, total: int) -> None:
             if stage not in lines:
-                lines[stage] = ProgressLines(f"{len(lines) + 1:>2}. {stage}:")
-            if total > 1 or not done:
-                lines[stage](done, total)
+                lines[stage] = ProgressLines(f"    {stage}:")
+                print_message(f"{len(lines):>2}. {stage} ...")
+            lines[stage](done, total)
 
         yield print_lines
         return

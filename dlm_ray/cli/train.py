@@ -65,7 +65,7 @@ def train(
         return show_result(tree, as_json, lambda: sys.stdout.write(yaml.safe_dump(tree, sort_keys=False)))
     from dlm_ray.runtime.train import fit
 
-    with progress("train: step") as update:
+    with progress("train: step", is_long=True) as update:
         result = fit(
             checked,
             out,

@@ -83,8 +83,11 @@ def test_a_build_is_reproducible_and_goes_on_where_it_was_interrupted(ray_sessio
     assert build([str(tmp_path / "in.jsonl")], str(tmp_path / "out"), **options) == index
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.tar")} == content
     assert (tmp_path / "out/parts/00000.json").stat().st_mtime_ns == untouched
-    with pytest.raises(UserError, match="sequence_length was 32, asked 64"):
+    with pytest.raises(UserError, match="sequence_length was 32, now 64"):
         build([str(tmp_path / "in.jsonl")], str(tmp_path / "out"), **{**options, "sequence_length": 64})
+    with pytest.warns(UserWarning, match="the held_out split is empty, so training cannot validate: 1 documents"):
+        (tmp_path / "one.txt").write_text("a single file is a single document")
+        build([str(tmp_path / "one.txt")], str(tmp_path / "single"), **{**options, "held_out": 0.01})
     (tmp_path / "empty.txt").write_text("")
     with pytest.raises(UserError, match="no text in"):
         build([str(tmp_path / "empty.txt")], str(tmp_path / "none"), **options)
