@@ -45,8 +45,10 @@ def test_trials_run_and_one_that_fails_is_a_row_with_its_reason(ray_session, dat
     from ray.util.placement_group import placement_group_table
 
     out = tmp_path / "out"
-    with pytest.raises(UserError, match=r"trials_at_once=5 with 1 CPUs per trial do not fit the cluster's 4 CPUs: 4 fit"):
-        sweep(loaded(tmp_path, data_folder, trials_at_once=5), tmp_path / "too-many")
+    with pytest.raises(
+        UserError, match=r"trials_at_once=5 with 1 CPUs per trial do not fit the cluster's 4 CPUs: 4 fit"
+    ):
+        run.sweep(loaded(tmp_path, data_folder, trials_at_once=5), tmp_path / "too-many")
     said = []
     result = run.sweep(loaded(tmp_path, data_folder), out, emit=said.append)
     good, bad = result["trials"]
@@ -59,7 +61,7 @@ def test_trials_run_and_one_that_fails_is_a_row_with_its_reason(ray_session, dat
     assert {one["state"] for one in placement_group_table().values()} <= {"REMOVED"}
 
     with pytest.raises(UserError, match="has a sweep already; resume it with `resume`"):
-        sweep(loaded(tmp_path, data_folder), out)
+        run.sweep(loaded(tmp_path, data_folder), out)
     with pytest.raises(UserError, match=r"space.optimizer.learning_rate.grid was \[0.003, 1e\+30\] and is \[0.003\]"):
         run.sweep(loaded(tmp_path, data_folder, space={"optimizer.learning_rate": {"grid": [3e-3]}}), out, resume=True)
 
