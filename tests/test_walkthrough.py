@@ -20,7 +20,7 @@ def test_one_batch_from_the_shard_to_the_sample(data_folder, tmp_path):
     order = Order([index], [1.0], recipe.seed, recipe.data.window_shards)
     share = {"global_batch_size": recipe.training.global_batch_size, "rank": 0, "world_size": 1, "num_steps": 1}
     [(rows, cursor)] = loop.local_stream(recipe.data.sources, order, Cursor.start(1), **share)
-    assert cursor.rows == len(rows) == 12 and rows[0].input_ids.shape == (32,)
+    assert cursor.num_sequences == len(rows) == 12 and rows[0].input_ids.shape == (32,)
 
     # Row -> mask: t and masks of the step, and who sees whom while attention is annealed.
     batches = micro_batches(recipe, Masked(), rows, 0, 0, 1, torch.device("cpu"))

@@ -1,1 +1,1 @@
-"""tensorstore arrays, the commit, verification; Hugging Face folders in and out."""
+"""Checkpoints: tensorstore arrays, the commit and its verification, and Hugging Face folders."""

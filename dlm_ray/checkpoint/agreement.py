@@ -1,27 +1,29 @@
-"""All ranks or none: what one rank does while the others wait, and how its failure becomes everybody's."""
+"""Agreement between ranks: run an action on every rank, and raise the failure of one rank on all of them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
 from dlm_ray.config.errors import UserError
 
+Result = TypeVar("Result")
 
-def gathered(act: Callable[[], Any], group: dist.ProcessGroup | None) -> list[Any]:
-    """Runs `act` on every rank and gathers the results; if it failed on any, every rank raises that error. Collective.
+
+def gathered(act: Callable[[], Result], group: dist.ProcessGroup | None) -> list[Result]:
+    """Run `act` on every rank and gather the results; if it fails on any rank, all ranks raise that error. Collective.
 
     Raises:
-        UserError: of the rank that had one, of the same class.
-        RuntimeError: for any other failure of another rank, with its text.
+        UserError: the error of the failed rank, of the same class.
+        RuntimeError: any other failure of another rank, with its text.
     """
-    outcome: tuple[Any, Exception | None]
+    outcome: tuple[Result | None, Exception | None]
     try:
         outcome = (act(), None)
-    except Exception as error:  # whatever it was, the other ranks are waiting to hear of it
+    except Exception as error:  # of any kind: the other ranks wait for the outcome
         outcome = (None, error)
     outcomes = [outcome]
     if dist.is_initialized():
@@ -30,19 +32,19 @@ def gathered(act: Callable[[], Any], group: dist.ProcessGroup | None) -> list[An
     for _, failure in outcomes:
         if failure is not None:
             raise failure
-    return [result for result, _ in outcomes]
+    return [cast(Result, result) for result, _ in outcomes]
 
 
 def totals(counts: list[int], group: dist.ProcessGroup | None) -> list[int]:
-    """Sums of small numbers over all ranks, on the host: one message, which no device waits for. Collective."""
+    """Return the sums of small numbers over all ranks, by one message between hosts. Collective."""
     tensor = torch.tensor(counts)
     dist.all_reduce(tensor, group=group)
-    found: list[int] = tensor.tolist()
-    return found
+    sums: list[int] = tensor.tolist()
+    return sums
 
 
 def _sendable(error: Exception | None) -> Exception | None:
-    """The error without what cannot travel between processes."""
+    """Return the error in a form that can be pickled and sent to other processes."""
     if error is None or isinstance(error, UserError):
         return None if error is None else type(error)(*error.args)
     return RuntimeError(f"{type(error).__name__}: {error}")

@@ -1,6 +1,7 @@
-"""One tensor as a zarr3 array in an OCDBT database: the specifications, and reading and writing one region.
+"""One tensor as a zarr3 array in an OCDBT database: specifications, and reading and writing of one region.
 
-Every chunk carries a crc32c, chunks of zeros are written too, and a missing chunk is an error: what is damaged is never believed.
+Every chunk has a crc32c. Chunks of zeros are written, too, and a missing chunk is an error, so that damage never goes
+unnoticed.
 """
 
 from __future__ import annotations
@@ -39,36 +40,36 @@ DTYPES = {
 TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 
 CHUNK_BYTES = 4 * 2**20
-# What a load may have on its way at once beside the tensors that it fills: a chunk of a local disk; of a remote store, whose every answer takes
-# a round trip, a few.
+# Memory that a load uses in addition to the tensors that it fills: one chunk for a local disk, several for a remote
+# store, whose every answer takes a round trip.
 LOCAL_READ_BYTES = CHUNK_BYTES
 REMOTE_READ_BYTES = 8 * CHUNK_BYTES
-# A storage that has not answered one small request by then is not there.
+# A storage that has not answered one small request after this time is unreachable.
 ANSWER_SECONDS = 30
-_LEAST_ROOM_BYTES = 2**20
+_MIN_FREE_BYTES = 2**20
 _DATABASE = {"manifest_kind": "single", "max_inline_value_bytes": 1024, "max_decoded_node_bytes": 100_000_000}
 
 Result = TypeVar("Result")
 
 
 def wait(work: Coroutine[Any, Any, Result]) -> Result:
-    """Runs `work` to its end, also where the caller's own thread runs an event loop (as a server's does)."""
+    """Run `work` to its end, in a thread of its own: the caller's thread may run an event loop, as a server's does."""
     with ThreadPoolExecutor(max_workers=1) as thread:
         return thread.submit(asyncio.run, work).result()
 
 
 def context(*, one_at_a_time: bool = False) -> ts.Context:
-    """Concurrency of one save or load. The allocator keeps a chunk for every thread that has held one, so one at a time needs least memory."""
+    """Return the concurrency of a save or load; one at a time saves memory, as allocators keep chunks per thread."""
     files, copies = (1, 1) if one_at_a_time else (32, 2)
     concurrency = {"file_io_concurrency": {"limit": files}, "data_copy_concurrency": {"limit": copies}}
     return ts.Context({**concurrency, "cache_pool": {"total_bytes_limit": 0}})
 
 
 def key_value_store(path: str) -> dict[str, Any]:
-    """Tensorstore's specification of a directory: local, s3:// or gs://. AWS_ENDPOINT_URL names another S3 endpoint.
+    """Return tensorstore's specification of a directory; AWS_ENDPOINT_URL sets another S3 endpoint.
 
     Raises:
-        UserError: for another scheme.
+        UserError: if the scheme is another one.
     """
     check_url(path, "path")
     if "://" not in path:
@@ -78,7 +79,7 @@ def key_value_store(path: str) -> dict[str, Any]:
     inner = inner.rstrip("/") + "/" if inner else ""
     if scheme == "gs":
         return {"driver": "gcs", "bucket": bucket, "path": inner}
-    # Few retries: a dead endpoint has to be an error within seconds.
+    # Few retries, so that an unreachable endpoint is an error within seconds.
     spec = {
         "driver": "s3",
         "bucket": bucket,
@@ -93,12 +94,12 @@ def key_value_store(path: str) -> dict[str, Any]:
 
 
 def below(store: dict[str, Any], name: str) -> dict[str, Any]:
-    """The directory `name` within a directory."""
+    """Return the specification of the directory `name` within a directory."""
     return {**store, "path": f"{store['path']}{name}/"}
 
 
 def database(base: dict[str, Any], name: str = "") -> dict[str, Any]:
-    """The OCDBT database in the directory `base`, at the array `name` (a prefix of its keys)."""
+    """Return the OCDBT database in the directory `base`, at the array `name` (a prefix of its keys)."""
     return {
         "driver": "ocdbt",
         "base": base,
@@ -110,9 +111,9 @@ def database(base: dict[str, Any], name: str = "") -> dict[str, Any]:
 
 
 def chunk_shape(write_shape: Sequence[int], itemsize: int) -> list[int]:
-    """The chunk of an array that is written in aligned blocks of `write_shape`: a divisor of it in every dimension, of a few megabytes.
+    """Return the chunk shape of an array written in blocks of `write_shape`: a divisor of it, of a few megabytes.
 
-    Smaller chunks than a rank's block let another number of ranks read little more than its own region.
+    Chunks are smaller than a rank's block, so that another number of ranks reads little more than its own regions.
     """
     chunk = [max(1, size) for size in write_shape]
     for dimension in range(len(chunk)):
@@ -124,7 +125,7 @@ def chunk_shape(write_shape: Sequence[int], itemsize: int) -> list[int]:
 
 
 def keys(name: str, shape: Sequence[int], chunk: Sequence[int]) -> set[str]:
-    """The keys of an array in its database: the metadata and every chunk."""
+    """Return the keys of an array in its database: the metadata and every chunk."""
     grid = [range(-(-size // part)) for size, part in zip(shape, chunk, strict=True)]
     return {f"{name}/zarr.json"} | {"/".join([name, "c", *map(str, index)]) for index in itertools.product(*grid)}
 
@@ -132,7 +133,7 @@ def keys(name: str, shape: Sequence[int], chunk: Sequence[int]) -> set[str]:
 def create_spec(
     store: dict[str, Any], shape: Sequence[int], chunk: Sequence[int], dtype: torch.dtype
 ) -> dict[str, Any]:
-    """An array that is created if it is not there."""
+    """Return the specification of an array that is created if it does not exist."""
     return {
         "driver": "zarr3",
         "kvstore": store,
@@ -149,7 +150,7 @@ def create_spec(
 
 
 def open_spec(store: dict[str, Any]) -> dict[str, Any]:
-    """An array that has to be there, with all its chunks."""
+    """Return the specification of an array that must exist, with all its chunks."""
     return {
         "driver": "zarr3",
         "kvstore": store,
@@ -160,7 +161,7 @@ def open_spec(store: dict[str, Any]) -> dict[str, Any]:
 
 
 def as_numpy(tensor: Tensor) -> np.ndarray:
-    """A view of a CPU tensor that shares its memory, bfloat16 included."""
+    """Return a numpy view that shares the memory of a CPU tensor; bfloat16 is supported."""
     tensor = tensor.detach()
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
@@ -168,16 +169,19 @@ def as_numpy(tensor: Tensor) -> np.ndarray:
 
 
 def region(offset: Sequence[int], shape: Sequence[int]) -> tuple[slice, ...]:
-    """The index of a block."""
+    """Return the index of a block in its array."""
     return tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
 
 
 async def write_region(spec: dict[str, Any], tensor: Tensor, offset: Sequence[int], shared: ts.Context) -> int:
-    """Writes a CPU tensor, which may not change meanwhile, at `offset` of the array, creating it if need be. Waits for the commit; returns bytes."""
+    """Write a CPU tensor at `offset` of the array, wait for the commit, and return the number of bytes.
+
+    The array is created if it does not exist. The tensor must not change before the commit.
+    """
     array = await ts.open(spec, create=True, open=True, context=shared)
     if tensor.numel() == 0:
         return 0
-    # Nobody changes the tensor before the commit has ended, so that tensorstore needs no copy of its own.
+    # The tensor does not change before the commit, so tensorstore needs no copy.
     await (
         array[region(offset, tensor.shape)].write(as_numpy(tensor), can_reference_source_data_indefinitely=True).commit
     )
@@ -185,7 +189,7 @@ async def write_region(spec: dict[str, Any], tensor: Tensor, offset: Sequence[in
 
 
 class Budget:
-    """Bytes that may be on their way at once: what a load needs beside the tensors that it fills. For one event loop."""
+    """A limit on the bytes in flight of a load, in addition to the tensors that it fills; for one event loop."""
 
     def __init__(self, total_bytes: int = LOCAL_READ_BYTES):
         self._total = self._left = total_bytes
@@ -193,7 +197,7 @@ class Budget:
         self._buffers: list[Tensor] = []
 
     def buffer(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Host memory for a piece, out of what was given back: an allocator keeps what many threads free piece by piece."""
+        """Return host memory for a piece, from reused buffers: allocators keep what many threads free in pieces."""
         num_bytes = math.prod(shape) * dtype.itemsize
         flat = (
             self._buffers.pop()
@@ -203,12 +207,12 @@ class Budget:
         return flat[:num_bytes].view(dtype).reshape(tuple(shape))
 
     def give_back(self, buffer: Tensor) -> None:
-        """It may be filled again."""
+        """Return a buffer, so that it can be filled again."""
         self._buffers.append(torch.empty(0, dtype=torch.uint8).set_(buffer.untyped_storage()))
 
     @asynccontextmanager
-    async def of(self, num_bytes: int) -> AsyncIterator[None]:
-        """Waits for `num_bytes` of it; what is larger than all of it waits for all of it."""
+    async def reserve(self, num_bytes: int) -> AsyncIterator[None]:
+        """Wait until `num_bytes` are free, and hold them; a piece larger than the limit waits for all of it."""
         taken = min(num_bytes, self._total)
         async with self._changed:
             await self._changed.wait_for(lambda: self._left >= taken)
@@ -224,13 +228,13 @@ class Budget:
 def pieces(
     offset: Sequence[int], shape: Sequence[int], chunk: Sequence[int], itemsize: int
 ) -> Iterator[tuple[slice, ...]]:
-    """Cuts a block into parts of a few megabytes on the borders of the array's chunks, so that each chunk is read once.
+    """Divide a block into parts of a few megabytes along the chunks of the array, so that each chunk is read once.
 
     Yields:
-        Indices within the block.
+        The index of a part within the block.
     """
     sizes = [min(part, size) for part, size in zip(chunk, shape, strict=True)]
-    # Small chunks are taken together, the last dimension first, which lies together in memory.
+    # Small chunks are combined, first along the last dimension, which is contiguous in memory.
     for dimension in reversed(range(len(sizes))):
         others = math.prod(sizes) // max(1, sizes[dimension]) * itemsize
         fit = max(1, CHUNK_BYTES // max(1, others * chunk[dimension])) * chunk[dimension]
@@ -239,7 +243,7 @@ def pieces(
     for start, length, size, part in zip(offset, shape, sizes, chunk, strict=True):
         whole = max(part, size // part * part)
         edges = [start, *range((start // whole + 1) * whole, start + length, whole), start + length]
-        cuts.append([slice(one - start, other - start) for one, other in itertools.pairwise(edges)])
+        cuts.append([slice(low - start, high - start) for low, high in itertools.pairwise(edges)])
     return itertools.product(*cuts)
 
 
@@ -252,14 +256,14 @@ async def read_region(
     budget: Budget,
     shared: ts.Context,
 ) -> None:
-    """Fills a tensor, on any device, from `offset` of the array, by way of a buffer of a few megabytes where it cannot be filled in place."""
+    """Fill a tensor on any device from `offset` of the array, by a small buffer if not in place."""
     array = await ts.open(spec, context=shared)
     if tensor.numel() == 0:
         return
 
     async def read(piece: tuple[slice, ...]) -> None:
         target = tensor[piece]
-        async with budget.of(target.numel() * stored.itemsize):
+        async with budget.reserve(target.numel() * stored.itemsize):
             in_place = target.device.type == "cpu" and target.dtype == stored
             buffer = target if in_place else budget.buffer(target.shape, stored)
             source = array[
@@ -278,41 +282,44 @@ async def read_region(
             raise failure
 
 
-def explain(error: ValueError | TimeoutError, what: str) -> UserError:
-    """Tensorstore raises ValueError for everything, with the kind as a prefix; this is the error of ours that says what it means."""
+def explain(error: ValueError | TimeoutError, subject: str) -> UserError:
+    """Return the user error for an error of tensorstore, which raises ValueError with the kind as a prefix."""
     kind = str(error).partition(":")[0]
     is_out_of_reach = kind in ("ABORTED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "UNAUTHENTICATED")
     if _is_full(error) or is_out_of_reach or isinstance(error, TimeoutError) or "NoSuchBucket" in str(error):
-        return refusal(error, what)
-    return DamageError(f"{what}: damaged or incomplete ({_cause(error)})")
+        return refusal(error, subject)
+    return DamageError(f"{subject}: damaged or incomplete ({_cause(error)})")
 
 
-def refusal(error: ValueError | OSError, what: str) -> UserError:
-    """The error of ours for a storage that does not take what is written to it, or does not answer at all."""
+def refusal(error: ValueError | OSError, subject: str) -> UserError:
+    """Return the user error for a storage that refuses a write or does not answer."""
     if _is_full(error):
         return DamageError(
-            f"{what}: no space left ({_cause(error)}); free some and run the same command again, the checkpoint before is intact"
+            f"{subject}: no space left ({_cause(error)}); free some and run the same command again, the previous "
+            "checkpoint is intact"
         )
     return StorageError(
-        f"{what}: the storage does not answer as it should ({_cause(error)}); check the path, the endpoint and the credentials"
+        f"{subject}: the storage does not answer as it should ({_cause(error)}); check the path, the endpoint and the "
+        "credentials"
     )
 
 
 def check_room(directory: str, needed_bytes: int) -> None:
-    """Raises DamageError if the disk of a local directory has less room than a checkpoint of so many bytes needs, before anything is written."""
-    needed = needed_bytes + needed_bytes // 50 + _LEAST_ROOM_BYTES  # checksums, databases and the manifest come on top
+    """Raise DamageError if a local disk has too little room for a checkpoint of `needed_bytes`."""
+    needed = needed_bytes + needed_bytes // 50 + _MIN_FREE_BYTES  # checksums, databases and the manifest need more
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise DamageError(
-            f"{directory}: no space left for a checkpoint of {needed / 2**20:,.0f} MiB, the disk has {free / 2**20:,.0f} MiB free; free some, or "
-            "lower checkpoint.keep_last, and run the same command again; the checkpoint before is intact"
+            f"{directory}: no space left for a checkpoint of {needed / 2**20:,.0f} MiB, the disk has "
+            f"{free / 2**20:,.0f} MiB free; free some, or lower checkpoint.keep_last, and run the same command again; "
+            "the previous checkpoint is intact"
         )
 
 
 def _is_full(error: Exception) -> bool:
-    said = str(error)
-    return said.startswith("RESOURCE_EXHAUSTED") or any(
-        text in said for text in ("No space left", "quota exceeded", "File too large")
+    message = str(error)
+    return message.startswith("RESOURCE_EXHAUSTED") or any(
+        text in message for text in ("No space left", "quota exceeded", "File too large")
     )
 
 

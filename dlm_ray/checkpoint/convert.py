@@ -1,4 +1,4 @@
-"""Writes any model that dlm_ray reads (a GGUF file, a Hugging Face folder, a checkpoint of ours) as a Hugging Face folder."""
+"""Convert any model that dlm_ray reads (a GGUF file, a Hugging Face folder, a checkpoint) to a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -23,37 +23,38 @@ library_name: transformers
 {license}---
 # {name}
 
-Converted by dlm_ray from the GGUF file `{name}`: {what}.
+Converted by dlm_ray from the GGUF file `{name}`: {description}.
 
-The quantised weights stand here as {dtype}: this is the rounded model and not the one that was quantised.
+The quantized weights are stored as {dtype}: this is the rounded model, not the model before quantization.
 """
 
 
 def convert(source: str, out: str, *, weights: str | None = None, dtype: str | None = None) -> Path:
-    """Writes config.json, model*.safetensors and the tokenizer of `source` to `out`, all of it or nothing.
+    """Write config.json, model*.safetensors and the tokenizer of `source` to `out`, completely or not at all.
 
     Args:
-        source: a GGUF file, a Hugging Face folder or hub name, or a checkpoint of ours.
-        out: a folder that is not there yet, or is empty.
-        weights: of a checkpoint of ours: `ema`, `raw`, or None: the average if the run kept one.
-        dtype: float32, bfloat16 or float16; None keeps the type, and dequantises to float32.
+        source: a GGUF file, a Hugging Face folder or hub name, or a dlm_ray checkpoint.
+        out: a folder that does not exist, or is empty.
+        weights: for a dlm_ray checkpoint, `ema`, `raw`, or None: the average if the run kept one.
+        dtype: float32, bfloat16 or float16; None keeps the stored type, and dequantizes to float32.
 
     Raises:
-        UserError: if `source` is nothing that is read, or `out` is no new folder.
+        UserError: if `source` is not a supported model, or `out` is not a new folder.
         DamageError: if `source` is damaged.
     """
     if dtype is not None and dtype not in DTYPES:
-        raise UserError(f"--dtype {dtype} is none of {', '.join(DTYPES)}; change --dtype")
+        raise UserError(f"--dtype {dtype} is not one of {', '.join(DTYPES)}; change --dtype")
     if out.lower().endswith(".gguf"):
         raise UserError(
-            f"{out} would be a GGUF file, and GGUF is only read; name a folder, and convert that with llama.cpp's converter"
+            f"{out} would be a GGUF file, which dlm_ray only reads; name a folder, and convert it with "
+            "llama.cpp's converter"
         )
     check_is_new(out)
     if our_checkpoint(source) is not None:
         return export(source, out, weights=weights, dtype=DTYPES[dtype] if dtype else None)
     if weights is not None:
         raise UserError(
-            f"--weights {weights} chooses between the weights of a checkpoint of ours, and {source} is none; leave it out"
+            f"--weights {weights} selects weights of a dlm_ray checkpoint, and {source} is not one; omit --weights"
         )
     files = open_pretrained(source)
     with new_folder(out) as folder:
@@ -74,7 +75,7 @@ def _type(stored: torch.dtype, dtype: str | None) -> torch.dtype:
 
 
 def _copy_small_files(files: ModelFiles, folder: Path) -> None:
-    """Tokenizer, chat template and generation settings, as they are."""
+    """Copy the tokenizer, the chat template and the generation settings unchanged."""
     for pattern in SMALL_FILES:
         for path in files.path.glob(pattern):
             if path.name != "config.json" and not path.name.endswith(".index.json"):
@@ -82,5 +83,5 @@ def _copy_small_files(files: ModelFiles, folder: Path) -> None:
 
 
 def _card(files: GGUFModel, dtype: str) -> str:
-    said = f"license: {files.license}\n" if files.license else ""
-    return _CARD.format(license=said, name=files.path.name, what=files.describe(), dtype=dtype)
+    license_line = f"license: {files.license}\n" if files.license else ""
+    return _CARD.format(license=license_line, name=files.path.name, description=files.describe(), dtype=dtype)

@@ -1,4 +1,4 @@
-"""A checkpoint of ours -> a Hugging Face folder that stock transformers opens; one file of weights in memory at a time, no process group."""
+"""Export a checkpoint as a Hugging Face folder that stock transformers opens, with one file of weights in memory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from dlm_ray.config.errors import UserError
 from dlm_ray.config.paths import local_path
 
 FILE_BYTES = 4 * 10**9
-# Before it, `is_causal: false` in a configuration is ignored without a word, and the model would run causal.
+# Older versions silently ignore `is_causal: false` in a configuration, and would run the model as causal.
 MINIMUM_TRANSFORMERS = "5.17"
 
 _CARD = """---
@@ -34,43 +34,44 @@ tags: [{tag}]
 
 Made by dlm_ray from step {step} of the run `{name}` (objective `{objective}`, weights `{weights}`).
 
-{what}
+{description}
 
-Tokenizer: {tokenizer}, sha256 `{sha256}`. Rows of training: {sequence_length} tokens.
+Tokenizer: {tokenizer}, sha256 `{sha256}`. Sequences of training: {sequence_length} tokens.
 """
 
-_DIFFUSION = """A masked diffusion language model{shift}. Its attention is bidirectional: `config.json` says `is_causal: false`, which needs
-transformers >= {minimum}; an older version would ignore it and give wrong logits. The mask token has id {mask_id}. `AutoModelForCausalLM` opens it and
-gives its logits; `generate` does not sample from it, `dlm-ray sample` does."""
+_DIFFUSION = """A masked diffusion language model{shift}. Its attention is bidirectional: `config.json` says
+`is_causal: false`, which needs transformers >= {minimum}; an older version would ignore it and give wrong logits. The
+mask token has id {mask_id}. `AutoModelForCausalLM` opens it and gives its logits; `generate` does not sample from it,
+`dlm-ray sample` does."""
 
-_SHIFT = ", in which position i is predicted by the logits of position i-1 (as in the autoregressive model that it was made from)"
+_SHIFT = ", in which position i is predicted by the logits of position i-1 (as in its autoregressive base)"
 
 
 def export(checkpoint_dir: str, out: str, *, weights: str | None = None, dtype: torch.dtype | None = None) -> Path:
-    """Writes config.json, model*.safetensors, the tokenizer and a model card to `out`, all of it or nothing.
+    """Write config.json, model*.safetensors, the tokenizer and a model card to `out`, completely or not at all.
 
-    Loaded by dlm_ray, it is what the checkpoint is: config.json also says the objective, the rows and the sampling (`checkpoint.description`), and what
-    the objective has learned has a file of its own.
+    dlm_ray loads the export as it loads the checkpoint: config.json also holds the objective, the sequence length and
+    the sampling (`checkpoint.description`), and the parameters of the objective have their own file.
 
     Args:
         checkpoint_dir: a step directory, or a run directory (its last step).
-        out: a folder that is not there yet, or is empty.
+        out: a folder that does not exist, or is empty.
         weights: `ema`, `raw`, or None: the average if the run kept one.
-        dtype: of the weights; None for the checkpoint's.
+        dtype: the type of the weights; None keeps the checkpoint's.
 
     Raises:
-        UserError: if `out` holds something, `checkpoint_dir` is no checkpoint, or nothing could sample from the export.
+        UserError: if `out` is not empty, `checkpoint_dir` is not a checkpoint, or the export could not be sampled from.
         DamageError: if a tensor of the checkpoint is damaged.
     """
     check_is_new(out)
     checkpoint = our_checkpoint(checkpoint_dir)
     if checkpoint is None:
-        raise UserError(f"{checkpoint_dir} is no checkpoint of ours: neither it nor a step in it has a manifest.json")
+        raise UserError(f"{checkpoint_dir} is not a checkpoint: neither it nor a step in it has a manifest.json")
     manifest = commit.read_manifest(checkpoint)
     if manifest.capabilities.get("canvas") == "simplex_blocks":
         raise UserError(
-            f"{checkpoint} is an SSD-LM: its block sees embeddings of noise that no Hugging Face model has, so an export could not be sampled; "
-            "use `dlm-ray sample` on the checkpoint itself"
+            f"{checkpoint} is an SSD-LM: its blocks see embeddings of noise that no Hugging Face model has, so an export "
+            "could not be sampled; use `dlm-ray sample` on the checkpoint itself"
         )
     prefix = weight_prefix(manifest.arrays, weights, checkpoint)
     stored = {
@@ -78,7 +79,7 @@ def export(checkpoint_dir: str, out: str, *, weights: str | None = None, dtype: 
         for name, entry in manifest.arrays.items()
         if name.startswith(f"{prefix}.")
     }
-    # What is learned beside the network has a file of its own.
+    # The parameters of the objective have their own file.
     stored = {name: entry for name, entry in stored.items() if not name.startswith("objective.")}
     with new_folder(out) as folder:
         architecture = _architecture(manifest.model["config"]["model_type"])
@@ -101,7 +102,7 @@ def export(checkpoint_dir: str, out: str, *, weights: str | None = None, dtype: 
 
 
 def check_is_new(out: str) -> None:
-    """Raises UserError unless `out` is a local folder that is not there yet, or is empty."""
+    """Raise UserError unless `out` is a local folder that does not exist or is empty."""
     target = local_path(out, "FOLDER", "a local folder that does not exist yet")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{out} exists and is not empty; choose another folder, or remove it")
@@ -109,7 +110,7 @@ def check_is_new(out: str) -> None:
 
 @contextmanager
 def new_folder(out: str) -> Iterator[Path]:
-    """A folder that becomes `out` when the block ends without an exception, and is removed otherwise."""
+    """Yield a folder that is renamed to `out` when the context ends without an exception, and removed otherwise."""
     target = Path(out)
     partial = target.with_name(f"{target.name}.tmp-{os.getpid()}")
     partial.mkdir(parents=True)
@@ -124,19 +125,19 @@ def new_folder(out: str) -> Iterator[Path]:
 
 
 def write_config(config: Mapping[str, Any], folder: Path) -> None:
-    """Writes config.json."""
+    """Write config.json into the folder."""
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def write_weights(
     types: Mapping[str, tuple[tuple[int, ...], torch.dtype]], read: Callable[[str], Tensor], folder: Path
 ) -> None:
-    """Writes model.safetensors, or several files of FILE_BYTES with their index; one file is in memory at a time.
+    """Write model.safetensors, or several files of FILE_BYTES with their index; one file at a time is in memory.
 
     Args:
-        types: shape and type of every tensor, to which what `read` gives is converted.
-        read: gives a tensor by its name.
-        folder: of the files.
+        types: the shape and the stored type of every tensor, by name.
+        read: returns a tensor by its name; it is converted to the stored type.
+        folder: the folder of the files.
     """
     files: list[list[str]] = [[]]
     filled = 0
@@ -165,17 +166,17 @@ def write_weights(
 
 
 def _copy_tokenizer(checkpoint: str, folder: Path) -> None:
-    """The files of `tokenizer/` beside the step, wherever the run lies."""
+    """Copy the files of `tokenizer/` in the run directory, local or remote."""
     run_dir = checkpoint.rstrip("/").rpartition("/")[0] or "."
     store = ts.KvStore.open(arrays.below(arrays.key_value_store(run_dir), "tokenizer")).result()
     for key in store.list().result():
         path = folder / key.decode()
-        path.parent.mkdir(parents=True, exist_ok=True)  # other chat templates lie in a folder
+        path.parent.mkdir(parents=True, exist_ok=True)  # additional chat templates are in a folder
         path.write_bytes(store.read(key).result().value)
 
 
 def _write_objective(checkpoint: str, manifest: Manifest, prefix: str, folder: Path) -> None:
-    """What is learned beside the network, in a file of its own, which stock transformers does not open."""
+    """Write the parameters of the objective, if any, to a file that stock transformers does not open."""
     stored = "ema.objective." if prefix == "ema" else "objective."
     names = [name for name in manifest.arrays if name.startswith(stored)]
     tensors: dict[str, Tensor] = {name.removeprefix(stored): commit.read_tensor(checkpoint, name) for name in names}
@@ -184,7 +185,7 @@ def _write_objective(checkpoint: str, manifest: Manifest, prefix: str, folder: P
 
 
 def _architecture(family: str) -> str:
-    """The class name that stock transformers looks for in `architectures`."""
+    """Return the class name that stock transformers expects in `architectures`."""
     return {
         "gpt2": "GPT2LMHeadModel",
         "llama": "LlamaForCausalLM",
@@ -196,9 +197,9 @@ def _architecture(family: str) -> str:
 
 def _card(manifest: Manifest, prefix: str) -> str:
     model: dict[str, Any] = manifest.model
-    what = "An autoregressive language model; `AutoModelForCausalLM` opens it and `generate` samples from it."
+    description = "An autoregressive language model; `AutoModelForCausalLM` opens it and `generate` samples from it."
     if not model["is_causal"]:
-        what = _DIFFUSION.format(
+        description = _DIFFUSION.format(
             shift=_SHIFT if model["shift"] else "", minimum=MINIMUM_TRANSFORMERS, mask_id=model["mask_id"]
         )
     return _CARD.format(
@@ -207,7 +208,7 @@ def _card(manifest: Manifest, prefix: str) -> str:
         step=manifest.step,
         objective=model["objective"],
         weights="averaged (ema)" if prefix == "ema" else "raw",
-        what=what,
+        description=description,
         tokenizer=manifest.tokenizer["name"],
         sha256=manifest.tokenizer["sha256"][:16],
         sequence_length=manifest.capabilities["sequence_length"],

@@ -1,4 +1,4 @@
-"""A GGUF file as the files of a pretrained model: one tensor at a time is dequantised, and only the rows that are needed."""
+"""A GGUF file as the files of a pretrained model; tensors are dequantized one at a time, and only the needed rows."""
 
 from __future__ import annotations
 
@@ -14,39 +14,39 @@ from dlm_ray.models.gguf import open_gguf
 
 
 class GGUFModel(ModelFiles):
-    """One file with configuration, tokenizer and quantised tensors, which is only read."""
+    """A read-only file with configuration, tokenizer and quantized tensors."""
 
     def __init__(self, path: Path):
         super().__init__(path)
         self._file = open_gguf(str(path))
 
     def config(self) -> dict[str, Any]:
-        """See ModelFiles."""
+        """See the method of ModelFiles."""
         return self._file.config()
 
     def names(self) -> Sequence[str]:
-        """See ModelFiles."""
+        """See the method of ModelFiles."""
         return list(self._file.tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """See ModelFiles."""
+        """See the method of ModelFiles."""
         return self._file.tensors[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
-        """See ModelFiles."""
+        """See the method of ModelFiles."""
         return torch.float32
 
     def read(self, name: str, region: tuple[slice, ...] | None = None) -> Tensor:
-        """See ModelFiles."""
+        """See the method of ModelFiles."""
         return self._file.read(name, region)
 
     def describe(self) -> str:
-        """What the file is, for people: its own name and its quantisations."""
+        """Return a description for people: the model's name in the file, and its quantizations."""
         quantised = ", ".join(f"{count} {name}" for name, count in sorted(self._file.quantisations().items()))
         return f"{self._file.metadata.get('general.name', 'a model without a name')} ({quantised})"
 
     @property
     def license(self) -> str | None:
-        """As the file says it."""
-        said: str | None = self._file.metadata.get("general.license")
-        return said
+        """The license in the metadata of the file, if any."""
+        license_name: str | None = self._file.metadata.get("general.license")
+        return license_name

@@ -1,4 +1,4 @@
-"""A Hugging Face folder, local or of the hub: each rank reads its own region of each safetensors file."""
+"""A Hugging Face folder, local or from the hub; each rank reads its own region of each safetensors file."""
 
 from __future__ import annotations
 
@@ -16,43 +16,43 @@ from dlm_ray.checkpoint.model_files import ModelFiles
 from dlm_ray.config.errors import DamageError, UserError
 from dlm_ray.config.paths import is_url
 
-# What a folder is downloaded and copied with, besides *.safetensors.
+# The files to download and copy, in addition to *.safetensors.
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 
 
 class HuggingFaceFolder(ModelFiles):
     """A folder with config.json and model.safetensors, or several files and their index.
 
-    Safetensors files carry no checksum: a flipped bit in them is not noticed.
+    Safetensors files have no checksum: a flipped bit in them goes unnoticed.
     """
 
     def __init__(self, folder: Path):
         super().__init__(folder)
         self._located: dict[str, str] | None = None
         self._archive: tuple[str, safe_open] | None = None
-        """The file that was read last."""
+        """The most recently used file."""
 
     def config(self) -> dict[str, Any]:
-        """See ModelFiles."""
+        """See the method of ModelFiles."""
         fields: dict[str, Any] = json.loads((self.path / "config.json").read_text())
         return fields
 
     def names(self) -> Sequence[str]:
-        """See ModelFiles."""
+        """See the method of ModelFiles."""
         return sorted(self._files(), key=lambda name: (self._files()[name], name))
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """See ModelFiles."""
+        """See the method of ModelFiles."""
         return tuple(self._slice(name).get_shape())
 
     def dtype(self, name: str) -> torch.dtype:
-        """See ModelFiles."""
+        """See the method of ModelFiles."""
         return self.read(name, tuple(slice(0, 0) for _ in self.shape(name))).dtype
 
     def read(self, name: str, region: tuple[slice, ...] | None = None) -> Tensor:
-        """See ModelFiles."""
-        found: Tensor = self._slice(name)[region or ...]
-        return found
+        """See the method of ModelFiles."""
+        tensor: Tensor = self._slice(name)[region or ...]
+        return tensor
 
     def _slice(self, name: str) -> Any:
         file = self._files()[name]
@@ -61,29 +61,29 @@ class HuggingFaceFolder(ModelFiles):
         return self._archive[1].get_slice(name)
 
     def _files(self) -> dict[str, str]:
-        """The file of every tensor in the folder."""
+        """Return the file of every tensor in the folder."""
         if self._located is None:
             self._located = _locate(self.path)
         return self._located
 
 
 def resolve_folder(name_or_path: str) -> Path:
-    """A local folder with a config.json, or a hub name's download.
+    """Return a local folder with a config.json, or the download of a hub name.
 
     Raises:
-        UserError: if it is neither.
+        UserError: if the name is neither.
     """
     if is_url(name_or_path):
         raise UserError(
-            f"{name_or_path} is no checkpoint of ours: neither it nor a step in it has a manifest.json. A Hugging Face folder is read from a local disk "
-            "alone; copy it, or give its hub name"
+            f"{name_or_path} is not a dlm_ray checkpoint: neither it nor a step in it has a manifest.json. A Hugging "
+            "Face folder must be on a local disk; copy it, or give its hub name"
         )
     folder = Path(name_or_path)
     if (folder / "config.json").is_file():
         return folder
     if folder.exists():
         raise UserError(
-            f"{name_or_path} is neither a checkpoint of ours (no step with a manifest.json) nor a Hugging Face folder "
+            f"{name_or_path} is neither a dlm_ray checkpoint (no step with a manifest.json) nor a Hugging Face folder "
             "(no config.json) nor a GGUF file"
         )
     from huggingface_hub import snapshot_download
@@ -93,31 +93,33 @@ def resolve_folder(name_or_path: str) -> Path:
         folder = Path(snapshot_download(name_or_path, allow_patterns=["*.safetensors", *SMALL_FILES]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
-            f"{name_or_path!r} is no folder here, and the hub gave nothing under that name ({type(error).__name__}); give a "
-            "checkpoint, a Hugging Face folder, a GGUF file, or a hub name with the network at hand"
+            f"{name_or_path!r} is not a local folder, and the hub has nothing of that name ({type(error).__name__}); "
+            "give a checkpoint, a Hugging Face folder, a GGUF file, or a hub name with network access"
         ) from error
     if not (folder / "config.json").is_file():
         raise UserError(
-            f"{name_or_path!r} has no config.json on the hub; if it has GGUF files, download one (`hf download`) and give the file's path"
+            f"{name_or_path!r} has no config.json on the hub; if it has GGUF files, download one (`hf download`) and "
+            "give the path of the file"
         )
     return folder
 
 
 @torch.no_grad()
 def load_objective(folder: Path, parameters: Mapping[str, Tensor]) -> None:
-    """Fills an objective's own parameters by their names from the file that an export has for them.
+    """Fill the parameters of an objective by name, from their file in an export.
 
     Raises:
         UserError: if a name is missing or a shape differs.
-        DamageError: if there is no such file, or it is cut short.
+        DamageError: if the file is missing or truncated.
     """
     if not parameters and not (folder / OBJECTIVE_FILE).exists():
         return
     with _opened(folder / OBJECTIVE_FILE) as archive:
-        stored = {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118  (it is no mapping)
+        stored = {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118  (not a mapping)
     if stored.keys() != parameters.keys():
         raise UserError(
-            f"{folder / OBJECTIVE_FILE} holds {sorted(stored)} where the objective has {sorted(parameters)}; export the checkpoint again"
+            f"{folder / OBJECTIVE_FILE} holds {sorted(stored)} where the objective has {sorted(parameters)}; export "
+            "the checkpoint again"
         )
     for name, parameter in parameters.items():
         if stored[name].shape != parameter.shape:
@@ -146,7 +148,7 @@ def _locate(folder: Path) -> dict[str, str]:
     single = folder / "model.safetensors"
     if not single.is_file():
         legacy = next(folder.glob("*.bin"), None)
-        hint = f"; {legacy.name} is a pickle, which is never opened: convert it to safetensors" if legacy else ""
+        hint = f"; {legacy.name} is a pickle, which dlm_ray never opens: convert it to safetensors" if legacy else ""
         raise UserError(f"{folder} has no model.safetensors{hint}")
     with _opened(single) as archive:
-        return {name: str(single) for name in archive.keys()}  # noqa: SIM118  (it is no mapping)
+        return {name: str(single) for name in archive.keys()}  # noqa: SIM118  (not a mapping)

@@ -1,4 +1,4 @@
-"""Which block of a tensor this rank holds, and the proof that the blocks of all ranks make up the whole."""
+"""The block of a tensor that this rank holds, and the check that the blocks of all ranks cover the tensor."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from dlm_ray.checkpoint import arrays
 
 @dataclass(frozen=True)
 class Block:
-    """This rank's part of one tensor."""
+    """The part of one tensor that this rank holds."""
 
     shape: tuple[int, ...]
-    """Of the whole tensor."""
+    """The shape of the whole tensor."""
     local: Tensor
     offset: tuple[int, ...]
     chunk: list[int]
-    """Of the array; the same on all ranks."""
+    """The chunk shape of the array, the same on all ranks."""
     writes: bool
-    """Whether this rank writes it: not if it holds nothing, or if another rank holds the same."""
+    """Whether this rank writes the block: not if it is empty, or if another rank holds the same block."""
 
 
 def block_of(tensor: Tensor) -> Block:
-    """The block that this rank holds of a plain tensor (all of it; rank 0 writes) or of a DTensor."""
+    """Return the block that this rank holds of a plain tensor (all of it; rank 0 writes) or of a DTensor."""
     if not isinstance(tensor, DTensor):
         is_first = not dist.is_initialized() or dist.get_rank() == 0
         chunk = arrays.chunk_shape(tensor.shape, tensor.element_size())
@@ -43,7 +43,7 @@ def block_of(tensor: Tensor) -> Block:
     is_empty = tensor.numel() == 0  # its first rank creates the array
     writes = local.numel() > 0 or is_empty
     for dimension, placement in enumerate(tensor.placements):
-        assert not placement.is_partial(), "a partial sum is no tensor yet: redistribute it before it is saved"
+        assert not placement.is_partial(), "a partial sum must be redistributed before it is saved"
         if isinstance(placement, Shard) and not is_empty:
             block[placement.dim] = -(-block[placement.dim] // mesh.size(dimension))
         else:
@@ -54,16 +54,17 @@ def block_of(tensor: Tensor) -> Block:
 def check_tiling(
     shapes: Mapping[str, Sequence[int]], chunks: Mapping[str, Sequence[int]], regions: Sequence[Mapping[str, Any]]
 ) -> None:
-    """Proves that the regions that all ranks wrote tile every tensor exactly once, on borders of its chunk grid.
+    """Check that the regions that all ranks wrote tile every tensor exactly once, along its chunk grid.
 
-    Two ranks that write parts of one chunk into databases of their own would lose one part without a word when the databases are merged.
+    If two ranks wrote parts of one chunk into their own databases, the merge would silently lose one part.
 
     Args:
-        shapes, chunks: by name.
-        regions: of every rank, by name: (offset, shape) of what it wrote.
+        shapes: the shape of each tensor, by name.
+        chunks: the chunk shape of each tensor, by name.
+        regions: for each rank, (offset, shape) of its region, by name of the tensor.
 
     Raises:
-        AssertionError: naming the tensor.
+        AssertionError: if a chunk is missing or written twice; the error names the tensor.
     """
     for name, shape in shapes.items():
         times_written = np.zeros(

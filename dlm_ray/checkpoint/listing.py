@@ -1,4 +1,4 @@
-"""The steps of a run directory: which are committed, which is the last, and which are removed. Local, s3:// and gs://."""
+"""The checkpoints of a run directory (local, s3:// or gs://): listing, the last one, and removal of old ones."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from dlm_ray.config.paths import check_url
 
 log = logging.getLogger(__name__)
 
-_STEP = re.compile(r"step_(\d{8}|[1-9]\d{8,})")  # as `step_directory` writes it
+_STEP = re.compile(r"step_(\d{8}|[1-9]\d{8,})")  # the format of `step_directory`
 
 
 def step_directory(run_dir: str, step: int) -> str:
-    """Where the checkpoint of `step` lies."""
+    """Return the directory of the checkpoint of `step`."""
     return f"{run_dir.rstrip('/')}/step_{step:08d}"
 
 
 def is_committed(path: str) -> bool:
-    """Whether `path` is a checkpoint directory with a manifest.
+    """Return whether `path` is a checkpoint directory with a manifest.
 
     Raises:
         UserError: if a remote storage does not answer.
@@ -37,7 +37,7 @@ def is_committed(path: str) -> bool:
 
 
 def committed_steps(run_dir: str) -> list[int]:
-    """Steps with a manifest, in order.
+    """Return the steps with a manifest, in order.
 
     Raises:
         UserError: if a remote storage does not answer.
@@ -46,22 +46,22 @@ def committed_steps(run_dir: str) -> list[int]:
 
 
 def latest(run_dir: str) -> str | None:
-    """The directory of the last committed step, if there is one."""
+    """Return the directory of the last committed step, if any."""
     steps = committed_steps(run_dir)
     return step_directory(run_dir, steps[-1]) if steps else None
 
 
 def prune(run_dir: str, keep_last: int, *, keep_best: int = 0, keep_every_steps: int = 0) -> list[int]:
-    """Removes every step before the last `keep_last` committed ones, also what half a save or half a removal left of it.
+    """Remove every step before the last `keep_last` committed ones, also remains of interrupted saves.
 
-    Each manifest goes first, so that half a removal leaves nothing that is believed. A directory that has no manifest, and
-    something in it that no save writes, stays.
+    Each manifest is removed first, so that an interrupted removal leaves no valid checkpoint. A directory without a
+    manifest stays if it contains anything that no save writes.
 
     Args:
-        run_dir: holds the steps.
-        keep_last: the last so many committed ones stay.
-        keep_best: so do those with the fewest held-out nats a token.
-        keep_every_steps: and committed ones that are multiples of it; 0 for none.
+        run_dir: the run directory.
+        keep_last: number of the last committed steps to keep.
+        keep_best: number of steps with the fewest held-out nats per token to keep.
+        keep_every_steps: keep committed steps that are multiples of it; 0 for none.
 
     Returns:
         The steps that were removed.
@@ -75,7 +75,7 @@ def prune(run_dir: str, keep_last: int, *, keep_best: int = 0, keep_every_steps:
     for step in [step for step in _steps(run_dir) if last and step < last[0] and step not in kept]:
         directory = step_directory(run_dir, step)
         if step not in committed and (names := files.foreign(directory)):
-            log.warning("%s is not pruned: it is no checkpoint, and holds %s", directory, ", ".join(names[:3]))
+            log.warning("%s is not pruned: it is not a checkpoint, and contains %s", directory, ", ".join(names[:3]))
             continue
         remove(directory)
         removed.append(step)
@@ -83,26 +83,24 @@ def prune(run_dir: str, keep_last: int, *, keep_best: int = 0, keep_every_steps:
 
 
 def _best(run_dir: str, steps: list[int], count: int) -> list[int]:
-    """The `count` steps with the lowest validation of their own; an objective without a bound has a block's cross-entropy instead."""
-    found = []
+    """Return the `count` steps with the least nats per token, or block cross-entropy, measured at the step."""
+    ranked = []
     for step in steps if count else []:
         try:
             metrics = read_manifest(step_directory(run_dir, step)).extra.get("metrics", {})
         except DamageError:
-            continue  # the best of the good ones are kept
+            continue  # a damaged checkpoint is not among the best
         if metrics.get("validated_step") != step:
-            continue  # what it was validated at is another state
+            continue  # the validation belongs to another state
         validation = metrics["validation"]
         nats = validation.get("nats_per_token", validation.get("block_nll"))
-        if nats is not None and math.isfinite(
-            nats
-        ):  # what is no number is better than nothing, and has no place in an order
-            found.append((nats, step))
-    return [step for _, step in sorted(found)[:count]]
+        if nats is not None and math.isfinite(nats):  # NaN cannot be sorted
+            ranked.append((nats, step))
+    return [step for _, step in sorted(ranked)[:count]]
 
 
 def _steps(run_dir: str) -> dict[int, bool]:
-    """Whether it has a manifest, of every step that there is something of, in order."""
+    """Return whether each step has a manifest, for every step with any file, in order."""
     if "://" in check_url(run_dir, "path"):
         keys = _remote_keys(run_dir, "step_")
     else:
@@ -116,10 +114,10 @@ def _steps(run_dir: str) -> dict[int, bool]:
 
 
 def remove(directory: str) -> None:
-    """Removes a step, its manifest first.
+    """Remove a step; its manifest goes first.
 
     Raises:
-        UserError: if it has no manifest, and holds something that no save writes.
+        UserError: if the directory has no manifest, and contains something that no save writes.
     """
     if not is_committed(directory):
         files.check_own(directory)
@@ -132,7 +130,7 @@ def remove(directory: str) -> None:
 
 
 def _remote_keys(path: str, prefix: str) -> list[str]:
-    """The keys in a directory that begin with `prefix`."""
+    """Return the keys in a directory that begin with `prefix`."""
     try:
         store = ts.KvStore.open(arrays.key_value_store(path)).result()
         keys = store.list(ts.KvStore.KeyRange(prefix, prefix[:-1] + chr(ord(prefix[-1]) + 1))).result(

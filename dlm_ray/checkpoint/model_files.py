@@ -1,4 +1,4 @@
-"""The files of a pretrained model in any format: a configuration, and tensors that fill a network, sharded or not."""
+"""The files of a pretrained model in any format: a configuration, and tensors for a network, sharded or not."""
 
 from __future__ import annotations
 
@@ -16,55 +16,55 @@ from dlm_ray.checkpoint.arrays import region
 from dlm_ray.checkpoint.layout import block_of
 from dlm_ray.config.errors import UserError
 
-# Buffers that older files of GPT-2 and Llama carry, and that the networks compute themselves.
+# Buffers in older files of GPT-2 and Llama, which the networks compute.
 _BUFFERS = re.compile(r".*\.(attn\.(masked_)?bias|rotary_emb\.inv_freq)")
-# A head that a file carries although the network ties it to the embedding.
+# A head that a file may contain although the network ties it to the embedding.
 _OPTIONAL = {"lm_head.weight"}
 
 
 class ModelFiles(ABC):
-    """A pretrained model that is no checkpoint of ours."""
+    """A pretrained model that is not a dlm_ray checkpoint."""
 
     def __init__(self, path: Path):
         self.path = path
-        """A folder or a file; `data.tokenizer.load_tokenizer` takes it, too."""
+        """A folder or a file; `data.tokenizer.load_tokenizer` accepts it, too."""
 
     @abstractmethod
     def config(self) -> dict[str, Any]:
-        """The content of config.json."""
+        """Return the content of config.json."""
 
     @abstractmethod
     def names(self) -> Sequence[str]:
-        """Names of the tensors, in an order that reads the files one after the other."""
+        """Return the names of the tensors, ordered by file."""
 
     @abstractmethod
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor."""
+        """Return the shape of a tensor."""
 
     @abstractmethod
     def dtype(self, name: str) -> torch.dtype:
-        """The type that `read` gives a tensor."""
+        """Return the type of the tensor that `read` returns."""
 
     @abstractmethod
     def read(self, name: str, region: tuple[slice, ...] | None = None) -> Tensor:
-        """A tensor, or a region of it."""
+        """Return a tensor, or a region of it."""
 
     @torch.no_grad()
     def load(
         self, tensors: Mapping[str, Tensor], *, extra_rows: Collection[str] = (), seed: int = 0
     ) -> dict[str, float]:
-        """Fills `tensors` in place, converted to their types; one tensor of the files is in memory at a time.
+        """Fill `tensors` in place, converted to their types; at most one tensor of the files is in memory.
 
         Args:
-            tensors: by name; DTensors take their own region.
-            extra_rows: names of tensors with one row more than the files: the mask token's.
-            seed: of the new rows.
+            tensors: the tensors by name; a DTensor reads only its own region.
+            extra_rows: names of tensors with one row more than the files, for the mask token.
+            seed: the seed of the new rows.
 
         Returns:
             The norms of the new rows, by name.
 
         Raises:
-            UserError: if a name is missing or not wanted, or a shape differs.
+            UserError: if a name is missing or unexpected, or a shape differs.
             DamageError: if a file is missing or cut short.
         """
         stored = self._match_names(tensors)
@@ -83,7 +83,7 @@ class ModelFiles(ABC):
         return norms
 
     def _match_names(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-        """Return the name in the files of every wanted name: the same, or without the model's prefix (as in GPT-2's files)."""
+        """Return the name in the files for every tensor: the same, or without the model's prefix (as for GPT-2)."""
         have = {name for name in self.names() if not _BUFFERS.fullmatch(name)}
         prefixes = {name.partition(".")[0] + "." for name in tensors}
         stored = {}
@@ -97,39 +97,40 @@ class ModelFiles(ABC):
                 name,
             )
             stored[name] = name if name in have else bare
-        missing = sorted(name for name, found in stored.items() if found not in have)
-        unwanted = sorted(have - set(stored.values()) - _OPTIONAL)
-        if missing or unwanted:
+        missing = sorted(name for name, file_name in stored.items() if file_name not in have)
+        unexpected = sorted(have - set(stored.values()) - _OPTIONAL)
+        if missing or unexpected:
             raise UserError(
-                f"{self.path} does not fit the network: missing {missing[:5] or 'nothing'}, not wanted "
-                f"{unwanted[:5] or 'nothing'}; is its configuration the one of these weights?"
+                f"{self.path} does not fit the network: missing {missing[:5] or 'nothing'}, unexpected "
+                f"{unexpected[:5] or 'nothing'}; does its configuration belong to these weights?"
             )
         return stored
 
     def _check_shape(self, shape: tuple[int, ...], tensor: Tensor, name: str) -> None:
         if shape != tuple(tensor.shape):
             raise UserError(
-                f"{self.path}: {name} has shape {list(shape)} where the network has {list(tensor.shape)}; is its "
-                "configuration the one of these weights?"
+                f"{self.path}: {name} has shape {list(shape)} where the network has {list(tensor.shape)}; does its "
+                "configuration belong to these weights?"
             )
 
 
 @torch.no_grad()
 def fill_with_extra_row(tensor: Tensor, rows: Tensor, name: str, seed: int) -> float:
-    """Fills [V + 1, D] with `rows` [V, D] and a new last row, the same on any number of ranks; returns its norm.
+    """Fill [V + 1, D] with `rows` [V, D] and a new last row, and return the norm of the new row.
 
-    The new row is the mean of the others plus N(0, 1/D) noise (DiffuGPT's, arXiv 2410.17891).
+    The new row is the mean of the others plus N(0, 1/D) noise, as in DiffuGPT (arXiv 2410.17891). It is the same on any
+    number of ranks.
     """
     digest = hashlib.sha256(f"{seed}/{name}/mask".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
     num_rows, width = rows.shape
     new = rows.mean(0, dtype=torch.float32) + torch.randn(width, generator=generator) / width**0.5
     block = block_of(tensor)
-    assert block.local.shape[1:] == tensor.shape[1:], f"{name} is sharded in another dimension than its rows"
+    assert block.local.shape[1:] == tensor.shape[1:], f"{name} must be sharded by rows"
     if block.local.numel():
-        # The new row, behind the file's last, is not among them.
-        own = rows[block.offset[0] : block.offset[0] + block.local.shape[0]]
-        block.local[: len(own)].copy_(own)
+        # These are rows of the file, without the new one.
+        stored = rows[block.offset[0] : block.offset[0] + block.local.shape[0]]
+        block.local[: len(stored)].copy_(stored)
         if block.offset[0] + block.local.shape[0] > num_rows:
             block.local[-1].copy_(new)
     return float(new.norm())

@@ -1,4 +1,4 @@
-"""The one place where a name becomes a pretrained model's files: a GGUF file, a Hugging Face folder, or a hub name."""
+"""Open a pretrained model by name: a GGUF file, a Hugging Face folder, or a hub name."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from dlm_ray.models.gguf import is_gguf
 
 
 def open_pretrained(name_or_path: str) -> ModelFiles:
-    """The files of a model that is no checkpoint of ours (`weights.our_checkpoint` finds those).
+    """Return the files of a model that is not a dlm_ray checkpoint (`weights.our_checkpoint` finds those).
 
     Raises:
-        UserError: if there is none of that name, or it is of a kind that is not supported.
-        DamageError: if it is a GGUF file that is damaged.
+        UserError: if no model has this name, or its format is not supported.
+        DamageError: if it is a damaged GGUF file.
     """
     if is_gguf(name_or_path):
         return GGUFModel(Path(name_or_path))

@@ -1,4 +1,4 @@
-"""The weights of a checkpoint of ours, as the evaluation, the samplers and a run that starts from it want them."""
+"""The weights of a dlm_ray checkpoint, for evaluation, sampling, and a run that starts from them."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def load_weights(
     extra_rows: Collection[str] = (),
     seed: int = 0,
 ) -> dict[str, float]:
-    """Fills Hugging Face-named tensors from a checkpoint of ours; names in `extra_rows` get a row more than the checkpoint has.
+    """Fill tensors with Hugging Face names from a dlm_ray checkpoint; tensors in `extra_rows` have one additional row.
 
     Args:
         checkpoint: a step directory.
-        tensors: by Hugging Face name.
+        tensors: the tensors by Hugging Face name.
         weights: `ema`, `raw`, or None: the average if the run kept one.
-        extra_rows: names of the vocabulary's tensors that are extended.
-        seed: of the new rows.
+        extra_rows: names of vocabulary tensors with one row more than the checkpoint.
+        seed: the seed of the new rows.
 
     Returns:
         The norms of the new rows, by name.
@@ -42,7 +42,7 @@ def load_weights(
 
 
 def load_objective(checkpoint: str, parameters: Mapping[str, Tensor], weights: str | None = None) -> None:
-    """Fills an objective's own parameters by their names, from the average or the raw ones as `load_weights` does."""
+    """Fill the parameters of an objective by name, from the average or the raw ones, as `load_weights` does."""
     if parameters:
         prefix = weight_prefix(commit.read_manifest(checkpoint).arrays, weights, checkpoint)
         stored = "ema.objective" if prefix == "ema" else "objective"
@@ -50,21 +50,22 @@ def load_objective(checkpoint: str, parameters: Mapping[str, Tensor], weights: s
 
 
 def weight_prefix(arrays: Collection[str], weights: str | None, checkpoint: str) -> str:
-    """`ema` or `model`: under which names the checkpoint holds the weights that are asked for.
+    """Return `ema` or `model`, the prefix of the requested weights in the checkpoint.
 
     Raises:
-        UserError: if the average is asked for and the run kept none.
+        UserError: if the average is requested and the run kept none.
     """
     has_ema = any(name.startswith("ema.") for name in arrays)
     if weights == "ema" and not has_ema:
         raise UserError(
-            f"{checkpoint} holds no averaged weights, because its recipe has no `ema`; leave --weights out or say --weights raw"
+            f"{checkpoint} holds no averaged weights, because its recipe has no `ema`; omit --weights or "
+            "set --weights raw"
         )
     return "ema" if has_ema and weights != "raw" else "model"
 
 
 def our_checkpoint(path: str) -> str | None:
-    """The step directory that `path` means, if it is a checkpoint of ours or a run directory with one; None for anything else."""
+    """Return the step directory of a dlm_ray checkpoint or of a run directory's last one; None for anything else."""
     check_url(path, "CHECKPOINT")
     if listing.is_committed(path):
         return path

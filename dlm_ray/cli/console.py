@@ -179,7 +179,7 @@ def print_splits(out: str, splits: Mapping[str, Mapping[str, int]]) -> None:
     for heading in ("sequences", "documents", "tokens"):
         table.add_column(heading, justify="right")
     for name, split in splits.items():
-        table.add_row(name, *(f"{split[key]:,}" for key in ("rows", "documents", "tokens")))
+        table.add_row(name, *(f"{split[key]:,}" for key in ("sequences", "documents", "tokens")))
     Console().print(table)
 
 
@@ -191,7 +191,7 @@ def print_description(description: Mapping[str, Any]) -> None:
         f"{tokenizer['vocab_size']} tokens, sha256 {tokenizer['sha256'][:12]}"
     )
     print_splits(description["path"], description["splits"])
-    for number, sequence in enumerate(description.get("first_rows", [])):
+    for number, sequence in enumerate(description.get("first_sequences", [])):
         print_message(f"sequence {number} of train:")
         for segment in sequence:
             print_message(f"  document {segment['document']}, {segment['tokens']} tokens: {segment['text'][:200]!r}")

@@ -63,7 +63,7 @@ def data_build(
             progress=update,
         )
     splits = {
-        name: {"rows": split.rows, "documents": split.documents, "tokens": split.tokens}
+        name: {"sequences": split.sequences, "documents": split.documents, "tokens": split.tokens}
         for name, split in index.splits.items()
     }
     show_result({"out": out, "splits": splits}, as_json, lambda: print_splits(out, splits))

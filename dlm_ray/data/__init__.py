@@ -1,5 +1,6 @@
-"""Sources -> tokens -> packed rows -> webdataset shards -> an ordered, seekable mixture.
+"""Training data: sources, tokens, packed sequences, webdataset shards, and an ordered mixture of data folders.
 
-Legend of every module here: L positions of a row. A document stands in one or more segments; every segment begins with a start
-token, which is never masked and never scored. A document that does not fit into the rest of a row goes on in the next one.
+In every module L is the number of positions of a sequence. A sequence consists of segments, each of one document. Every
+segment begins with a start token, which is never masked and never scored. A document that does not fit into the rest
+of a sequence continues in the next one.
 """

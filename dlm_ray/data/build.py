@@ -1,4 +1,4 @@
-"""One part of a data folder: its documents tokenised, split, packed and written as shards of its own. Without Ray, which only calls it many times."""
+"""Build one part of a data folder: tokenize, split and pack its documents, and write its shards. Needs no Ray."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _ENCODE_DOCUMENTS = 64
 
 @dataclass(frozen=True)
 class Settings:
-    """What the bytes of the shards depend on, besides the documents."""
+    """The settings that, with the documents, determine the bytes of the shards."""
 
     tokenizer_sha256: str
     sequence_length: int
@@ -30,10 +30,10 @@ class Settings:
 
 
 def build_part(part: sources.SourceChunk, tokenizer_folder: str, settings: Settings, out: str) -> dict[str, Any]:
-    """Writes the shards of one part and then its marker, by which a later build knows that they are whole.
+    """Write the shards of one part, then its marker, which tells a later build that the shards are complete.
 
     Returns:
-        By split: rows, tokens, bytes, documents and the shards, as in the index.
+        By split: sequences, tokens, bytes, documents and the shards, as in the index.
     """
     done = finished_part(part, settings, out)
     if done is not None:
@@ -56,11 +56,11 @@ def write_index(
     tokenizer: TokenizerIdentity,
     built_from: dict[str, Any],
 ) -> Index:
-    """Writes index.json, which makes `out` a data folder, from the results of all parts in their order."""
+    """Write index.json, which makes `out` a data folder, from the results of all parts in order."""
     splits = {}
     for split in SPLITS:
         parts = [result[split] for result in results]
-        sums = {key: sum(part[key] for part in parts) for key in ("rows", "tokens", "bytes", "documents")}
+        sums = {key: sum(part[key] for part in parts) for key in ("sequences", "tokens", "bytes", "documents")}
         splits[split] = {**sums, "shards": [shard for part in parts for shard in part["shards"]]}
     fields = {
         "format": FORMAT,
@@ -75,7 +75,7 @@ def write_index(
 
 
 def finished_part(part: sources.SourceChunk, settings: Settings, out: str) -> dict[str, Any] | None:
-    """What an earlier build wrote of this part, if its inputs and settings were the same and its shards are there in full size."""
+    """Return an earlier build's result of this part; None if its inputs, settings or shard sizes differ."""
     name = _marker(part, out)
     if not storage.exists(name):
         return None
@@ -83,74 +83,71 @@ def finished_part(part: sources.SourceChunk, settings: Settings, out: str) -> di
     if marker["inputs"] != _fingerprint(part, settings):
         return None
     result: dict[str, Any] = marker["result"]
-    written = [shard for split in result.values() for shard in split["shards"]]
-    return (
-        result
-        if all(storage.size(storage.join(out, shard["file"])) == shard["size_bytes"] for shard in written)
-        else None
-    )
+    shards = [shard for split in result.values() for shard in split["shards"]]
+    is_complete = all(storage.size(storage.join(out, shard["file"])) == shard["size_bytes"] for shard in shards)
+    return result if is_complete else None
 
 
 def split_of(text: str, held_out: float) -> str:
-    """`held_out` for a share of documents, chosen by the hash of their text: a document never stands in both, and neither do its copies."""
+    """Return `held_out` for a share of documents, else `train`; the hash of the text decides, also for copies."""
     digest = hashlib.sha256(text.encode()).digest()
     return "held_out" if int.from_bytes(digest[:8], "big") < held_out * 2**64 else "train"
 
 
 def _encoded(documents: Iterable[tuple[str, str]], tokenizer: Any) -> Iterator[tuple[int, str, list[int], list[int]]]:
-    """(number, text, tokens, bytes of each token) of (place, text), several documents at a time."""
-    waiting: list[tuple[str, str]] = []
+    """Yield (number, text, tokens, bytes of each token) for (place, text) pairs; encode several documents at a time."""
+    batch: list[tuple[str, str]] = []
     number = 0
 
     def flush() -> Iterator[tuple[int, str, list[int], list[int]]]:
         try:
-            encoded = encode(tokenizer, [text for _, text in waiting])
+            encoded = encode(tokenizer, [text for _, text in batch])
         except ControlTokenError as error:
-            raise UserError(f"{waiting[error.number][0]}, {error}") from error
+            raise UserError(f"{batch[error.number][0]}, {error}") from error
         for i, (tokens, num_bytes) in enumerate(encoded):
-            yield number + i, waiting[i][1], tokens, num_bytes
+            yield number + i, batch[i][1], tokens, num_bytes
 
     for document in documents:
-        waiting.append(document)
-        if len(waiting) == _ENCODE_DOCUMENTS:
+        batch.append(document)
+        if len(batch) == _ENCODE_DOCUMENTS:
             yield from flush()
-            number, waiting = number + len(waiting), []
+            number, batch = number + len(batch), []
     yield from flush()
 
 
 class _SplitWriter:
-    """Packs the documents of one split of one part, and writes a shard whenever its rows are full."""
+    """Packs the documents of one split of one part, and writes a shard whenever enough sequences are complete."""
 
     def __init__(self, split: str, part: int, settings: Settings, tokenizer: TokenizerIdentity, out: str):
         self._name, self._part, self._out = f"{split}-{part:05d}", part, out
-        self._rows_per_shard = settings.sequences_per_shard
+        self._sequences_per_shard = settings.sequences_per_shard
         self._packer = packing.Packer(settings.sequence_length, tokenizer.start_id, tokenizer.end_id)
-        self._rows: list[packing.PackedSequence] = []
+        self._sequences: list[packing.PackedSequence] = []
         self._shards: list[dict[str, Any]] = []
         self._sums = {"documents": 0, "tokens": 0, "bytes": 0}
 
     def add(self, number: int, tokens: list[int], num_bytes: list[int]) -> None:
-        """Document number `number` of the part."""
+        """Add document `number` of the part."""
         self._sums["documents"] += 1
         self._sums["tokens"] += len(tokens) + 1  # its end-of-text token is scored
         self._sums["bytes"] += sum(num_bytes)
-        self._rows += self._packer.add(number, tokens, num_bytes)
-        while len(self._rows) >= self._rows_per_shard:
+        self._sequences += self._packer.add(number, tokens, num_bytes)
+        while len(self._sequences) >= self._sequences_per_shard:
             self._write()
 
     def finish(self) -> dict[str, Any]:
-        """Writes what is left; rows, tokens, bytes, documents and the shards."""
-        self._rows += self._packer.finish()
-        while self._rows:
+        """Write the remaining sequences; return the sequences, tokens, bytes, documents and shards of the split."""
+        self._sequences += self._packer.finish()
+        while self._sequences:
             self._write()
-        return {**self._sums, "rows": sum(shard["rows"] for shard in self._shards), "shards": self._shards}
+        num_sequences = sum(shard["sequences"] for shard in self._shards)
+        return {**self._sums, "sequences": num_sequences, "shards": self._shards}
 
     def _write(self) -> None:
         name = f"{self._name}-{len(self._shards):05d}.tar"
-        self._shards.append(
-            {"part": self._part, **shards.write_shard(self._out, name, self._rows[: self._rows_per_shard])}
-        )
-        self._rows = self._rows[self._rows_per_shard :]
+        shard = shards.write_shard(self._out, name, self._sequences[: self._sequences_per_shard])
+        self._shards.append({"part": self._part, **shard})
+        self._sequences = self._sequences[self._sequences_per_shard :]
 
 
 def _marker(part: sources.SourceChunk, out: str) -> str:
@@ -158,12 +155,13 @@ def _marker(part: sources.SourceChunk, out: str) -> str:
 
 
 def _fingerprint(part: sources.SourceChunk, settings: Settings) -> str:
-    """Of the settings, and of the content of every file that the part reads."""
+    """Return the sha256 of the settings and of the content of every file that the part reads."""
     digest = hashlib.sha256(json.dumps([part.as_dict(), vars(settings)], sort_keys=True).encode())
     for piece in part.pieces:
         with open(piece.path, "rb") as stream:
             if piece.kind == "jsonl":
-                # The byte before decides whether a line begins here, and the last line may run on into the next piece.
+                # The previous byte decides whether a line begins here, and the last line may continue in the next
+                # piece.
                 before = max(0, piece.first - 1)
                 stream.seek(before)
                 digest.update(stream.read(piece.last - before))

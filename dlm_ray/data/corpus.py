@@ -1,4 +1,4 @@
-"""Real text that every machine has: the source code and the documentation topics of the Python that runs this."""
+"""A corpus of real text on every machine: the source code and the documentation topics of the running Python."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from typing import Any
 from dlm_ray.config.errors import UserError
 from dlm_ray.data import storage
 
-_LEAST_BYTES = 2 * 2**20
-_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "pydoc_data"}
+_MIN_BYTES = 2 * 2**20
+_EXCLUDED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "pydoc_data"}
 
 
 def write_corpus(path: str, max_bytes: int | None = None) -> dict[str, Any]:
-    """Writes a JSONL file of {"path", "text"} records, a module or a topic each.
+    """Write a JSONL file of {"path", "text"} records, one per module or documentation topic.
 
     Args:
-        path: of the file.
-        max_bytes: leaves out what comes after so many bytes; all of it if None.
+        path: the file to write.
+        max_bytes: the largest size of the file; later records are left out. None writes all of them.
 
     Returns:
-        documents, bytes, and the sha256 of the file: two Pythons with the same fingerprint have the same corpus.
+        documents, bytes, and the sha256 of the file, which is equal for Pythons with equal corpora.
 
     Raises:
-        UserError: if this Python came without its sources.
+        UserError: if this Python is installed without its sources.
     """
     lines = [json.dumps({"path": name, "text": text}, ensure_ascii=False) + "\n" for name, text in _documents()]
     ends = list(accumulate(len(line.encode()) for line in lines))
-    if not ends or ends[-1] < _LEAST_BYTES:
+    if not ends or ends[-1] < _MIN_BYTES:
         raise UserError(
-            f"this Python has only {ends[-1] if ends else 0:,} bytes of sources in {sysconfig.get_paths()['stdlib']} (a stripped or zipped installation?), "
-            f"and the quickstart's corpus needs {_LEAST_BYTES:,}; use a Python with its standard library's .py files, or your own text with "
-            "`dlm-ray data build`"
+            f"this Python has only {ends[-1] if ends else 0:,} bytes of sources in {sysconfig.get_paths()['stdlib']} "
+            f"(a stripped or zipped installation?), and the quickstart's corpus needs {_MIN_BYTES:,}; use a Python "
+            "with its standard library's .py files, or your own text with `dlm-ray data build`"
         )
     content = "".join(lines if max_bytes is None else lines[: bisect_right(ends, max_bytes)]).encode()
     storage.write(path, content)
@@ -45,11 +45,11 @@ def write_corpus(path: str, max_bytes: int | None = None) -> dict[str, Any]:
 
 
 def _documents() -> Iterator[tuple[str, str]]:
-    """Modules in sorted order, then topics; files that are not UTF-8 are left out."""
+    """Yield (name, text) of the modules in sorted order, then of the topics; skip files that are not UTF-8."""
     library = Path(sysconfig.get_paths()["stdlib"])
     for file in sorted(library.rglob("*.py")):
         name = file.relative_to(library)
-        if _LEFT_OUT.isdisjoint(name.parts):
+        if _EXCLUDED.isdisjoint(name.parts):
             try:
                 yield str(name), file.read_text(encoding="utf-8")
             except UnicodeDecodeError:

@@ -1,4 +1,4 @@
-"""`index.json`: what a folder of shards holds, by which tokenizer, and the hashes that a reader checks."""
+"""The `index.json` of a data folder: its shards, its tokenizer, and the hashes that a reader checks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dlm_ray.config.errors import DamageError, UserError
 from dlm_ray.data import storage
 from dlm_ray.data.tokenizer import TokenizerIdentity, load_tokenizer
 
-FORMAT = 1
+FORMAT = 2
 NAME = "index.json"
 
 
@@ -20,61 +20,61 @@ class _Frozen(BaseModel):
 
 
 class Shard(_Frozen):
-    """One .tar file of rows."""
+    """One .tar file of sequences."""
 
     file: str
     part: int
-    """Documents are numbered within a part."""
-    rows: int
+    """The part of the build that wrote the shard; documents are numbered within a part."""
+    sequences: int
     sha256: str
     size_bytes: int
 
 
 class Split(_Frozen):
-    """`train` or `held_out`."""
+    """The `train` or the `held_out` split of a data folder."""
 
-    rows: int
+    sequences: int
     tokens: int
-    """Scored tokens: neither start tokens nor padding."""
+    """Scored tokens, without start tokens and padding."""
     bytes: int
     documents: int
     shards: tuple[Shard, ...]
 
 
 class Index(_Frozen):
-    """A data folder."""
+    """The content of `index.json`."""
 
     format: int
     sequence_length: int
-    """L."""
+    """L, the number of tokens of every sequence."""
     tokenizer: TokenizerIdentity
     splits: dict[str, Split]
     built_from: dict[str, Any]
 
 
 def load_index(path: str) -> Index:
-    """The index of a data folder, local or remote.
+    """Return the index of a data folder, local or remote.
 
     Raises:
-        UserError: if there is none, or it is of a newer format.
-        DamageError: if it cannot be read.
+        UserError: if the folder has no index, or one of another format.
+        DamageError: if the index cannot be read.
     """
     name = storage.join(str(path), NAME)
     if not storage.exists(name):
         raise UserError(
-            f"{path} is no data folder: it has no {NAME}; build one with `dlm-ray data build SOURCE... --out {path}`"
+            f"{path} is not a data folder: it has no {NAME}; build one with `dlm-ray data build SOURCE... --out {path}`"
         )
     try:
         fields = json.loads(storage.read(name))
-        if fields.get("format", 0) > FORMAT:
-            raise UserError(
-                f"{name} has format {fields['format']}, and this version reads up to {FORMAT}; install a newer dlm-ray"
-            )
+        found = fields.get("format", FORMAT)
+        if found != FORMAT:
+            action = "install a newer dlm-ray" if found > FORMAT else "build the data again with `dlm-ray data build`"
+            raise UserError(f"{name} has format {found}, and this version reads format {FORMAT}; {action}")
         return Index.model_validate(fields)
     except (ValidationError, json.JSONDecodeError) as error:
         raise DamageError(f"{name} cannot be read: {str(error).splitlines()[0]}; build the data again") from error
 
 
 def load_data_tokenizer(path: str) -> Any:
-    """The tokenizer that a data folder was made with, which lies in the folder, local or remote."""
+    """Return the tokenizer that a data folder was built with; the folder, local or remote, contains it."""
     return load_tokenizer(storage.join(path, "tokenizer"))

@@ -1,4 +1,4 @@
-"""Documents as tokens -> rows of exactly L tokens, nothing dropped."""
+"""Pack tokenized documents into sequences of exactly L tokens; no token is dropped."""
 
 from __future__ import annotations
 
@@ -9,56 +9,57 @@ import numpy as np
 
 
 class PackedSequence(NamedTuple):
-    """One row."""
+    """One sequence of L tokens."""
 
     input_ids: np.ndarray
     """[L] int32."""
     document_ids: np.ndarray
-    """[L] int32: number of the document within its part; -1 is padding."""
+    """[L] int32: number of the document within its part; -1 for padding."""
     num_bytes: np.ndarray
     """[L] int32: raw UTF-8 bytes that the token stands for; 0 for start tokens, end-of-text tokens and padding."""
 
 
 class Packer:
-    """Fills one row after the other, so that no more than a row is held.
+    """Fills one sequence after the other, so that it holds at most one incomplete sequence.
 
     Args:
         sequence_length: L, at least 3.
-        start_id: begins every segment.
-        end_id: ends every document, and pads the last row, and any row with a single place left.
+        start_id: the token that begins every segment.
+        end_id: the token that ends every document. It also pads the last sequence, and any sequence with a single free
+            position.
     """
 
     def __init__(self, sequence_length: int, start_id: int, end_id: int):
-        assert sequence_length >= 3, "a row needs a start token and two more, so that a segment never stays empty"
+        assert sequence_length >= 3, "a sequence needs a start token and two more, so that no segment stays empty"
         self.sequence_length, self.start_id, self.end_id = sequence_length, start_id, end_id
         self._ids: list[int] = []
-        self._owners: list[int] = []
-        self._sizes: list[int] = []
+        self._document_ids: list[int] = []
+        self._num_bytes: list[int] = []
 
     def add(self, number: int, tokens: Sequence[int], num_bytes: Sequence[int]) -> list[PackedSequence]:
-        """Appends a document (its number, token ids, and bytes of each token); returns the rows that it did not fit into any more."""
-        rows = []
+        """Append document `number`, its token ids and the bytes of each token; return the complete sequences."""
+        sequences = []
         tokens, num_bytes = [*tokens, self.end_id], [*num_bytes, 0]
-        at = 0
-        while at < len(tokens):
+        start = 0
+        while start < len(tokens):
             if self.sequence_length - len(self._ids) < 2:  # no room for a start token and one more
-                rows += self.finish()
-            count = min(len(tokens) - at, self.sequence_length - len(self._ids) - 1)
-            self._ids += [self.start_id, *tokens[at : at + count]]
-            self._owners += [number] * (count + 1)
-            self._sizes += [0, *num_bytes[at : at + count]]
-            at += count
-        return rows
+                sequences += self.finish()
+            count = min(len(tokens) - start, self.sequence_length - len(self._ids) - 1)
+            self._ids += [self.start_id, *tokens[start : start + count]]
+            self._document_ids += [number] * (count + 1)
+            self._num_bytes += [0, *num_bytes[start : start + count]]
+            start += count
+        return sequences
 
     def finish(self) -> list[PackedSequence]:
-        """The row that is being filled, padded, if anything is in it."""
+        """Return the incomplete sequence, padded; an empty list if there is none."""
         if not self._ids:
             return []
         missing = self.sequence_length - len(self._ids)
-        row = PackedSequence(
+        sequence = PackedSequence(
             np.array(self._ids + [self.end_id] * missing, dtype=np.int32),
-            np.array(self._owners + [-1] * missing, dtype=np.int32),
-            np.array(self._sizes + [0] * missing, dtype=np.int32),
+            np.array(self._document_ids + [-1] * missing, dtype=np.int32),
+            np.array(self._num_bytes + [0] * missing, dtype=np.int32),
         )
-        self._ids, self._owners, self._sizes = [], [], []
-        return [row]
+        self._ids, self._document_ids, self._num_bytes = [], [], []
+        return [sequence]

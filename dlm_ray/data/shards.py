@@ -1,4 +1,4 @@
-"""Rows -> .tar shards of webdataset samples; the same rows give the same bytes, and any webdataset reader reads them."""
+"""Webdataset .tar shards of packed sequences; equal sequences give equal bytes."""
 
 from __future__ import annotations
 
@@ -19,29 +19,35 @@ from dlm_ray.data.packing import PackedSequence
 FIELDS = ("document_ids", "input_ids", "num_bytes")
 
 
-def write_shard(folder: str, name: str, rows: Sequence[PackedSequence]) -> dict[str, Any]:
-    """Writes `<folder>/<name>`, a sample a row with members `<key>.<field>.npy`.
+def write_shard(folder: str, name: str, sequences: Sequence[PackedSequence]) -> dict[str, Any]:
+    """Write `<folder>/<name>` with one sample per sequence, whose members are `<key>.<field>.npy`.
 
     Returns:
-        file, rows, sha256 and size_bytes, as in the index.
+        file, sequences, sha256 and size_bytes, as in the index.
     """
-    content = _tar(name.removesuffix(".tar"), rows)
+    content = _tar(name.removesuffix(".tar"), sequences)
     storage.write(storage.join(folder, name), content)
-    return {"file": name, "rows": len(rows), "sha256": hashlib.sha256(content).hexdigest(), "size_bytes": len(content)}
+    return {
+        "file": name,
+        "sequences": len(sequences),
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "size_bytes": len(content),
+    }
 
 
 @dataclass(frozen=True)
 class SampleLayout:
-    """Where the arrays of a row lie: they have fixed types and shapes, so that every row of every shard is laid out alike."""
+    """The offsets of a sample's arrays, which are the same for every sample of every shard."""
 
     stride_bytes: int
+    """Bytes from one sample to the next."""
     offsets: dict[str, int]
-    """Of each array's numbers from the beginning of the row."""
+    """By field: the offset of the array's numbers from the start of the sample."""
 
 
 @cache
-def row_layout(sequence_length: int) -> SampleLayout:
-    """The layout of rows of L tokens, read off a shard of two."""
+def sample_layout(sequence_length: int) -> SampleLayout:
+    """Return the layout of samples of L tokens, measured on a shard of two samples."""
     blank = PackedSequence(*(np.zeros(sequence_length, np.int32) for _ in FIELDS))
     with tarfile.open(fileobj=io.BytesIO(_tar("x", [blank, blank])), mode="r:") as archive:
         members = archive.getmembers()
@@ -52,27 +58,29 @@ def row_layout(sequence_length: int) -> SampleLayout:
     return SampleLayout(members[len(FIELDS)].offset, offsets)
 
 
-def read_row(stream: BinaryIO, row: int, sequence_length: int) -> dict[str, np.ndarray]:
-    """The arrays [L] int32 of row number `row` of a shard, by field.
+def read_sequence(stream: BinaryIO, number: int, sequence_length: int) -> dict[str, np.ndarray]:
+    """Return the arrays [L] int32 of sequence `number` of a shard, by field.
 
     Raises:
-        EOFError: if the shard ends before the row does.
+        EOFError: if the shard ends before the sequence does.
     """
-    layout = row_layout(sequence_length)
-    stream.seek(row * layout.stride_bytes)
+    layout = sample_layout(sequence_length)
+    stream.seek(number * layout.stride_bytes)
     content = stream.read(layout.stride_bytes)
     if len(content) < layout.stride_bytes:
-        raise EOFError(f"it ends within row {row}")
+        raise EOFError(f"it ends within sequence {number}")
     return {
         field: np.frombuffer(content, np.dtype("<i4"), sequence_length, offset)
         for field, offset in layout.offsets.items()
     }
 
 
-def _tar(prefix: str, rows: Sequence[PackedSequence]) -> bytes:
+def _tar(prefix: str, sequences: Sequence[PackedSequence]) -> bytes:
+    """Return the bytes of a shard; owner, mode and time are fixed."""
     buffer = io.BytesIO()
     writer = webdataset.TarWriter(buffer, user="dlm_ray", group="dlm_ray", mode=0o644, mtime=0)
-    for number, row in enumerate(rows):
-        writer.write({"__key__": f"{prefix}-{number:07d}", **{f"{field}.npy": getattr(row, field) for field in FIELDS}})
+    for number, sequence in enumerate(sequences):
+        arrays = {f"{field}.npy": getattr(sequence, field) for field in FIELDS}
+        writer.write({"__key__": f"{prefix}-{number:07d}", **arrays})
     writer.close()
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""Text files, JSONL, parquet and folders of them -> parts of a few megabytes -> documents, in an order that never changes."""
+"""Read text files, JSONL, parquet, and folders of them in parts of a few megabytes and in a fixed order."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ PART_BYTES = 8 * 2**20
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of one file: bytes of a JSONL file (the lines that begin in it), row groups of a parquet file, or the whole file."""
+    """A range of one file: bytes of a JSONL file (lines that begin there), parquet row groups, or the whole file."""
 
     path: str
     kind: str
-    """text, jsonl, jsonl.gz or parquet."""
+    """One of text, jsonl, jsonl.gz and parquet."""
     first: int
     last: int
     size_bytes: int
@@ -30,39 +30,39 @@ class Piece:
 
 @dataclass(frozen=True)
 class SourceChunk:
-    """What one task tokenizes and writes into shards of its own."""
+    """The documents that one task tokenizes and writes into its own shards."""
 
     number: int
     pieces: tuple[Piece, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """For the marker by which an interrupted build recognises its own work."""
+        """Return the chunk as a build's marker holds it, so that an interrupted build recognizes its work."""
         return {"number": self.number, "pieces": [asdict(piece) for piece in self.pieces]}
 
 
 def list_parts(inputs: Sequence[str]) -> list[SourceChunk]:
-    """Cuts files, folders (walked in sorted order) and globs into parts.
+    """Divide files, folders (walked in sorted order) and globs into parts.
 
     Raises:
         UserError: if an input does not exist.
     """
     parts: list[SourceChunk] = []
-    waiting: list[Piece] = []
-    waiting_bytes = 0
+    pieces: list[Piece] = []
+    num_bytes = 0
     for path in _files(inputs):
         for piece in _pieces(path):
-            if waiting and waiting_bytes + piece.size_bytes > PART_BYTES:
-                parts.append(SourceChunk(len(parts), tuple(waiting)))
-                waiting, waiting_bytes = [], 0
-            waiting.append(piece)
-            waiting_bytes += piece.size_bytes
-    if waiting:
-        parts.append(SourceChunk(len(parts), tuple(waiting)))
+            if pieces and num_bytes + piece.size_bytes > PART_BYTES:
+                parts.append(SourceChunk(len(parts), tuple(pieces)))
+                pieces, num_bytes = [], 0
+            pieces.append(piece)
+            num_bytes += piece.size_bytes
+    if pieces:
+        parts.append(SourceChunk(len(parts), tuple(pieces)))
     return parts
 
 
 def documents(part: SourceChunk, text_field: str) -> Iterator[str]:
-    """The documents of a part: a text file is one, a line or a row of the others is one.
+    """Yield the documents of a part: a whole text file, a line of a JSONL file, or a row of a parquet file.
 
     Raises:
         UserError: if a line or row has no such field, or text is not UTF-8.
@@ -73,7 +73,7 @@ def documents(part: SourceChunk, text_field: str) -> Iterator[str]:
 
 
 def located_documents(part: SourceChunk, text_field: str) -> Iterator[tuple[str, str]]:
-    """`documents`, each behind its place: the file, and where in it."""
+    """Yield (place, document) of a part; the place is the file, and the position in it."""
     for piece in part.pieces:
         if piece.kind == "text":
             yield piece.path, _text(piece.path)
@@ -84,18 +84,21 @@ def located_documents(part: SourceChunk, text_field: str) -> Iterator[tuple[str,
 
 
 def _files(inputs: Sequence[str]) -> Iterator[Path]:
-    """Absolute paths: what reads a part may run in another folder."""
-    for given in inputs:
-        path = local_path(given, "SOURCE", "files or folders on a local disk").absolute()
+    """Yield the files as absolute paths, because the reader of a part may run in another folder."""
+    for pattern in inputs:
+        path = local_path(pattern, "SOURCE", "files or folders on a local disk").absolute()
         if path.is_dir():
-            yield from sorted(one for one in path.rglob("*") if one.is_file() and not _is_hidden(one.relative_to(path)))
+            yield from sorted(
+                file for file in path.rglob("*") if file.is_file() and not _is_hidden(file.relative_to(path))
+            )
         elif path.is_file():
             yield path
         else:
-            matches = sorted(glob.glob(given, recursive=True))
+            matches = sorted(glob.glob(pattern, recursive=True))
             if not matches:
                 raise UserError(
-                    f"{given!r} is no file, no folder, and no pattern that matches one; give text files, .jsonl, .parquet or folders"
+                    f"{pattern!r} is not a file, a folder, or a pattern that matches one; give text files, .jsonl, "
+                    ".parquet or folders"
                 )
             yield from (Path(match).absolute() for match in matches if Path(match).is_file())
 
@@ -127,7 +130,7 @@ def _text(path: str) -> str:
         return Path(path).read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{path} is not UTF-8 text (byte {error.start}); convert it, or leave it out of the sources"
+            f"{path} is not UTF-8 text (byte {error.start}); convert it, or remove it from the sources"
         ) from error
 
 
@@ -136,14 +139,14 @@ def _json_lines(piece: Piece, text_field: str) -> Iterator[tuple[str, str]]:
     with stream:
         if piece.first > 0:
             stream.seek(piece.first - 1)
-            stream.readline()  # the line that runs into this piece belongs to the one before
+            stream.readline()  # the line that continues into this piece belongs to the previous one
         while piece.kind == "jsonl.gz" or stream.tell() < piece.last:
-            at = stream.tell()
+            offset = stream.tell()
             line = stream.readline()
             if not line:
                 return
             if line.strip():
-                where = f"{piece.path}, byte {at}"
+                where = f"{piece.path}, byte {offset}"
                 yield where, _field(line, text_field, where)
 
 
@@ -154,15 +157,13 @@ def _field(line: bytes, text_field: str, where: str) -> str:
         raise DamageError(f"{where}: not a line of JSON ({error})") from error
     if not isinstance(record, dict) or not isinstance(record.get(text_field), str):
         known = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-        raise UserError(
-            f"{where}: no text in field {text_field!r} (there is: {known}); name the field with --text-field"
-        )
+        raise UserError(f"{where}: no text in field {text_field!r} (it has: {known}); name the field with --text-field")
     text: str = record[text_field]
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise UserError(
-            f"{where}: half a surrogate pair at character {error.start} has no UTF-8 form; repair or remove the line"
+            f"{where}: an unpaired surrogate at character {error.start} has no UTF-8 form; repair or remove the line"
         ) from error
     return text
 
@@ -173,7 +174,8 @@ def _parquet(piece: Piece, text_field: str) -> Iterator[tuple[str, str]]:
     file = parquet.ParquetFile(piece.path)
     if text_field not in file.schema_arrow.names:
         raise UserError(
-            f"{piece.path} has no column {text_field!r} (there is: {', '.join(file.schema_arrow.names)}); name it with --text-field"
+            f"{piece.path} has no column {text_field!r} (it has: {', '.join(file.schema_arrow.names)}); name the "
+            "column with --text-field"
         )
     for group in range(piece.first, piece.last):
         for row, text in enumerate(file.read_row_group(group, columns=[text_field])[text_field].to_pylist()):

@@ -1,9 +1,10 @@
-"""Control tokens apart from text: the start, end and other special tokens of a tokenizer, which no text is ever read as.
+"""Separate control tokens (the start, end and other special tokens of a tokenizer) from text.
 
-The one rule: text of users and of data is text, also where it spells a special token out. A plain tokenizer does not keep to it: it looks for the
-strings of its special tokens first, and its model may know them as pieces of the vocabulary, too (Unigram, WordPiece). So text is encoded by a copy
-in which every special token has a name that no text has, under the same id. Where a copy cannot help (a special token of a single character, or one
-that also stands for unknown text), the text is refused with the place. Control tokens come from a chat template (`data.chat`) and from nothing else.
+Text of users and of data stays text, even if it spells out a special token. A plain tokenizer breaks this rule: it
+first searches for the strings of its special tokens, and its model may have them as pieces of the vocabulary (Unigram,
+WordPiece). So text is encoded by a copy in which every special token has the same id and a name that no text contains.
+Where a copy cannot help (a special token of a single character, or one that also stands for unknown text), the text is
+refused, and the error names the place. Only a chat template (`data.chat`) produces control tokens.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from dlm_ray.config.errors import UserError
 
 OPEN, CLOSE = "\ufdd0", "\ufdd1"
-"""Noncharacters of Unicode, which are not for interchange: names of special tokens are put in them."""
+"""Noncharacters of Unicode, which text must not contain; they enclose the names of special tokens."""
 
 
 class ControlTokenError(UserError):
@@ -29,7 +30,7 @@ class ControlTokenError(UserError):
     def __init__(self, number: int, character: int, reason: str):
         super().__init__(f"character {character}: {reason}")
         self.number = number
-        """Of the text among those that were encoded together."""
+        """The number of the text among those that are encoded together."""
 
 
 @dataclass(frozen=True)
@@ -37,47 +38,47 @@ class SpecialTokens:
     """The special tokens of a tokenizer, and copies of the tokenizer that tell them from text."""
 
     ids: dict[str, int]
-    """By the string that spells it."""
+    """The id of each special token, by its string."""
     forbidden: frozenset[int]
-    """Ids that no text may hold: all, but for a token that stands for unknown text and for nothing else."""
+    """The ids that no text may contain: all, except a token that only stands for unknown text."""
     _serialised: str
 
     @cached_property
     def names(self) -> dict[str, str]:
-        """String -> the name in the copies. One character may be all that a tokenizer has for this character, so it keeps its name."""
+        """The name of each string in the copies; a single character has none: it may have no other token."""
         return {text: f"{OPEN}{token}{CLOSE}" for text, token in self.ids.items() if len(text) > 1}
 
     @cached_property
     def pattern(self) -> re.Pattern[str]:
-        """Matches the longest special token that begins at a place, as group 1; matches overlap."""
+        """A pattern for the longest special token at a position, as group 1; matches may overlap."""
         longest_first = sorted(self.ids, key=len, reverse=True)
         return re.compile(f"(?=({'|'.join(map(re.escape, longest_first))}))" if longest_first else "(?!)")
 
     @cached_property
     def for_text(self) -> Tokenizer:
-        """Encodes text, whatever it spells out."""
+        """A copy that never encodes text as a special token."""
         backend = self._renamed()
         backend.encode_special_tokens = True
         return backend
 
     @cached_property
     def for_templates(self) -> Tokenizer:
-        """Reads `names` as special tokens, and nothing else."""
+        """A copy that encodes `names`, and no other text, as special tokens."""
         backend = self._renamed()
         backend.encode_special_tokens = False
         return backend
 
     def _renamed(self) -> Tokenizer:
-        """A copy in which special tokens have their `names`; without truncation and padding, the one loses text, the other adds tokens."""
+        """Return a copy with renamed special tokens, without truncation (loses text) and padding (adds tokens)."""
         tree, names = json.loads(self._serialised), self.names
         tree["truncation"] = tree["padding"] = None
         for token in tree["added_tokens"]:
             if token["content"] in names:
-                # Names are looked for in the text as it is: a normaliser may leave of them what a text has, too.
+                # Search for names before normalization: a normalizer may turn them into ordinary text.
                 token.update(content=names[token["content"]], special=True, normalized=False)
         model = tree["model"]
         vocabulary = model.get("vocab")
-        if isinstance(vocabulary, list):  # of Unigram
+        if isinstance(vocabulary, list):  # a Unigram model
             model["vocab"] = [[names.get(piece, piece), score] for piece, score in vocabulary]
         elif vocabulary is not None:
             model["vocab"] = {names.get(piece, piece): token for piece, token in vocabulary.items()}
@@ -97,31 +98,34 @@ class SpecialTokens:
         return backend
 
 
-_KNOWN: WeakKeyDictionary[Any, SpecialTokens] = WeakKeyDictionary()
+_CACHE: WeakKeyDictionary[Any, SpecialTokens] = WeakKeyDictionary()
 
 
 def special_tokens(tokenizer: Any) -> SpecialTokens:
-    """Return the special tokens of a fast tokenizer: those that it marks as special, and those that have a role (start, end, padding, ...)."""
-    if tokenizer not in _KNOWN:
+    """Return the special tokens of a fast tokenizer: tokens marked as special, and tokens with a role (start, ...)."""
+    if tokenizer not in _CACHE:
         ids = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
         ids |= {str(text): tokenizer.convert_tokens_to_ids(str(text)) for text in tokenizer.all_special_tokens}
         roles = ("bos", "eos", "pad", "sep", "cls", "mask")
-        others = {getattr(tokenizer, f"{role}_token_id", None) for role in roles}
-        is_text = {tokenizer.unk_token_id} - others
-        _KNOWN[tokenizer] = SpecialTokens(ids, frozenset(ids.values()) - is_text, tokenizer.backend_tokenizer.to_str())
-    return _KNOWN[tokenizer]
+        role_ids = {getattr(tokenizer, f"{role}_token_id", None) for role in roles}
+        only_unknown = {tokenizer.unk_token_id} - role_ids
+        _CACHE[tokenizer] = SpecialTokens(
+            ids, frozenset(ids.values()) - only_unknown, tokenizer.backend_tokenizer.to_str()
+        )
+    return _CACHE[tokenizer]
 
 
-def refuse_control_tokens(own: SpecialTokens, number: int, text: str, encoding: Any) -> None:
-    """Raises ControlTokenError if the encoding of text `number` holds a control token."""
-    if own.forbidden.isdisjoint(encoding.ids):
+def refuse_control_tokens(special: SpecialTokens, number: int, text: str, encoding: Encoding) -> None:
+    """Raise ControlTokenError if the encoding of text `number` contains a control token."""
+    if special.forbidden.isdisjoint(encoding.ids):
         return
-    place = next(place for place, token in enumerate(encoding.ids) if token in own.forbidden)
-    first, last = encoding.offsets[place]
-    spelled = next(spelled for spelled, token in own.ids.items() if token == encoding.ids[place])
+    position = next(i for i, token in enumerate(encoding.ids) if token in special.forbidden)
+    first, last = encoding.offsets[position]
+    token_id = encoding.ids[position]
+    control = next(string for string, token in special.ids.items() if token == token_id)
     raise ControlTokenError(
         number,
         first,
-        f"the tokenizer has nothing but its control token {spelled!r} (id {encoding.ids[place]}) for the text {text[first:last]!r}; take it out, or "
-        "choose another tokenizer",
+        f"the tokenizer encodes the text {text[first:last]!r} only as its control token {control!r} (id {token_id}); "
+        "remove the text, or choose another tokenizer",
     )

@@ -1,4 +1,4 @@
-"""Files on the local disk, s3:// and gs:// behind one set of calls; remote ones through pyarrow, which is imported only then."""
+"""Access to files on the local disk, s3:// and gs://; pyarrow, imported on demand, reads the remote ones."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from dlm_ray.config.paths import check_url
 
 
 def is_remote(path: str) -> bool:
-    """Whether `path` is a URL."""
+    """Return whether `path` is a URL."""
     return "://" in path
 
 
 def join(folder: str, name: str) -> str:
-    """The path of `name` in `folder`."""
+    """Return the path of `name` in `folder`."""
     return f"{folder.rstrip('/')}/{name}"
 
 
 def exists(path: str) -> bool:
-    """Whether there is a file at `path`."""
+    """Return whether `path` is an existing file."""
     if not is_remote(path):
         return Path(path).is_file()
     filesystem, inner = _remote(path)
@@ -30,16 +30,16 @@ def exists(path: str) -> bool:
 
 
 def size(path: str) -> int | None:
-    """Bytes of a file, or None if it is missing."""
+    """Return the size of a file in bytes, or None if it is missing."""
     if not is_remote(path):
         return Path(path).stat().st_size if Path(path).is_file() else None
     filesystem, inner = _remote(path)
-    found = filesystem.get_file_info(inner)
-    return int(found.size) if found.is_file else None
+    info = filesystem.get_file_info(inner)
+    return int(info.size) if info.is_file else None
 
 
 def open_input(path: str) -> BinaryIO:
-    """A seekable stream of bytes."""
+    """Open a file as a seekable stream of bytes."""
     if not is_remote(path):
         return open(path, "rb")
     filesystem, inner = _remote(path)
@@ -48,13 +48,13 @@ def open_input(path: str) -> BinaryIO:
 
 
 def read(path: str) -> bytes:
-    """The whole file."""
+    """Return the content of a file."""
     with open_input(path) as stream:
         return stream.read()
 
 
 def write(path: str, content: bytes) -> None:
-    """The whole file at once: a reader sees the old content or the new, never a part."""
+    """Write a file atomically: a reader sees the old content or the new content, never a part."""
     if not is_remote(path):
         target = Path(check_url(path, "path"))
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -76,19 +76,19 @@ def write(path: str, content: bytes) -> None:
 
 
 def names(folder: str) -> list[str]:
-    """Names of the files directly in `folder`, sorted; empty if there is no such folder."""
+    """Return the sorted names of the files directly in `folder`; empty if the folder does not exist."""
     if not is_remote(folder):
         directory = Path(folder)
         return sorted(path.name for path in directory.iterdir() if path.is_file()) if directory.is_dir() else []
     from pyarrow import fs
 
     filesystem, inner = _remote(folder)
-    found = filesystem.get_file_info(fs.FileSelector(inner, allow_not_found=True))
-    return sorted(info.base_name for info in found if info.is_file)
+    infos = filesystem.get_file_info(fs.FileSelector(inner, allow_not_found=True))
+    return sorted(info.base_name for info in infos if info.is_file)
 
 
 def _remote(path: str) -> tuple[Any, str]:
-    """Pyarrow's filesystem for a URL, and the path within it. AWS_ENDPOINT_URL names another S3 endpoint."""
+    """Return pyarrow's filesystem for a URL, and the path within it; AWS_ENDPOINT_URL sets another S3 endpoint."""
     from pyarrow import fs
 
     scheme, _, inner = path.partition("://")

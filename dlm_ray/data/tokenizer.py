@@ -1,4 +1,4 @@
-"""Tokenizers: any fast one of Hugging Face, or a byte-level BPE trained on the text; and the identity that ties shards and checkpoints to one."""
+"""Tokenizers of Hugging Face, a trained byte-level BPE, and the identity that links data and checkpoints."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ END_OF_TEXT = "<|endoftext|>"
 
 @dataclass(frozen=True)
 class TokenizerIdentity:
-    """Which tokenizer made some ids: the same content has the same sha256, wherever it lies and whatever it is called."""
+    """The identity of a tokenizer: equal content has an equal sha256, independent of its location and name."""
 
     name: str
     sha256: str
     vocab_size: int
-    """Tokens, added ones included; ids are below it."""
+    """Number of ids, including added tokens; every id is smaller."""
     start_id: int
-    """Begins every segment: the beginning-of-text token, or the end-of-text token of tokenizers without one."""
+    """The token that begins every segment: beginning-of-text, or end-of-text for tokenizers without one."""
     end_id: int
 
     def differs_from(self, other: TokenizerIdentity) -> str:
-        """What is different, for a message; empty if ids of the one mean what they mean to the other, start and end of a text included."""
+        """Return the difference for a message; empty if all ids, the start and the end token mean the same."""
         if self.sha256 != other.sha256:
             return f"tokenizer {self.name} (sha256 {self.sha256[:12]}) and not {other.name} ({other.sha256[:12]})"
         if (self.start_id, self.end_id) != (other.start_id, other.end_id):
@@ -45,15 +45,15 @@ class TokenizerIdentity:
         return ""
 
     def as_dict(self) -> dict[str, Any]:
-        """For an index or a manifest."""
+        """Return the identity as an index or a manifest holds it."""
         return asdict(self)
 
 
 def load_tokenizer(name_or_folder: str) -> Any:
-    """A fast tokenizer from a folder, local or remote, a GGUF file, or the hub.
+    """Load a fast tokenizer from a folder, local or remote, a GGUF file, or the Hugging Face hub.
 
     Raises:
-        UserError: if there is none, or it has no fast form or no end-of-text token.
+        UserError: if no tokenizer is found, or it has no fast form or no end-of-text token.
     """
     if is_gguf(name_or_folder):
         return _with_end_of_text(gguf_tokenizer(name_or_folder), name_or_folder)
@@ -65,7 +65,7 @@ def load_tokenizer(name_or_folder: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_folder, use_fast=True)
     except (OSError, ValueError, KeyError) as error:
-        where = "the folder holds none" if Path(name_or_folder).is_dir() else "it is no folder, and the hub gave none"
+        where = "the folder has none" if Path(name_or_folder).is_dir() else "it is not a folder, and the hub has none"
         raise UserError(
             f"no tokenizer at {name_or_folder!r}: {where} ({type(error).__name__}: {str(error).splitlines()[0]})"
         ) from error
@@ -85,14 +85,14 @@ def _with_end_of_text(tokenizer: Any, name: str) -> Any:
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of `vocab_size` tokens, whose end-of-text token also starts a text.
+    """Train a byte-level BPE of `vocab_size` tokens, whose end-of-text token also starts a text.
 
     Raises:
-        UserError: if vocab_size has no room for the 256 bytes and the end-of-text token.
+        UserError: if `vocab_size` is too small for the 256 bytes and the end-of-text token.
     """
     if vocab_size < 257:
         raise UserError(
-            f"--train-tokenizer {vocab_size} is fewer than the 256 bytes and the end-of-text token; ask for 257 or more"
+            f"--train-tokenizer {vocab_size} is fewer than the 256 bytes and the end-of-text token; use 257 or more"
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -110,7 +110,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedToke
 
 
 def identity(tokenizer: Any) -> TokenizerIdentity:
-    """What makes this tokenizer this tokenizer."""
+    """Return the identity of a tokenizer, which does not depend on padding and truncation."""
     serialised = json.loads(tokenizer.backend_tokenizer.to_str())
     for volatile in ("padding", "truncation"):
         serialised.pop(volatile, None)
@@ -119,25 +119,25 @@ def identity(tokenizer: Any) -> TokenizerIdentity:
     return TokenizerIdentity(
         name=Path(tokenizer.name_or_path).name or "trained",
         sha256=hashlib.sha256(content).hexdigest(),
-        vocab_size=max(tokenizer.get_vocab().values()) + 1,  # more than it has tokens, where ids are left out
+        vocab_size=max(tokenizer.get_vocab().values()) + 1,  # more than the number of tokens if ids have gaps
         start_id=end_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id,
         end_id=end_id,
     )
 
 
 def encode(tokenizer: Any, documents: list[str]) -> list[tuple[list[int], list[int]]]:
-    """Return the token ids of each document, and how many raw UTF-8 bytes each token stands for; the bytes of a document sum up exactly.
+    """Return the token ids of each document, and the number of raw UTF-8 bytes that each token stands for.
 
-    The text of a special token inside a document is text like any other (`data.special_tokens`). Where several tokens share a
-    character, the last one counts its bytes.
+    The bytes of a document sum to its length. The text of a special token inside a document stays text
+    (`data.special_tokens`). If several tokens share a character, the last one counts its bytes.
 
     Raises:
-        ControlTokenError: if a document cannot be encoded without a control token, naming the place.
+        ControlTokenError: if a document cannot be encoded without a control token; the error names the place.
     """
-    own = special_tokens(tokenizer)
-    encodings = own.for_text.encode_batch(documents, add_special_tokens=False)
+    special = special_tokens(tokenizer)
+    encodings = special.for_text.encode_batch(documents, add_special_tokens=False)
     for number, (text, encoding) in enumerate(zip(documents, encodings, strict=True)):
-        refuse_control_tokens(own, number, text, encoding)
+        refuse_control_tokens(special, number, text, encoding)
     return [
         (encoding.ids, _byte_counts(text, encoding.offsets))
         for text, encoding in zip(documents, encodings, strict=True)
@@ -145,30 +145,33 @@ def encode(tokenizer: Any, documents: list[str]) -> list[tuple[list[int], list[i
 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:
-    """Return the token ids of one text, without a start token; as in `encode`, no text is read as a control token.
+    """Return the token ids of one text, without a start token; as in `encode`, no text becomes a control token.
 
     Raises:
-        ControlTokenError: if it cannot be encoded without one, naming the place.
+        ControlTokenError: if the text cannot be encoded without a control token; the error names the place.
     """
-    own = special_tokens(tokenizer)
-    encoding = own.for_text.encode(text, add_special_tokens=False)
-    refuse_control_tokens(own, 0, text, encoding)
+    special = special_tokens(tokenizer)
+    encoding = special.for_text.encode(text, add_special_tokens=False)
+    refuse_control_tokens(special, 0, text, encoding)
     ids: list[int] = encoding.ids
     return ids
 
 
 def _byte_counts(text: str, offsets: list[tuple[int, int]]) -> list[int]:
-    """Bytes from where a token starts to where the next one does; what the tokenizer skips goes to the token before it (or the first)."""
+    """Return the bytes from the start of each token to the start of the next one.
+
+    Text that the tokenizer skips counts for the preceding token, or for the first one.
+    """
     if not offsets:
         return []
     if text.isascii():
         starts = [start for start, _ in offsets]
         total = len(text)
     else:
-        at = [0]
+        byte_offsets = [0]
         for character in text:
-            at.append(at[-1] + len(character.encode("utf-8", "surrogatepass")))
-        starts = [at[start] for start, _ in offsets]
-        total = at[-1]
+            byte_offsets.append(byte_offsets[-1] + len(character.encode("utf-8", "surrogatepass")))
+        starts = [byte_offsets[start] for start, _ in offsets]
+        total = byte_offsets[-1]
     starts[0] = 0
     return [after - before for before, after in zip(starts, [*starts[1:], total], strict=True)]

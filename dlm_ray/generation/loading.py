@@ -22,6 +22,7 @@ from dlm_ray.diffusion.objectives import Autoregressive, Masked
 from dlm_ray.generation.text_model import TextModel
 from dlm_ray.models import families, parallel
 from dlm_ray.models.denoiser import HuggingFaceDenoiser
+from dlm_ray.models.device import pick_device
 
 
 def load(
@@ -73,11 +74,6 @@ def load_network(
     denoiser = _network(fields, fields.get("mask_token_id"), fields.get("shift", True), on, mesh)
     files.load(dict(denoiser.network.named_parameters()))
     return denoiser
-
-
-def pick_device(device: str) -> torch.device:
-    """What auto, cpu or cuda means here."""
-    return torch.device("cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu")
 
 
 def as_unadapted(base: TextModel, pattern: Literal["causal", "bidirectional"], *, seed: int = 0) -> TextModel:

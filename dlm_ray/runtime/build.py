@@ -89,7 +89,7 @@ def build(
             results[number] = result
             if progress is not None:
                 progress(len(results), len(chunks))
-    if not any(split["rows"] for result in results.values() for split in result.values()):
+    if not any(split["sequences"] for result in results.values() for split in result.values()):
         raise UserError(f"no text in {', '.join(inputs)}: nothing to build; check the paths and `text_field`")
     ordered = [results[chunk.number] for chunk in chunks]
     index = write_index(out, ordered, sequence_length, tokenizer_identity, built_from)
@@ -105,7 +105,7 @@ def _store_tokenizer(folder: Path, out: str) -> None:
 
 def _warn_of_empty_splits(index: indexes.Index, held_out: float) -> None:
     for name in ("train", "held_out") if held_out else ("train",):
-        if index.splits[name].rows:
+        if index.splits[name].sequences:
             continue
         total = sum(split.documents for split in index.splits.values())
         effect = "training cannot validate" if name == "held_out" else "there is nothing to train on"

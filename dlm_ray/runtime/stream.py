@@ -1,4 +1,4 @@
-"""Training sequences through Ray Data: those of `data.reading.iterate_rows`, in the same order, read ahead of the step.
+"""Training sequences through Ray Data: those of `data.reading.iterate_sequences`, in the same order, read ahead of the step.
 
 Ray Data has no iterator that can resume. So every rank makes its own datasets from the cursor on; an item holds several
 steps of this rank, in order. The reading actor reserves no CPU, because the workers may hold all of them; reading takes
@@ -22,10 +22,10 @@ import ray.data
 from dlm_ray.config.errors import DamageError
 from dlm_ray.config.recipe import Source
 from dlm_ray.data.order import Cursor, Order, SequenceReference
-from dlm_ray.data.reading import DataSequence, ShardReader, by_step, shares
+from dlm_ray.data.reading import DataSequence, ShardReader, group_by_step, rank_batches
 
 # Items per dataset: the whole order of a run need not be computed before the first step, nor fit into memory.
-_SPAN_ITEMS = 64
+_WINDOW_ITEMS = 64
 
 
 def ray_data_stream(
@@ -59,11 +59,11 @@ def _groups(
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
-    groups = shares(order, cursor, **share)
-    while span := list(islice(groups, _SPAN_ITEMS)):
+    groups = rank_batches(order, cursor, **share)
+    while window := list(islice(groups, _WINDOW_ITEMS)):
         items = [
-            {"references": [(one.source, one.shard, one.row) for step in references for one in step]}
-            for references, _ in span
+            {"references": [(one.source, one.shard, one.sequence) for step in references for one in step]}
+            for references, _ in window
         ]
         dataset = ray.data.from_items(items, override_num_blocks=len(items)).map(
             _Reader,  # type: ignore[arg-type]  # Ray's annotation leaves out the classes that it accepts
@@ -71,10 +71,10 @@ def _groups(
             num_cpus=0,
             concurrency=1,
         )
-        for (references, cursors), group in zip(span, dataset.iter_rows(), strict=True):
+        for (references, cursors), group in zip(window, dataset.iter_rows(), strict=True):
             if group["error"]:
                 raise DamageError(group["error"])
-            yield list(zip(by_step(_sequences(group), references), cursors, strict=True))
+            yield list(zip(group_by_step(_sequences(group), references), cursors, strict=True))
 
 
 def _sequences(group: dict[str, Any]) -> list[DataSequence]:

@@ -1,1 +1,1 @@
-"""One run: rows, draws, the step, validation, commits. Runs in one process and under torchrun; Ray Train only calls it."""
+"""One training run: sequences, draws, the step, validation and commits, with or without Ray."""

@@ -1,4 +1,4 @@
-"""`torchrun -m dlm_ray.training RECIPE [key=value ...] [--out runs]`: the same run without Ray. SIGTERM commits and exits with 75."""
+"""`torchrun -m dlm_ray.training RECIPE [key=value ...] [--out runs]`: train without Ray; SIGTERM exits with 75."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dlm_ray.training.loop import fit
 
 
 def main() -> int:
-    """Runs the recipe in this process, or in those that torchrun started."""
+    """Run the recipe in this process, or in the processes that torchrun started."""
     parser = argparse.ArgumentParser(prog="python -m dlm_ray.training", description=__doc__)
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*", metavar="key=value")

@@ -1,4 +1,4 @@
-"""What changes with the step, other than the learning rate: the visibility that attention is annealed through, and the size of blocks."""
+"""Schedules over the steps, other than the learning rate: the annealing of attention, and the size of blocks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dlm_ray.diffusion.visibility import Visibility, annealed, documents_apart
 
 
 def annealing_ratio(recipe: Recipe, step: int) -> float:
-    """R = min(1, (step + 1) / annealing steps): the visible share of the future (DiffuLLaMA, arXiv 2410.17891, section 3.3)."""
+    """Return R = min(1, (step + 1) / annealing steps), the visible share of the future (arXiv 2410.17891, sec. 3.3)."""
     annealing = recipe.curriculum.annealing
     if annealing.pattern == "none":
         return 1.0
@@ -18,7 +18,7 @@ def annealing_ratio(recipe: Recipe, step: int) -> float:
 
 
 def block_tokens(recipe: Recipe, step: int | None) -> int | None:
-    """K of a step: the stage's, or after all stages (and for `step` None) the objective's; None if it has no blocks."""
+    """Return K at a step: the stage's; after all stages, or with `step` None, the objective's; None without blocks."""
     first = 0
     for stage in recipe.curriculum.block_sizes:
         if step is not None and first <= step < first + stage.steps:
@@ -30,14 +30,14 @@ def block_tokens(recipe: Recipe, step: int | None) -> int | None:
 def visibility(
     recipe: Recipe, is_causal: bool, step: int | None, document_ids: np.ndarray, device: torch.device
 ) -> Visibility:
-    """Who sees whom in one micro-batch, before an objective draws the borders of its blocks.
+    """Return the attention visibility of one micro-batch, before an objective adds the borders of its blocks.
 
     Args:
-        recipe: says how attention is annealed, and whether documents are kept apart.
-        is_causal: of the objective; a causal one stays causal.
+        recipe: the recipe, which sets the annealing and whether documents see each other.
+        is_causal: whether the objective is causal; its attention stays causal.
         step: the optimizer step; None for the state after all annealing, which validation and evaluation use.
         document_ids: [B, L] on the host, -1 for padding.
-        device: where the mask will be needed.
+        device: the device of the mask.
     """
     documents = documents_apart(document_ids, recipe.data.document_mask, device)
     if is_causal:

@@ -1,4 +1,4 @@
-"""The exponential moving average of the weights: float32, sharded as the parameters, with a warm-up."""
+"""The exponential moving average of the weights: float32, sharded like the parameters, with a warm-up."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 
 class Ema:
-    """average <- d * average + (1 - d) * parameter, with d = min(decay, (1 + n) / (10 + n)) after n updates."""
+    """Averages: average <- d * average + (1 - d) * parameter, d = min(decay, (1 + n) / (10 + n)) after n updates."""
 
     def __init__(self, root: nn.Module, decay: float):
         self.decay = decay
@@ -20,13 +20,13 @@ class Ema:
 
     @torch.no_grad()
     def update(self, num_updates: int) -> None:
-        """Takes the parameters in, after update number `num_updates` (counted from 0)."""
+        """Add the parameters to the average, after update number `num_updates` (counted from 0)."""
         decay = min(self.decay, (1 + num_updates) / (10 + num_updates))
         torch._foreach_lerp_(self._local(self.averages), self._local(self.parameters), 1 - decay)
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """Within the context the network holds the averages; the parameters come back after it."""
+        """Put the averages into the network for the context, and restore the parameters after it."""
         self._swap()
         try:
             yield

@@ -1,4 +1,4 @@
-"""What a run goes past and what it stops at: steps and rows that are left out and counted, the file of a bad step, the alarm of the loss."""
+"""Faults of a run: counts of skipped steps and sequences, the file of a bad step, and the alarm for loss spikes."""
 
 from __future__ import annotations
 
@@ -21,33 +21,33 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Faults:
-    """Left out so far: every checkpoint lists it, and a resumed run goes on counting."""
+    """Counts of skipped steps and sequences; every checkpoint stores them, and a resumed run continues them."""
 
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
-    skipped_rows: dict[str, int] = field(default_factory=dict)
-    """By what was wrong with their shard."""
+    skipped_sequences: dict[str, int] = field(default_factory=dict)
+    """The number of skipped sequences by the error of their shard."""
 
     def as_dict(self) -> dict[str, Any]:
-        """For a manifest."""
+        """Return the counts as a manifest holds them."""
         return asdict(self)
 
     def count_step(self, is_skipped: bool) -> None:
-        """One step has been taken, or left out."""
+        """Count one step, taken or skipped."""
         self.skipped_steps += is_skipped
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if is_skipped else 0
 
-    def count_rows(self, bad_sequences: Iterable[str]) -> None:
-        """Rows of one global batch that were replaced, each by its finding."""
-        for finding in bad_sequences:
-            if finding not in self.skipped_rows:
-                log.warning("left out by data.on_bad_sample=skip: %s", finding)
-            self.skipped_rows[finding] = self.skipped_rows.get(finding, 0) + 1
+    def count_sequences(self, findings: Iterable[str]) -> None:
+        """Count the replaced sequences of one global batch, each given by its finding."""
+        for finding in findings:
+            if finding not in self.skipped_sequences:
+                log.warning("skipped by data.on_bad_sample=skip: %s", finding)
+            self.skipped_sequences[finding] = self.skipped_sequences.get(finding, 0) + 1
 
 
-def bad_sequences(rows: Sequence[DataSequence]) -> list[str]:
-    """Of the rows that stand for damaged ones."""
-    return [row.finding for row in rows if row.finding]
+def bad_sequences(sequences: Sequence[DataSequence]) -> list[str]:
+    """Return the finding of every sequence of padding that replaces an unreadable one."""
+    return [sequence.finding for sequence in sequences if sequence.finding]
 
 
 def write_bad_step(
@@ -60,16 +60,19 @@ def write_bad_step(
     checkpoint: str | None,
     metrics: dict[str, float],
 ) -> Path:
-    """`<run_dir>/bad_step_<step>.json`: all that it takes to run one step again.
+    """Write `<run_dir>/bad_step_<step>.json`, with everything that is needed to run one step again.
 
     Args:
-        run_dir: of the run.
-        recipe: of the run.
-        order: of the run.
-        step: its number, counted from 1.
-        cursor: before its rows.
-        checkpoint: the last good one; the steps from there to this one follow from recipe and cursor.
+        run_dir: the run directory.
+        recipe: the recipe of the run.
+        order: the order of the run.
+        step: the number of the step, counted from 1.
+        cursor: the position before the sequences of the step.
+        checkpoint: the last valid checkpoint; recipe and cursor determine the steps from there to this one.
         metrics: loss and gradient norm, which need not be finite.
+
+    Returns:
+        The path of the file.
     """
     references, _ = order.references(cursor, recipe.training.global_batch_size)
     content = {
@@ -78,13 +81,13 @@ def write_bad_step(
         "metrics": {name: str(value) for name, value in metrics.items()},
         "draw": {"seed": recipe.seed, "step": step - 1, "global_batch_size": recipe.training.global_batch_size},
         "cursor": cursor.as_dict(),
-        "rows": [
+        "sequences": [
             {
-                "source": recipe.data.sources[one.source].path,
-                "shard": order.indexes[one.source].splits["train"].shards[one.shard].file,
-                "row": one.row,
+                "source": recipe.data.sources[place.source].path,
+                "shard": order.indexes[place.source].splits["train"].shards[place.shard].file,
+                "sequence": place.sequence,
             }
-            for one in references
+            for place in references
         ],
         "recipe": recipe.model_dump(mode="json"),
     }
@@ -94,27 +97,31 @@ def write_bad_step(
 
 
 class LossAlarm:
-    """Warns of a logged loss far above those before it."""
+    """Warns of a logged loss far above the previous ones.
 
-    _REMEMBERED, _LEAST = 100, 20
+    Args:
+        deviations: threshold in standard deviations above the mean; 0 disables the alarm.
+        losses: the losses that were logged before a resume.
+    """
+
+    _WINDOW, _MIN_LOSSES = 100, 20
 
     def __init__(self, deviations: float, losses: Sequence[float]):
-        """`losses` are those that were logged before a resume."""
         self._deviations = deviations
-        self._losses = deque(losses, maxlen=self._REMEMBERED)
+        self._losses = deque(losses, maxlen=self._WINDOW)
 
-    def rings(self, step: int, loss: float) -> bool:
-        """Takes one loss in; whether it is a spike."""
+    def is_spike(self, step: int, loss: float) -> bool:
+        """Add one loss, and return whether it is a spike; NaN and infinity are spikes."""
         before = list(self._losses)
         if math.isfinite(loss):
             self._losses.append(loss)
-        if not self._deviations or len(before) < self._LEAST:
+        if not self._deviations or len(before) < self._MIN_LOSSES:
             return False
         mean, deviation = statistics.fmean(before), statistics.stdev(before)
-        is_spike = not loss <= mean + self._deviations * deviation  # also if it is no number
+        is_spike = not loss <= mean + self._deviations * deviation  # also true for NaN
         if is_spike:
             log.warning(
-                "loss spike at step %d: %.4g, and the %d logged before it are %.4g +- %.2g",
+                "loss spike at step %d: %.4g; the previous %d logged losses are %.4g +- %.2g",
                 step,
                 loss,
                 len(before),

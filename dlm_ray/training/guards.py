@@ -1,4 +1,4 @@
-"""What keeps a run from harm: one writer a run directory, one recipe a run directory, and a request to stop that is obeyed between two steps."""
+"""Guards of a run: one writer and one recipe per run directory, and stop requests between two steps."""
 
 from __future__ import annotations
 
@@ -24,22 +24,23 @@ from dlm_ray.config.trees import differences
 from dlm_ray.data.index import Index
 
 STOP_FILE = "stop"
-"""In a run directory: its run commits at the next step and stops."""
+"""A file of this name in a run directory makes the run commit after the current step and stop."""
 
 
 @contextmanager
 def sole_owner(run_dir: Path, name: str, *, patience_seconds: float = 0.0) -> Iterator[None]:
-    """Holds `<run_dir>/<name>.lock` within the context; the operating system lets go of it when the process ends, however it ends.
+    """Hold `<run_dir>/<name>.lock` within the context; the operating system releases it when the process ends.
 
-    The lock is a flock, and the file says whose it is. It holds across machines where the file system's flock does (NFS, Lustre with -o flock).
+    The lock is a flock, and the file names its owner. It works across machines if the file system's flock does (NFS,
+    Lustre with -o flock).
 
     Args:
-        run_dir: is made if need be.
-        name: of the lock.
-        patience_seconds: for an owner that is known to be ending.
+        run_dir: the run directory; it is created if it does not exist.
+        name: the name of the lock.
+        patience_seconds: how long to wait for the current owner to end.
 
     Raises:
-        UserError: if another process has it, naming its host, process and start.
+        UserError: if another process holds the lock; the error names its host, process and start.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / f"{name}.lock"
@@ -52,52 +53,52 @@ def sole_owner(run_dir: Path, name: str, *, patience_seconds: float = 0.0) -> It
             except BlockingIOError as error:
                 if time.monotonic() > deadline:
                     raise UserError(
-                        f"{run_dir} belongs to a run that is going on: {path.read_text().strip() or 'its owner has not said who it is'}; wait for it, "
-                        "stop it, or start another with --fresh"
+                        f"{run_dir} belongs to a run in progress: {path.read_text().strip() or 'its owner is unknown'};"
+                        " wait for it, stop it, or start another with --fresh"
                     ) from error
             time.sleep(0.1)
         file.truncate(0)
-        file.write(
-            f"process {os.getpid()} on {socket.gethostname()}, which began at {datetime.now(UTC).isoformat(timespec='seconds')}\n"
-        )
+        started = datetime.now(UTC).isoformat(timespec="seconds")
+        file.write(f"process {os.getpid()} on {socket.gethostname()}, which began at {started}\n")
         file.flush()
         yield
 
 
 class StopRequest:
-    """Whether this process was sent SIGTERM, or somebody has put a file `stop` into the run directory.
+    """A request to stop the run: SIGTERM to this process, or a file `stop` in the run directory.
 
-    Within the context SIGTERM is noted and no more; outside the main thread, where no handler can be set, only the file counts.
+    Within the context SIGTERM only sets the request; outside the main thread, which cannot set a handler, only the file
+    counts.
     """
 
     def __init__(self, run_dir: Path):
         self._file = run_dir / STOP_FILE
         self._has_signal = False
-        self._before: Any = None
+        self._previous_handler: Any = None
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, self._note)
+            self._previous_handler = signal.signal(signal.SIGTERM, self._note)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
+        if self._previous_handler is not None:
+            signal.signal(signal.SIGTERM, self._previous_handler)
 
     def _note(self, *_: object) -> None:
         self._has_signal = True
 
     def is_made(self) -> bool:
-        """Asked between two steps."""
+        """Return whether a stop is requested."""
         return self._has_signal or self._file.exists()
 
-    def obeyed(self) -> None:
-        """The file is gone: the next run goes on."""
+    def clear(self) -> None:
+        """Remove the file, so that the next run continues."""
         self._file.unlink(missing_ok=True)
 
 
 def data_identity(indexes: Sequence[Index]) -> list[str]:
-    """The training shards of each source as one hash, wherever they lie."""
+    """Return, for each source, one hash of its training shards; their location does not matter."""
     return [
         hashlib.sha256("".join(shard.sha256 for shard in index.splits["train"].shards).encode()).hexdigest()
         for index in indexes
@@ -105,32 +106,39 @@ def data_identity(indexes: Sequence[Index]) -> list[str]:
 
 
 def check_same_run(
-    recipe: Recipe, identity: list[str], checkpoint: str, its_recipe: dict[str, Any], its_identity: list[str]
+    recipe: Recipe,
+    identity: list[str],
+    checkpoint: str,
+    checkpoint_recipe: dict[str, Any],
+    checkpoint_identity: list[str],
 ) -> None:
-    """Raises UserError, with every difference, unless a checkpoint is of this recipe's run.
+    """Raise UserError, with every difference, unless a checkpoint belongs to this recipe's run.
 
-    Keys that do not change the result may differ, and so may the folders in which data and base lie.
+    Keys that do not change the result may differ, and so may the folders of data and base.
     """
     try:
-        then = Recipe.model_validate(its_recipe)
+        saved = Recipe.model_validate(checkpoint_recipe)
     except ValidationError as error:
         raise UserError(
-            f"{checkpoint} has a recipe that this version cannot read: {str(error).splitlines()[0]}; give the run another directory"
+            f"{checkpoint} has a recipe that this version cannot read: {str(error).splitlines()[0]}; use another run "
+            "directory"
         ) from error
     changes = [
-        f"{key}: it has {old}, and the recipe {new}" for key, old, new in differences(_result(then), _result(recipe))
+        f"{key}: the checkpoint has {old}, the recipe has {new}"
+        for key, old, new in differences(_result(saved), _result(recipe))
     ]
-    if not changes and identity != its_identity:
-        changes = ["data.sources: it was trained on other shards"]
+    if not changes and identity != checkpoint_identity:
+        changes = ["data.sources: the checkpoint was trained on other shards"]
     if changes:
         listed = "\n".join(f"  - {change}" for change in changes)
         raise UserError(
-            f"{checkpoint} belongs to another recipe:\n{listed}\nChange the recipe back, or give the run another directory (--fresh, --out)"
+            f"{checkpoint} belongs to another recipe:\n{listed}\n"
+            "Change the recipe back, or use another run directory (--fresh, --out)"
         )
 
 
 def _result(recipe: Recipe) -> dict[str, Any]:
-    """What of a recipe changes the result, without where it lies."""
+    """Return the fields of a recipe that change the result, without the folders of data and base."""
     content = recipe.model_dump(mode="json", exclude=NOT_IN_RESULT)
     for source in content["data"]["sources"]:
         del source["path"]

@@ -1,57 +1,29 @@
-"""`fit`: a run from its recipe, or from its last checkpoint, to its last step. In one process, under torchrun, or in a Ray Train worker."""
+"""`fit`: train a run to its last step, in one process, under torchrun, or in a Ray Train worker."""
 
 from __future__ import annotations
 
-import logging
-import os
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import replace
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
-import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-
-from dlm_ray.checkpoint import agreement, commit, listing
-from dlm_ray.config.errors import DamageError, Stopped, UserError
+from dlm_ray.checkpoint import agreement
+from dlm_ray.config.errors import DamageError, Stopped
 from dlm_ray.config.paths import local_path
-from dlm_ray.config.recipe import Recipe, Source
-from dlm_ray.data.index import load_data_tokenizer
-from dlm_ray.data.order import Cursor, Order
-from dlm_ray.data.reading import (
-    DataSequence,
-    ShardReader,
-    check_ids,
-    held_out_rows,
-    iterate_rows,
-    open_sources,
-)
-from dlm_ray.diffusion.objectives import Masked
-from dlm_ray.training import clip_search, curriculum, guards, setup, state, teacher
+from dlm_ray.config.recipe import Recipe
+from dlm_ray.data.order import Cursor
+from dlm_ray.data.reading import DataSequence, check_ids, held_out_sequences
+from dlm_ray.training import clip_search, curriculum, guards
 from dlm_ray.training import optimizer as optimization
-from dlm_ray.training.capabilities import capabilities
-from dlm_ray.training.ema import Ema
-from dlm_ray.training.faults import Faults, LossAlarm, bad_sequences, write_bad_step
-from dlm_ray.training.metrics import MetricsLog
-from dlm_ray.training.saving import Saver
+from dlm_ray.training.faults import LossAlarm, bad_sequences, write_bad_step
+from dlm_ray.training.metrics import MetricsLog, ThroughputClock
+from dlm_ray.training.run import Run, process_group
+from dlm_ray.training.saving import Saved, Snapshot
 from dlm_ray.training.step import StepResult, micro_batches, train_step
+from dlm_ray.training.stream import Stream, local_stream
 from dlm_ray.training.validate import validate
 
-log = logging.getLogger(__name__)
-
-Stream = Callable[..., Iterator[tuple[list[DataSequence], Cursor]]]
 Report = Callable[[dict[str, Any], str | None], None]
-
-
-def local_stream(
-    sources: Sequence[Source], order: Order, cursor: Cursor, *, on_bad_sample: str = "fail", **share: int
-) -> Iterator[tuple[list[DataSequence], Cursor]]:
-    """The rows of this rank, read in this process: per step its share of the global batch, and the cursor behind the whole batch."""
-    reader = ShardReader([source.path for source in sources], order.indexes, on_bad_sample=on_bad_sample)
-    return iterate_rows(reader, order, cursor, **share)
 
 
 def fit(
@@ -63,341 +35,299 @@ def fit(
     is_machine_leaving: Callable[[], bool] | None = None,
     patience_seconds: float = 0.0,
 ) -> dict[str, Any]:
-    """Trains until `training.steps`, from the last committed checkpoint of `run_dir` if there is one.
+    """Train until `training.steps`, from the last committed checkpoint of `run_dir` if it has one.
 
     Args:
-        recipe: the run.
-        run_dir: where checkpoints (`step_*`), `metrics.jsonl` and `tokenizer/` lie; the same on every rank.
-        stream: gives the rows; `local_stream`, or Ray Data's.
-        report: called on every rank, at the same step, after every commit with the metrics of its step and the committed directory.
-        is_machine_leaving: asked on every rank between steps; the first time that one says so, the state is committed, and the run goes on.
-        patience_seconds: how long another writer of `run_dir` may take to end before this one is refused.
+        recipe: the recipe of the run.
+        run_dir: the directory of checkpoints (`step_*`), `metrics.jsonl` and `tokenizer/`; the same on every rank.
+        stream: yields the training batches; `local_stream`, or Ray Data's.
+        report: called on every rank, at the same step, after every commit, with the metrics of the committed step and
+            the directory of the checkpoint.
+        is_machine_leaving: called on every rank after every step. When it first returns True on any rank, the state is
+            committed and the run continues.
+        patience_seconds: how long to wait for another writer of `run_dir` to end before raising.
 
     Returns:
-        The last metrics; `checkpoint` is the last committed directory.
+        The last metrics, with `step`, and `checkpoint`: the last committed directory.
 
     Raises:
-        UserError: if the recipe does not fit the data, the base or the run directory, or another process writes it.
+        UserError: if the recipe does not fit the data, the base or the run directory, or another process writes to it.
         DamageError: if a shard or checkpoint is damaged, or the disk is full.
-        FloatingPointError: if loss or gradient is not finite (`training.max_skipped_steps` times in a row); the last checkpoint is good.
-        Stopped: after SIGTERM, or once there is a file `stop` in `run_dir`; the state is committed.
+        FloatingPointError: if the loss or gradient is not finite, after more than `training.max_skipped_steps` such
+            steps in a row; the last checkpoint is valid.
+        Stopped: after SIGTERM, or if `run_dir` contains a file `stop`; the state is committed.
     """
     run_dir = local_path(run_dir, "run_dir")
-    with _process_group(recipe), guards.StopRequest(run_dir) as stop, ExitStack() as held:
-        run = _Run(recipe, run_dir, held, patience_seconds)
-        return run.train(stream, report, stop, is_machine_leaving or (lambda: False))
+    with process_group(recipe), guards.StopRequest(run_dir) as stop, ExitStack() as resources:
+        run = Run(recipe, run_dir, resources, patience_seconds)
+        return TrainingLoop(run, stop, report, is_machine_leaving or (lambda: False)).train(stream)
 
 
-class _Run:
-    """The state of one run on one rank."""
+class _Signals(NamedTuple):
+    """Events of one step on all ranks, so that every rank takes the same decisions."""
 
-    def __init__(self, recipe: Recipe, run_dir: Path, held: ExitStack, patience_seconds: float):
-        self.recipe, self.run_dir = recipe, run_dir
-        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.device = pick_device(recipe.parallelism.device)
-        self.host_group = dist.new_group(backend="gloo")
-        self.indexes = open_sources(recipe.data.sources)
-        setup.check_held_out(recipe, self.indexes)
-        self.data_identity = guards.data_identity(self.indexes)
-        self.order = Order(
-            self.indexes, [source.weight for source in recipe.data.sources], recipe.seed, recipe.data.window_shards
+    num_bad_sequences: int
+    is_stop_requested: bool
+    is_machine_leaving: bool
+    is_save_done: bool
+    """Whether every rank has finished its part of the save in progress."""
+
+
+class _CompletedStep(NamedTuple):
+    """A step, and what is needed to run it again."""
+
+    step: int
+    """Counted from 1."""
+    cursor: Cursor
+    """The position before the global batch."""
+    result: StepResult
+
+
+class TrainingLoop:
+    """The stages of a training step; every rank runs every stage at the same step."""
+
+    def __init__(
+        self, run: Run, stop: guards.StopRequest, report: Report | None, is_machine_leaving: Callable[[], bool]
+    ):
+        recipe = run.recipe
+        self.run, self.recipe, self.num_steps = run, recipe, recipe.training.steps
+        self._stop, self._report, self._is_machine_leaving = stop, report, is_machine_leaving
+        self._metrics_log = MetricsLog(recipe, run.run_dir, run.step) if run.rank == 0 else None
+        self._alarm = LossAlarm(recipe.tracking.alarm_deviations, self._metrics_log.losses if self._metrics_log else [])
+        search, sources = recipe.curriculum.clip_search, recipe.data.sources
+        self._validation_sequences = held_out_sequences(sources, run.indexes, recipe.validation.sequences)
+        self._search_sequences = held_out_sequences(sources, run.indexes, search.sequences if search else 0)
+        held_out = [*self._validation_sequences, *self._search_sequences]
+        check_ids(held_out, run.network.mask_id, run.network.vocab_size)
+        self._clock = ThroughputClock()
+        self._unchecked: _CompletedStep | None = None
+        self._metrics: dict[str, Any] = {}
+        # Kept apart from `_metrics`, which every log line repeats: validation belongs to the step that it measured.
+        self._validation: dict[str, Any] = {}
+
+    def train(self, stream: Stream) -> dict[str, Any]:
+        """Run every stage for every remaining step; see `fit` for the result and the errors."""
+        run = self.run
+        for sequences, cursor in self._batches(stream):
+            result = self._step(sequences)
+            run.step, run.cursor = run.step + 1, cursor
+            self._log(result)
+            self._validate()
+            self._search_clip()
+            signals = self._exchange_signals(sequences)
+            self._count_bad(sequences, signals)
+            self._save_if_due(signals)
+            self._stop_if_requested(signals)
+        if self._metrics_log is not None:
+            self._metrics_log.close()
+        assert run.step == self.num_steps, f"the stream ended after step {run.step} of {self.num_steps}"
+        return {"step": run.step, "checkpoint": run.checkpoint, **self._metrics, **self._validation}
+
+    @property
+    def _is_last(self) -> bool:
+        """Whether the run has reached its last step."""
+        return self.run.step == self.num_steps
+
+    def _batches(self, stream: Stream) -> Iterator[tuple[list[DataSequence], Cursor]]:
+        """Return this rank's sequences of every remaining step, and the cursor after each global batch."""
+        run = self.run
+        return stream(
+            self.recipe.data.sources,
+            run.order,
+            run.cursor,
+            on_bad_sample=self.recipe.data.on_bad_sample,
+            global_batch_size=self.recipe.training.global_batch_size,
+            rank=run.rank,
+            world_size=run.world_size,
+            num_steps=self.num_steps - run.step,
         )
 
-        def open_directory() -> str | None:
-            if self.rank != 0:
-                return None
-            held.enter_context(guards.sole_owner(run_dir, "writer", patience_seconds=patience_seconds))
-            load_data_tokenizer(recipe.data.sources[0].path).save_pretrained(str(run_dir / "tokenizer"))
-            return listing.latest(str(run_dir))
+    def _step(self, sequences: Sequence[DataSequence]) -> StepResult:
+        """Take one optimizer step, check the previous one, and update the average of the weights."""
+        run, recipe = self.run, self.recipe
+        rate = optimization.learning_rate(recipe.optimizer, run.step, self.num_steps)
+        optimization.set_learning_rate(run.optimizer, rate)
+        check_ids(sequences, run.network.mask_id, run.network.vocab_size)
+        batches = micro_batches(recipe, run.objective, sequences, run.step, run.rank, run.world_size, run.device)
+        result = train_step(
+            run.root,
+            run.objective,
+            run.optimizer,
+            batches,
+            recipe.optimizer.max_grad_norm,
+            run.host_group,
+            skips_nonfinite=recipe.training.max_skipped_steps > 0,
+        )
+        run.faults.count_step(result.is_skipped)
+        completed = _CompletedStep(run.step + 1, run.cursor, result)
+        # The check is one step late, so that the host never waits for the step that it has just launched; a skipped
+        # step is known at once.
+        self._check_finite(completed if result.is_skipped else self._unchecked)
+        self._unchecked = completed
+        if run.ema is not None and not result.is_skipped:
+            run.ema.update(run.step - run.faults.skipped_steps)
+        self._clock.count(recipe.training.global_batch_size * run.sequence_length)
+        return result
 
-        # All ranks must resume from the same step, whatever each of them sees of the file system just now.
-        self.checkpoint: str | None = agreement.gathered(open_directory, self.host_group)[0]
-        self.faults = Faults()
-        self.saver = Saver(recipe.checkpoint, run_dir, self.rank)
-        held.callback(self.saver.close)
-        self._build()
-
-    def _build(self) -> None:
-        manifest = commit.read_manifest(self.checkpoint) if self.checkpoint else None
-        self.recipe = setup.with_precision(self.recipe, self.device, manifest.recipe if manifest else None)
-        tokenizer = self.indexes[0].tokenizer
-        if manifest is None:
-            self.network = setup.resolve(self.recipe, setup.is_causal(self.recipe), tokenizer)
-        else:
-            if manifest.tokenizer["sha256"] != tokenizer.sha256:
-                raise UserError(
-                    f"{self.checkpoint} was trained with tokenizer {manifest.tokenizer['name']} ({manifest.tokenizer['sha256'][:12]}) and "
-                    f"data.sources hold {tokenizer.name} ({tokenizer.sha256[:12]}); point data.sources at the run's own data"
-                )
-            then = manifest.extra.get("data", self.data_identity)
-            guards.check_same_run(self.recipe, self.data_identity, str(self.checkpoint), manifest.recipe, then)
-            self.network = setup.Network.from_manifest(manifest.model)
-        self.objective = setup.build_objective(self.recipe, self.network, self.indexes[0].sequence_length)
-        mesh = init_device_mesh(self.device.type, (self.world_size,))
-        self.root, denoiser = setup.build(self.recipe, self.network, self.objective, mesh, self.device)
-        self.root.train()
-        if self.recipe.objective.alignment_weight:
-            assert isinstance(self.objective, Masked), "alignment is for masked objectives"
-            self.objective.terms = replace(self.objective.terms, teacher=teacher.load(self.recipe, mesh, self.device))
-        if manifest is None:
-            setup.init_weights(self.recipe, self.network, denoiser, self.objective)
-        self.optimizer = optimization.build(self.recipe.optimizer, self.root)
-        self.ema = Ema(self.root, self.recipe.ema.decay) if self.recipe.ema else None
-        self.step, self.cursor = 0, Cursor.start(len(self.indexes))
-        self.clip: tuple[float, float] | None = None  # what the search chose last
-        if manifest is not None and self.checkpoint is not None:
-            self._load(self.checkpoint)
-            self.faults = Faults(**manifest.extra.get("faults", {}))
-            optimization.set_step(self.optimizer, manifest.step - self.faults.skipped_steps)
-            self.step, self.cursor = manifest.step, Cursor.from_dict(manifest.cursor)
-            if manifest.extra.get("clip"):
-                self.clip = clip_search.apply(self.recipe, self.objective, manifest.extra["clip"])
-            log.info("resumed from %s", self.checkpoint)
-
-    def _load(self, checkpoint: str) -> None:
-        """Damage that one rank finds is every rank's failure."""
-
-        def read() -> None:
-            commit.load(checkpoint, state.tensors(self.root, self.optimizer, self.ema))
-
-        agreement.gathered(read, self.host_group)
-
-    def train(
-        self, stream: Stream, report: Report | None, stop: guards.StopRequest, is_machine_leaving: Callable[[], bool]
-    ) -> dict[str, Any]:
-        """The loop: one line a stage; everything in it happens on every rank at the same step."""
-        recipe, num_steps = self.recipe, self.recipe.training.steps
-        self.metrics_log = MetricsLog(recipe, self.run_dir, self.step) if self.rank == 0 else None
-        alarm = LossAlarm(recipe.tracking.alarm_deviations, self.metrics_log.losses if self.metrics_log else [])
-        search = recipe.curriculum.clip_search
-        validated = held_out_rows(recipe.data.sources, self.indexes, recipe.validation.sequences)
-        searched = held_out_rows(recipe.data.sources, self.indexes, search.sequences if search else 0)
-        check_ids([*validated, *searched], self.network.mask_id, self.network.vocab_size)
-        share = {
-            "global_batch_size": recipe.training.global_batch_size,
-            "rank": self.rank,
-            "world_size": self.world_size,
-            "num_steps": num_steps - self.step,
-        }
-        metrics: dict[str, Any] = {}
-        measured: dict[str, Any] = {}  # apart from what every log line says: it is of the step that was validated
-        clock = _Clock()
-        unchecked: tuple[int, Cursor, StepResult] | None = None
-        has_left = False
-        for rows, cursor in stream(
-            recipe.data.sources, self.order, self.cursor, on_bad_sample=recipe.data.on_bad_sample, **share
-        ):
-            rate = optimization.learning_rate(recipe.optimizer, self.step, num_steps)
-            optimization.set_learning_rate(self.optimizer, rate)
-            check_ids(rows, self.network.mask_id, self.network.vocab_size)
-            batches = micro_batches(recipe, self.objective, rows, self.step, self.rank, self.world_size, self.device)
-            skips = {"skips_nonfinite": recipe.training.max_skipped_steps > 0}
-            result = train_step(
-                self.root,
-                self.objective,
-                self.optimizer,
-                batches,
-                recipe.optimizer.max_grad_norm,
-                self.host_group,
-                **skips,
-            )
-            self.faults.count_step(result.is_skipped)
-            if result.is_skipped:
-                self._check_finite(self.step + 1, self.cursor, result)
-            elif unchecked is not None:
-                self._check_finite(
-                    *unchecked
-                )  # one step late, so that the host never waits for the step it has just launched
-            if self.ema is not None and not result.is_skipped:
-                self.ema.update(self.step - self.faults.skipped_steps)
-            ratio = 0.0 if self.objective.is_causal else curriculum.annealing_ratio(recipe, self.step)
-            unchecked = (self.step + 1, self.cursor, result)
-            self.step, self.cursor = self.step + 1, cursor
-            clock.count(recipe.training.global_batch_size * self.indexes[0].sequence_length)
-
-            is_last = self.step == num_steps
-            if self.step % recipe.tracking.log_every_steps == 0 or is_last:
-                metrics |= result.metrics()
-                if recipe.curriculum.block_sizes:
-                    metrics["block_tokens"] = curriculum.block_tokens(recipe, self.step - 1)
-                metrics |= {
-                    "learning_rate": rate,
-                    "annealing_ratio": ratio,
-                    "tokens_per_second": clock.tokens_per_second(),
-                }
-                if self.metrics_log is not None:
-                    alarms = {"loss_spike": True} if alarm.rings(self.step, metrics["loss"]) else {}
-                    skipped = {"skipped_steps": self.faults.skipped_steps} if self.faults.skipped_steps else {}
-                    self.metrics_log.write(
-                        self.step, **metrics, **alarms, **skipped, rows=self.cursor.rows, workers=self.world_size
-                    )
-            if validated and (self.step % recipe.validation.every_steps == 0 or is_last):
-                with clock.paused(), self.ema.swapped_in() if self.ema else nullcontext():
-                    validation = validate(
-                        recipe, self.root, self.objective, validated, self.rank, self.world_size, self.device
-                    )
-                if self.metrics_log is not None:
-                    self.metrics_log.write(self.step, validation=validation)
-                measured = {"validation": validation, "validated_step": self.step}
-            if searched and clip_search.is_due(recipe, self.step) and not is_last:
-                with clock.paused(), self.ema.swapped_in() if self.ema else nullcontext():
-                    found = clip_search.search(
-                        recipe, self.root, self.objective, searched, self.rank, self.world_size, self.device
-                    )
-                self.clip = clip_search.apply(recipe, self.objective, (found[0].beta, found[0].omega))
-                if self.metrics_log is not None:
-                    self.metrics_log.write(self.step, clip_search=[vars(one) for one in found])
-
-            bad_rows = bad_sequences(rows)
-            own = [len(bad_rows), int(stop.is_made()), int(is_machine_leaving()), int(self.saver.is_over())]
-            num_bad, is_asked, is_leaving, is_over = agreement.totals(own, self.host_group)
-            if num_bad:
-                self._count_bad(bad_rows, num_bad)
-            with clock.paused():
-                if is_over == self.world_size:
-                    self._finish_save(report)
-                is_due = self.step % recipe.checkpoint.every_steps == 0 or is_last
-                if is_due or is_asked or (is_leaving and not has_left):
-                    self._check_finite(*unchecked)
-                    self._finish_save(report)
-                    self._begin_save(metrics | measured)
-                if is_last or is_asked or is_leaving or not recipe.checkpoint.asynchronous:
-                    self._finish_save(report, has_to_succeed=is_last or bool(is_asked))
-                has_left = has_left or bool(is_leaving)
-            if is_asked:
-                stop.obeyed()
-            if is_asked and not is_last:
-                raise Stopped(
-                    f"stopped after step {self.step} of {num_steps}, as it was asked to; {self.checkpoint} holds its state"
-                )
-        if self.metrics_log is not None:
-            self.metrics_log.close()
-        assert self.step == num_steps, f"the stream ended after step {self.step} of {num_steps}"
-        return {"step": self.step, "checkpoint": self.checkpoint, **metrics, **measured}
-
-    def _begin_save(self, metrics: dict[str, Any]) -> None:
-        fields = {
-            "step": self.step,
-            "recipe": self.recipe.model_dump(mode="json"),
-            "tokenizer": self.indexes[0].tokenizer.as_dict(),
-            "model": {**self.network.as_manifest(), "objective": self.recipe.objective.name},
-            "capabilities": capabilities(self.recipe, self.objective, self.indexes[0].sequence_length),
-            "cursor": self.cursor.as_dict(),
-            "extra": {
-                "metrics": dict(metrics),
-                "faults": self.faults.as_dict(),
-                "data": self.data_identity,
-                "clip": self.clip,
-            },
-        }
-        self.saver.begin(self.step, state.tensors(self.root, self.optimizer, self.ema), fields, dict(metrics))
-
-    def _finish_save(self, report: Report | None, *, has_to_succeed: bool = False) -> None:
-        """Waits for the save that is on its way, if one is, and tells of it."""
-        saved = self.saver.end(has_to_succeed=has_to_succeed)
-        if saved is None:
+    def _log(self, result: StepResult) -> None:
+        """Write the metrics of the step, every `tracking.log_every_steps` steps and at the last one."""
+        run, recipe = self.run, self.recipe
+        if run.step % recipe.tracking.log_every_steps != 0 and not self._is_last:
             return
-        self.checkpoint = saved.directory or self.checkpoint
-        if self.metrics_log is not None:
-            self.metrics_log.write(
-                self.step, checkpoint=saved.directory, of_step=saved.step, blocked_seconds=saved.blocked_seconds
-            )
-        if report is not None and saved.directory is not None:
-            report({"step": saved.step, **saved.metrics}, saved.directory)
+        index = run.step - 1
+        self._metrics |= result.metrics()
+        if recipe.curriculum.block_sizes:
+            self._metrics["block_tokens"] = curriculum.block_tokens(recipe, index)
+        self._metrics |= {
+            "learning_rate": optimization.learning_rate(recipe.optimizer, index, self.num_steps),
+            "annealing_ratio": 0.0 if run.objective.is_causal else curriculum.annealing_ratio(recipe, index),
+            "tokens_per_second": self._clock.tokens_per_second(),
+        }
+        if self._metrics_log is not None:
+            faults: dict[str, Any] = {}
+            if self._alarm.is_spike(run.step, self._metrics["loss"]):
+                faults["loss_spike"] = True
+            if run.faults.skipped_steps:
+                faults["skipped_steps"] = run.faults.skipped_steps
+            counts = {"sequences": run.cursor.num_sequences, "workers": run.world_size}
+            self._metrics_log.write(run.step, **self._metrics, **faults, **counts)
 
-    def _count_bad(self, own: list[str], num_bad: int) -> None:
-        """Counts the rows that were left out of this step's global batch, on all ranks alike.
-
-        Raises:
-            DamageError: if not one row of the batch is left.
-        """
-        everybodys = [finding for rank in agreement.gathered(lambda: own, self.host_group) for finding in rank]
-        self.faults.count_rows(everybodys)
-        if num_bad == self.recipe.training.global_batch_size:
-            raise DamageError(
-                f"step {self.step}: not one of its {num_bad} rows can be read ({everybodys[0]}); restore the shards"
-            )
-
-    def _check_finite(self, step: int, cursor: Cursor, result: StepResult) -> None:
-        """Raises FloatingPointError on every rank alike, because loss and norm are the global batch's.
-
-        Names the step, its rows in the order of the run, and the objective; a file holds what it takes to run the same step again.
-        """
-        norm, recipe = result.gradient_norm.item(), self.recipe
-        if result.is_finite() or (
-            result.is_skipped and self.faults.skipped_in_a_row <= recipe.training.max_skipped_steps
-        ):
+    def _validate(self) -> None:
+        """Measure the held-out sequences with the averaged weights, every `validation.every_steps` and at the end."""
+        run, every_steps = self.run, self.recipe.validation.every_steps
+        if not self._validation_sequences or (run.step % every_steps != 0 and not self._is_last):
             return
-        self._finish_save(None)
-        metrics, rows = result.metrics(), recipe.training.global_batch_size
-        where = ""
-        if self.rank == 0:
-            path = write_bad_step(
-                self.run_dir, recipe, self.order, step=step, cursor=cursor, checkpoint=self.checkpoint, metrics=metrics
+        with self._evaluation():
+            validation = validate(
+                self.recipe,
+                run.root,
+                run.objective,
+                self._validation_sequences,
+                run.rank,
+                run.world_size,
+                run.device,
             )
-            where = f", and {path} holds what it takes to run the step again"
-        raise FloatingPointError(
-            f"step {step} (rows {(step - 1) * rows} to {step * rows - 1} of the run's order) of objective {recipe.objective.name}: loss "
-            f"{metrics['loss']:.6g}, gradient norm {norm}, not finite; the last checkpoint is good{where}. Lower optimizer.learning_rate"
-        )
+        if self._metrics_log is not None:
+            self._metrics_log.write(run.step, validation=validation)
+        self._validation = {"validation": validation, "validated_step": run.step}
 
-
-def pick_device(name: str) -> torch.device:
-    """The device of this process: `auto` takes CUDA where there is one, the local rank's.
-
-    Raises:
-        UserError: if CUDA is asked for and absent.
-    """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            "parallelism.device=cuda, and this machine shows no CUDA device; set parallelism.device=cpu or auto"
-        )
-    if name == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    torch.cuda.set_device(device)
-    return device
-
-
-@contextmanager
-def _process_group(recipe: Recipe) -> Iterator[None]:
-    """The process group that is there already (Ray Train's), or one of ours for as long as the run lasts: torchrun's, or of this process alone."""
-    if dist.is_initialized():
-        yield
-        return
-    backend = "nccl" if pick_device(recipe.parallelism.device).type == "cuda" else "gloo"
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
-class _Clock:
-    """Tokens a second of training alone: the first step pays for warming up, and validation and commits do not count."""
-
-    def __init__(self) -> None:
-        self._mark: float | None = None
-        self._tokens, self._seconds = 0, 0.0
-
-    def count(self, tokens: int) -> None:
-        """A step has ended."""
-        now = time.perf_counter()
-        if self._mark is not None:
-            self._tokens, self._seconds = self._tokens + tokens, self._seconds + now - self._mark
-        self._mark = now
+    def _search_clip(self) -> None:
+        """Replace the clip by the one with the least variance on the held-out sequences, when a search is due."""
+        run = self.run
+        if not self._search_sequences or not clip_search.is_due(self.recipe, run.step) or self._is_last:
+            return
+        with self._evaluation():
+            candidates = clip_search.search(
+                self.recipe, run.root, run.objective, self._search_sequences, run.rank, run.world_size, run.device
+            )
+        best = candidates[0]
+        run.clip = clip_search.apply(self.recipe, run.objective, (best.beta, best.omega))
+        if self._metrics_log is not None:
+            self._metrics_log.write(run.step, clip_search=[vars(candidate) for candidate in candidates])
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Time inside does not count."""
-        entered = time.perf_counter()
-        yield
-        if self._mark is not None:
-            self._mark += time.perf_counter() - entered
+    def _evaluation(self) -> Iterator[None]:
+        """Use the averaged weights, if the run keeps them; the time inside does not count as training."""
+        with ExitStack() as context:
+            context.enter_context(self._clock.paused())
+            if self.run.ema is not None:
+                context.enter_context(self.run.ema.swapped_in())
+            yield
 
-    def tokens_per_second(self) -> float:
-        """Mean since the first step; 0 before the second."""
-        return self._tokens / self._seconds if self._seconds else 0.0
+    def _exchange_signals(self, sequences: Sequence[DataSequence]) -> _Signals:
+        """Combine what the ranks have noticed during this step: one message between the hosts."""
+        run = self.run
+        local = [
+            len(bad_sequences(sequences)),
+            int(self._stop.is_made()),
+            int(self._is_machine_leaving()),
+            int(run.saver.is_done()),
+        ]
+        num_bad, num_stop, num_leaving, num_done = agreement.totals(local, run.host_group)
+        return _Signals(num_bad, num_stop > 0, num_leaving > 0, num_done == run.world_size)
+
+    def _count_bad(self, sequences: Sequence[DataSequence], signals: _Signals) -> None:
+        """Count the sequences of the global batch that could not be read, on all ranks.
+
+        Raises:
+            DamageError: if no sequence of the batch could be read.
+        """
+        run, num_bad = self.run, signals.num_bad_sequences
+        if not num_bad:
+            return
+        local = bad_sequences(sequences)
+        findings = [finding for rank in agreement.gathered(lambda: local, run.host_group) for finding in rank]
+        run.faults.count_sequences(findings)
+        if num_bad == self.recipe.training.global_batch_size:
+            raise DamageError(
+                f"step {run.step}: none of its {num_bad} sequences can be read ({findings[0]}); restore the shards"
+            )
+
+    def _save_if_due(self, signals: _Signals) -> None:
+        """Let the saver begin, finish or await saves; record and report the finished ones."""
+        with self._clock.paused():
+            finished = self.run.saver.after_step(
+                self.run.step,
+                self._snapshot,
+                is_last=self._is_last,
+                is_stopping=signals.is_stop_requested,
+                is_machine_leaving=signals.is_machine_leaving,
+                is_done_everywhere=signals.is_save_done,
+            )
+            for saved in finished:
+                self._record_save(saved)
+                if self._report is not None and saved.directory is not None:
+                    self._report({"step": saved.step, **saved.metrics}, saved.directory)
+
+    def _snapshot(self) -> Snapshot:
+        """Return the state to save, once the step is known to be finite."""
+        self._check_finite(self._unchecked)
+        metrics = self._metrics | self._validation
+        return Snapshot(self.run.tensors(), self.run.manifest_fields(metrics), metrics)
+
+    def _record_save(self, saved: Saved) -> None:
+        """Note the checkpoint of a finished save, and log how long the save blocked the training."""
+        self.run.checkpoint = saved.directory or self.run.checkpoint
+        if self._metrics_log is not None:
+            self._metrics_log.write(
+                self.run.step, checkpoint=saved.directory, of_step=saved.step, blocked_seconds=saved.blocked_seconds
+            )
+
+    def _stop_if_requested(self, signals: _Signals) -> None:
+        """Raise Stopped if a stop is requested before the last step; the state is committed."""
+        if not signals.is_stop_requested:
+            return
+        self._stop.clear()
+        if not self._is_last:
+            raise Stopped(
+                f"stopped after step {self.run.step} of {self.num_steps}, as requested; "
+                f"{self.run.checkpoint} holds the state"
+            )
+
+    def _check_finite(self, completed: _CompletedStep | None) -> None:
+        """Raise FloatingPointError on every rank if a step's loss or gradient, which are global, is not finite.
+
+        The error names the step, its sequences in the order of the run, and the objective; rank 0 writes a file with
+        everything that is needed to run the same step again.
+        """
+        if completed is None or completed.result.is_finite():
+            return
+        step, cursor, result = completed
+        run, recipe = self.run, self.recipe
+        if result.is_skipped and run.faults.skipped_in_a_row <= recipe.training.max_skipped_steps:
+            return
+        saved = run.saver.end()
+        if saved is not None:
+            self._record_save(saved)
+        metrics, batch_size, hint = result.metrics(), recipe.training.global_batch_size, ""
+        if run.rank == 0:
+            path = write_bad_step(
+                run.run_dir, recipe, run.order, step=step, cursor=cursor, checkpoint=run.checkpoint, metrics=metrics
+            )
+            hint = f", and {path} holds everything that is needed to run the step again"
+        raise FloatingPointError(
+            f"step {step} (sequences {(step - 1) * batch_size} to {step * batch_size - 1} of the run's order) of "
+            f"objective {recipe.objective.name}: loss {metrics['loss']:.6g}, gradient norm "
+            f"{metrics['gradient_norm']}, not finite; the last checkpoint is valid{hint}. "
+            "Lower optimizer.learning_rate"
+        )

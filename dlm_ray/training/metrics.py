@@ -1,9 +1,12 @@
-"""What a run writes down: one JSON line an event, Weights & Biases beside it, and the arithmetic of throughput."""
+"""The metrics of a run: one JSON line per event, Weights & Biases, and the measures of throughput."""
 
 from __future__ import annotations
 
 import json
 import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,16 +16,16 @@ from dlm_ray.config.recipe import Recipe
 
 
 class MetricsLog:
-    """`metrics.jsonl` of a run directory, and W&B if the recipe asks for it. Used by rank 0 alone.
+    """The `metrics.jsonl` of a run directory, and Weights & Biases if the recipe enables it. Only rank 0 uses it.
 
-    Opening it for a resume at `start_step` drops the lines of steps that will be run again, so that the file holds every step once.
+    A resume at `start_step` drops the lines of the steps that run again, so that the file holds every step once.
     """
 
     def __init__(self, recipe: Recipe, run_dir: Path, start_step: int):
         self.path = run_dir / "metrics.jsonl"
         kept = [line for line in self._lines() if json.loads(line)["step"] <= start_step]
         self.losses: list[float] = [event["loss"] for event in map(json.loads, kept) if "loss" in event]
-        """Those that were logged before."""
+        """The losses that were logged before `start_step`."""
         partial = self.path.with_suffix(".tmp")
         partial.write_text("".join(kept))
         os.replace(partial, self.path)
@@ -42,20 +45,20 @@ class MetricsLog:
             )
 
     def _lines(self) -> list[str]:
-        """Whole lines that an earlier attempt wrote; a line that a kill cut short is left out."""
+        """Return the complete lines of earlier attempts, without a line that a kill cut short."""
         if not self.path.exists():
             return []
         return [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
 
     def write(self, step: int, **values: Any) -> None:
-        """One event after `step` optimizer steps."""
+        """Write one event that follows `step` optimizer steps."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         if self._wandb is not None:
             self._wandb.log(values, step=step)
 
     def close(self) -> None:
-        """Flushes both."""
+        """Close the file, and finish the Weights & Biases run."""
         self._file.close()
         if self._wandb is not None:
             self._wandb.finish()
@@ -77,6 +80,33 @@ def _import_wandb(mode: str) -> ModuleType:
     return wandb
 
 
+class ThroughputClock:
+    """Tokens per second of training only: the first step, which warms up, and the time of `paused` do not count."""
+
+    def __init__(self) -> None:
+        self._mark: float | None = None
+        self._tokens, self._seconds = 0, 0.0
+
+    def count(self, tokens: int) -> None:
+        """Note the end of a step of `tokens` tokens."""
+        now = time.perf_counter()
+        if self._mark is not None:
+            self._tokens, self._seconds = self._tokens + tokens, self._seconds + now - self._mark
+        self._mark = now
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Exclude the time inside the context."""
+        entered = time.perf_counter()
+        yield
+        if self._mark is not None:
+            self._mark += time.perf_counter() - entered
+
+    def tokens_per_second(self) -> float:
+        """Return the mean since the first step; 0 before the second."""
+        return self._tokens / self._seconds if self._seconds else 0.0
+
+
 def flops_per_token(
     *,
     body_parameters: int,
@@ -87,14 +117,17 @@ def flops_per_token(
     scored_share: float,
     visible_share: float,
 ) -> float:
-    """FLOPs of forward and backward for one position of a row: 6 for each matrix parameter, attention's two products, and the head.
+    """Return forward and backward FLOPs per position: 6 per matrix parameter, two attention products, the head.
 
     Args:
-        body_parameters: matrix parameters of the blocks (neither embeddings nor head).
-        width, num_layers, num_positions: D, blocks, L.
+        body_parameters: number of matrix parameters of the transformer blocks (without embeddings and head).
+        width: D, the hidden size.
+        num_layers: number of transformer blocks.
+        num_positions: L, the length of a sequence.
         vocab_size: V.
-        scored_share: of the positions, how many reach the vocabulary's projection (1 for AR, the mean mask probability for diffusion).
-        visible_share: of the L keys, how many a query has to compute (about 1/2 causal, 1 bidirectional).
+        scored_share: share of the positions that reach the projection to the vocabulary (1 for autoregressive models,
+            the mean mask probability for diffusion).
+        visible_share: share of the L keys that a query computes (about 1/2 if causal, 1 if bidirectional).
     """
     attention = 12 * num_layers * width * num_positions * visible_share
     return 6 * body_parameters + attention + 6 * width * vocab_size * scored_share

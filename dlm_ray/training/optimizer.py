@@ -26,23 +26,23 @@ def learning_rate(recipe: Optimizer, step: int, num_steps: int) -> float:
 
 
 def build(recipe: Optimizer, root: nn.Module) -> torch.optim.AdamW:
-    """AdamW over every parameter of `root`, with its state made at once (a checkpoint is loaded into it).
+    """Return AdamW over every parameter of `root`, with its state allocated for a checkpoint to fill.
 
-    Matrices are decayed; embeddings, norms and biases are not, and neither are an objective's own parameters.
+    Weight decay applies to matrices, but not to embeddings, norms, biases and the parameters of the objective.
     """
     embeddings = {id(module.weight) for module in root.modules() if isinstance(module, nn.Embedding)}
-    decayed, rest, own = [], [], []
+    decayed, undecayed, of_objective = [], [], []
     for name, parameter in root.named_parameters():
         if name.startswith("objective."):
-            own.append(parameter)
+            of_objective.append(parameter)
         elif parameter.ndim > 1 and id(parameter) not in embeddings:
             decayed.append(parameter)
         else:
-            rest.append(parameter)
+            undecayed.append(parameter)
     groups = [
         {"params": decayed, "weight_decay": recipe.weight_decay},
-        {"params": rest, "weight_decay": 0.0},
-        {"params": own, "weight_decay": 0.0},
+        {"params": undecayed, "weight_decay": 0.0},
+        {"params": of_objective, "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(
         [group for group in groups if group["params"]],
@@ -62,12 +62,12 @@ def build(recipe: Optimizer, root: nn.Module) -> torch.optim.AdamW:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """The rate of the next step, in every group."""
+    """Set the learning rate of the next step in every group."""
     for group in optimizer.param_groups:
         group["lr"] = rate
 
 
 def set_step(optimizer: torch.optim.Optimizer, step: int) -> None:
-    """The number of steps that were taken, which AdamW's bias correction needs after a resume."""
+    """Set the number of updates taken, which AdamW's bias correction needs after a resume."""
     for state in optimizer.state.values():
         state["step"].fill_(step)

@@ -116,7 +116,7 @@ def check_held_out(recipe: Recipe, indexes: Sequence[Index]) -> None:
     Raises:
         UserError: if the recipe searches a clip, or keeps the best checkpoints, and no source has a held-out row.
     """
-    if any(index.splits["held_out"].rows for index in indexes if "held_out" in index.splits):
+    if any(index.splits["held_out"].sequences for index in indexes if "held_out" in index.splits):
         return
     asked = (
         "curriculum.clip_search"

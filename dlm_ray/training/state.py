@@ -1,4 +1,4 @@
-"""The state of a run as named tensors: what is committed, and what a resume fills."""
+"""The state of a run as named tensors, which a commit writes and a resume fills."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from dlm_ray.training.ema import Ema
 
 
 def checkpoint_name(parameter_name: str) -> str:
-    """`denoiser.network.model.norm.weight` -> `model.model.norm.weight`: Hugging Face's name behind what it is; `objective.*` stays."""
-    own = "denoiser.network."
-    return f"model.{parameter_name[len(own) :]}" if parameter_name.startswith(own) else parameter_name
+    """Return a parameter's name in a checkpoint: `model.` and Hugging Face's name; a name `objective.*` stays.
+
+    For example, `denoiser.network.model.norm.weight` becomes `model.model.norm.weight`.
+    """
+    prefix = "denoiser.network."
+    return f"model.{parameter_name[len(prefix) :]}" if parameter_name.startswith(prefix) else parameter_name
 
 
 def tensors(root: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | None) -> dict[str, Tensor]:
-    """Every tensor of the run by its name in a checkpoint: `model.*`, `objective.*`, `optimizer.<name>.exp_avg(_sq)`, `ema.*`."""
+    """Return the run's tensors by name: `model.*`, `objective.*`, `optimizer.<name>.exp_avg(_sq)`, `ema.*`."""
     named = {}
     for name, parameter in root.named_parameters():
         stored = checkpoint_name(name)

@@ -1,4 +1,4 @@
-"""One optimizer step: every micro-batch through the objective, one division by the global count, clip, AdamW."""
+"""One optimizer step: micro-batches through the objective, division by the global count, clipping, AdamW."""
 
 from __future__ import annotations
 
@@ -11,24 +11,30 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from dlm_ray.config.recipe import Recipe
-from dlm_ray.diffusion.denoiser import Batch, LossSum
+from dlm_ray.data.reading import DataSequence
+from dlm_ray.diffusion.denoiser import Batch, LossSum, Objective
 from dlm_ray.diffusion.draws import Draw, DrawKey, maskable_positions
 from dlm_ray.training import curriculum
 
 
 class TrainModule(nn.Module):
-    """The root that FSDP2 wraps: its forward runs the whole objective, so that every collective is issued in one order on all ranks."""
+    """The root module that FSDP2 wraps; its forward runs the whole objective, so that collectives keep one order."""
 
-    def __init__(self, denoiser: nn.Module, objective: Any):
+    def __init__(self, denoiser: nn.Module, objective: Objective):
         super().__init__()
         self.denoiser = denoiser
+        # An objective is a module, too; what it computes is typed by the protocol.
         self.objective: Any = objective
 
     def forward(self, batch: Batch, score_only: bool = False, draws: Sequence[Draw] = ()) -> Any:
-        """LossSum of the micro-batch; with `score_only` the [R] nats of its scored positions; with `draws` of its rows, those of each."""
+        """Return the LossSum of the micro-batch.
+
+        With `score_only`, return the [R] nats of the scored positions; with `draws`, the nats of each of these draws.
+        """
         if draws:
             return self.objective.nll_of_draws(self.denoiser, batch, draws)
         if score_only:
@@ -38,28 +44,28 @@ class TrainModule(nn.Module):
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step did; tensors stay on the device until somebody logs them."""
+    """The result of one step; its tensors stay on the device until they are logged."""
 
     sums: Tensor
-    """[1 + names] this rank's sums: the weighted loss first, then `names`."""
+    """[1 + len(names)]: this rank's sum of the weighted loss, then the sums of `names`."""
     names: tuple[str, ...]
     divisors: tuple[int, ...]
-    """What each named sum is divided by."""
+    """The global count that each named sum is divided by."""
     count: int
     num_scored: int
     gradient_norm: Tensor
-    """Scalar, of the global gradient before clipping."""
+    """Scalar: the norm of the global gradient before clipping."""
     loss: Tensor
-    """Scalar, the loss of the global batch. It may be infinite where the gradient is finite: that of a token which has probability 0."""
+    """Scalar: the loss of the global batch. It can be infinite with a finite gradient, if a token has probability 0."""
     is_skipped: bool = False
-    """Nothing was updated, because loss or gradient was not finite."""
+    """Whether the update was left out, because loss or gradient was not finite."""
 
     def is_finite(self) -> bool:
-        """Whether loss and gradient are; the host waits for both."""
+        """Return whether loss and gradient are finite; the host waits for both."""
         return math.isfinite(self.loss.item()) and math.isfinite(self.gradient_norm.item())
 
     def metrics(self) -> dict[str, float]:
-        """The step's means over all ranks; collective."""
+        """Return the step's means over all ranks. Collective."""
         sums = self.sums.clone()
         dist.all_reduce(sums)
         values = sums.tolist()
@@ -70,32 +76,40 @@ class StepResult:
 
 
 def num_micro_steps(recipe: Recipe, world_size: int, draws_per_sequence: int = 1) -> int:
-    """Forward passes of one worker in one step: as many on every worker as the one with most rows needs.
+    """Return the number of forward passes per step, which is the same on all workers: what the largest share needs.
 
-    The draws of a row are passed together, and count as rows of the pass.
+    The draws of a sequence are in one pass, and each counts as a sequence of the pass.
     """
     most = -(-recipe.training.global_batch_size // world_size)
     return -(-most // max(1, recipe.training.micro_batch_size // draws_per_sequence))
 
 
 def micro_batches(
-    recipe: Recipe, objective: Any, rows: Sequence[Any], step: int, rank: int, world_size: int, device: torch.device
+    recipe: Recipe,
+    objective: Objective,
+    sequences: Sequence[DataSequence],
+    step: int,
+    rank: int,
+    world_size: int,
+    device: torch.device,
 ) -> list[Batch]:
-    """This rank's rows of one global batch as `num_micro_steps` batches with their draws.
+    """Return this rank's sequences of one global batch as `num_micro_steps` batches with their draws.
 
-    A rank with fewer rows than micro-steps runs its first row again with nothing masked and nothing scored. An objective that wants several
-    draws of a row finds its copies next to each other, with numbers of their own in the global batch.
+    A rank with fewer sequences than micro-steps repeats its first sequence with nothing masked and nothing scored. For
+    an objective with several draws per sequence, the copies of a sequence are adjacent and have their own numbers in
+    the global batch.
     """
     total, copies = recipe.training.global_batch_size, objective.draws_per_sequence
     share = np.array_split(np.arange(total), world_size)[rank]
-    assert len(share) == len(rows), (
-        f"the stream gave {len(rows)} rows where this rank's share of the global batch is {len(share)}"
+    assert len(share) == len(sequences), (
+        f"the stream gave {len(sequences)} sequences where this rank's share of the global batch is {len(share)}"
     )
     batches = []
     for part in np.array_split(np.arange(len(share)), num_micro_steps(recipe, world_size, copies)):
-        chosen = [rows[i] for i in part] or [rows[0]]
-        x_0 = np.stack([row.input_ids for row in chosen]).astype(np.int64).repeat(copies, axis=0)
-        document_ids = np.stack([row.document_ids for row in chosen]).astype(np.int32).repeat(copies, axis=0)
+        selected = [sequences[i] for i in part] or [sequences[0]]
+        x_0 = np.stack([sequence.input_ids for sequence in selected]).astype(np.int64).repeat(copies, axis=0)
+        document_ids = np.stack([sequence.document_ids for sequence in selected]).astype(np.int32)
+        document_ids = document_ids.repeat(copies, axis=0)
         maskable = maskable_positions(document_ids) & (len(part) > 0)
         numbers = [int(share[i]) * copies + copy for i in (part if len(part) else [0]) for copy in range(copies)]
         key = DrawKey(recipe.seed, step, numbers, total * copies, curriculum.block_tokens(recipe, step))
@@ -106,35 +120,45 @@ def micro_batches(
 
 
 def train_step(
-    root: Any,
-    objective: Any,
+    root: TrainModule,
+    objective: Objective,
     optimizer: torch.optim.Optimizer,
     batches: Sequence[Batch],
     max_norm: float,
-    host_group: Any,
+    host_group: dist.ProcessGroup | None,
     *,
     skips_nonfinite: bool = False,
 ) -> StepResult:
-    """Forward, backward, clip and update over the global batch of which `batches` is this rank's part.
+    """Run one optimizer step for a global batch, of which `batches` is this rank's part.
 
-    Every sum is divided by the count of what it sums over. The counts are on the host, so the division is known before
-    the first backward pass and nothing waits for the device; only to skip a step that is not finite does the host wait
-    for its loss and norm, which are the same on all ranks.
+    Every sum is divided by the count of what it sums over. The counts are on the host, so the divisor is known before
+    the first backward pass and nothing waits for the device. With `skips_nonfinite`, the host waits for loss and norm,
+    which are equal on all ranks, and leaves the update out if they are not finite.
+
+    Args:
+        root: the wrapped module.
+        objective: the objective of `root`.
+        optimizer: updates the parameters of `root`.
+        batches: this rank's micro-batches.
+        max_norm: the largest norm of the global gradient; a larger gradient is scaled down to it.
+        host_group: the group for messages between the hosts; the default group if None.
+        skips_nonfinite: whether to leave out an update that is not finite.
     """
     draws = [batch.draw for batch in batches]
-    own_counts = (
+    local_counts = (
         [objective.count(draw) for draw in draws],
         [draw.num_scored for draw in draws],
         [draw.num_maskable for draw in draws],
     )
-    counts = torch.tensor([sum(column) for column in own_counts])
+    counts = torch.tensor([sum(column) for column in local_counts])
     dist.all_reduce(counts, group=host_group)
     count, num_scored, num_maskable = max(1, int(counts[0])), int(counts[1]), int(counts[2])
     sums: Tensor | None = None
     names: tuple[str, ...] = ()
     divisors: tuple[int, ...] = ()
     for i, batch in enumerate(batches):
-        root.set_requires_gradient_sync(i == len(batches) - 1)
+        if isinstance(root, FSDPModule):
+            root.set_requires_gradient_sync(i == len(batches) - 1)
         loss: LossSum = root(batch)
         # FSDP2 averages gradients over ranks; the loss is a sum over them.
         total = loss.total(count, num_maskable)
@@ -155,7 +179,7 @@ def train_step(
     assert sums is not None, "a step has at least one micro-batch"
     total = sums[0].clone()
     dist.all_reduce(total)
-    norm = _clip(root.denoiser.parameters(), _reduced(objective.parameters()), max_norm)
+    norm = _clip(root.denoiser.parameters(), _reduced(root.get_submodule("objective").parameters()), max_norm)
     result = StepResult(sums, names, divisors, count, num_scored, norm, total / count)
     if skips_nonfinite and not result.is_finite():
         result = replace(result, is_skipped=True)
@@ -165,10 +189,10 @@ def train_step(
     return result
 
 
-def _reduced(own: Iterable[nn.Parameter]) -> list[Tensor]:
-    """Gradients of the objective's own parameters, whole on every rank, averaged over ranks as FSDP2 averages the network's."""
+def _reduced(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    """Average the gradients of the objective's replicated parameters over the ranks, as FSDP2 does the others."""
     gradients = []
-    for parameter in own:
+    for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         dist.all_reduce(parameter.grad)
@@ -177,7 +201,7 @@ def _reduced(own: Iterable[nn.Parameter]) -> list[Tensor]:
 
 
 def _clip(sharded: Iterable[nn.Parameter], replicated: list[Tensor], max_norm: float) -> Tensor:
-    """Clips the gradients to one norm over both kinds, and returns it."""
+    """Clip the gradients by their joint norm, and return the norm before clipping."""
     gradients = [parameter.grad for parameter in sharded if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
     if isinstance(norm, DTensor):

@@ -1,4 +1,4 @@
-"""The bound on held-out rows inside the training loop: fixed rows and draws, so that two values differ by the model alone."""
+"""The validation of the training loop: sequences and draws are fixed, so that two values differ only by the model."""
 
 from __future__ import annotations
 
@@ -9,52 +9,64 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from dlm_ray.config.recipe import Recipe
+from dlm_ray.data.reading import DataSequence
+from dlm_ray.diffusion.denoiser import Objective
 from dlm_ray.diffusion.draws import evaluation_times, maskable_positions
 from dlm_ray.diffusion.likelihood import bits_per_byte, evaluation_batch
 from dlm_ray.training import curriculum
+from dlm_ray.training.step import TrainModule
 
-DRAWS_PER_ROW = 4
+DRAWS_PER_SEQUENCE = 4
 TIME_BINS = 5
 
 
 def validate(
-    recipe: Recipe, root: Any, objective: Any, rows: Sequence[Any], rank: int, world_size: int, device: torch.device
+    recipe: Recipe,
+    root: TrainModule,
+    objective: Objective,
+    sequences: Sequence[DataSequence],
+    rank: int,
+    world_size: int,
+    device: torch.device,
 ) -> dict[str, Any]:
-    """Nats a token and bits a byte of `rows`, and the unweighted cross-entropy by bin of t. Collective: every rank passes the same rows.
+    """Return nats per token, bits per byte, and the unweighted cross-entropy by bin of t of the sequences.
 
-    The bound is the one that `eval` reports: over all of t, whatever the schedule of training is, so that t is the share that is masked.
+    Collective: every rank passes the same sequences. The bound is that of `eval`: it covers all of t, independent of
+    the schedule of training, so that t is the masked share.
 
     Returns:
-        nats_per_token, bits_per_byte, and for a diffusion objective nll_by_t: TIME_BINS means over t in equal bins of (0, 1). An objective
-        without a bound has block_nll, the cross-entropy of a block's token, and block_nll_by_t.
+        nats_per_token, bits_per_byte, and for a diffusion objective nll_by_t: TIME_BINS means over equal bins of t in
+        (0, 1). An objective without a bound has block_nll, the mean cross-entropy of the tokens of a block, and
+        block_nll_by_t.
     """
-    x_0 = np.stack([row.input_ids for row in rows]).astype(np.int64)
-    document_ids = np.stack([row.document_ids for row in rows])
-    draws = 1 if objective.likelihood == "exact" else DRAWS_PER_ROW
-    pairs = [(row, number) for row in range(len(rows)) for number in range(draws)]
-    mine = np.array_split(np.arange(len(pairs)), world_size)[rank]
-    most = math.ceil(len(pairs) / world_size)
-    num_batches = math.ceil(most / recipe.training.micro_batch_size)
-    times = evaluation_times(recipe.seed, range(len(rows)), draws)
+    x_0 = np.stack([sequence.input_ids for sequence in sequences]).astype(np.int64)
+    document_ids = np.stack([sequence.document_ids for sequence in sequences])
+    draws = 1 if objective.likelihood == "exact" else DRAWS_PER_SEQUENCE
+    pairs = [(sequence, number) for sequence in range(len(sequences)) for number in range(draws)]
+    share = np.array_split(np.arange(len(pairs)), world_size)[rank]
+    largest_share = math.ceil(len(pairs) / world_size)
+    num_batches = math.ceil(largest_share / recipe.training.micro_batch_size)
+    times = evaluation_times(recipe.seed, range(len(sequences)), draws)
     sums = torch.zeros(1 + 2 * TIME_BINS, dtype=torch.float64, device=device)  # nats; nll by bin; count by bin
     with torch.no_grad():
-        for part in np.array_split(mine, num_batches):
-            chosen = [pairs[i] for i in part] or [pairs[0]]
+        for part in np.array_split(share, num_batches):
+            selected = [pairs[i] for i in part] or [pairs[0]]
             batch = evaluation_batch(
                 objective,
                 x_0,
                 document_ids,
-                chosen,
+                selected,
                 times,
                 recipe.seed,
                 lambda ids: curriculum.visibility(recipe, objective.is_causal, None, ids, device),
                 device,
                 is_real=len(part) > 0,
             )
-            count = batch.draw.num_scored  # behind them is padding, which counts for nothing whatever its value is
+            count = batch.draw.num_scored  # padding follows, whose values do not count
             nll = root(batch, score_only=True)[:count].double()
             sums[0] += (batch.draw.weight[:count] * nll).sum()
             bins = (batch.draw.t_scored[:count] * TIME_BINS).long().clamp(max=TIME_BINS - 1)
@@ -69,7 +81,7 @@ def validate(
             "block_nll": sums[1 : 1 + TIME_BINS].sum().item() / max(1.0, sums[1 + TIME_BINS :].sum().item()),
             "block_nll_by_t": means,
         }
-    num_bytes = sum(int(row.num_bytes.sum()) for row in rows)
+    num_bytes = sum(int(sequence.num_bytes.sum()) for sequence in sequences)
     result: dict[str, Any] = {
         "nats_per_token": nats / int(maskable_positions(document_ids).sum()),
         "bits_per_byte": bits_per_byte(nats, num_bytes),
@@ -79,8 +91,8 @@ def validate(
     return result
 
 
-def reshard(root: Any) -> None:
-    """Lets go of gathered weights: without a backward pass they would stay, and the next forward would use these again."""
+def reshard(root: nn.Module) -> None:
+    """Free the gathered weights, which stay without a backward pass and would be stale in the next forward."""
     for module in root.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

@@ -82,7 +82,7 @@ def _measure(tensors: dict[str, Tensor], place: Path, repetitions: int, device: 
         "save": lambda _: save(lambda: commit.save(str(ours), tensors, fields), ours),
         "dcp_save": lambda _: save(lambda: dcp.save(tensors, storage_writer=dcp.FileSystemWriter(theirs)), theirs),
         "blocked_by_asynchronous_save": begin,
-        "rest_of_asynchronous_save": lambda _: timed(lambda: saver.end(has_to_succeed=True), device, wait=False),
+        "rest_of_asynchronous_save": lambda _: timed(lambda: saver.end(must_succeed=True), device, wait=False),
         "load": lambda _: load(load_ours),
         "dcp_load": lambda _: load(load_theirs),
     }

@@ -27,7 +27,7 @@ FIELDS = {
     "tokenizer": {},
     "model": {},
     "capabilities": {},
-    "cursor": {"rows": 7},
+    "cursor": {"num_sequences": 7},
     "extra": {},
 }
 
@@ -66,7 +66,7 @@ def test_every_dtype_and_shape_comes_back_bit_for_bit(saved):
     loaded = blank(state())
     manifest = commit.load(saved, loaded)
     assert all(torch.equal(loaded[name], tensor) for name, tensor in state().items())
-    assert manifest.cursor == {"rows": 7} and manifest.step == 3
+    assert manifest.cursor == {"num_sequences": 7} and manifest.step == 3
     assert torch.equal(commit.read_tensor(saved, "model.b"), state()["model.b"])
     assert commit.verify(saved) == []
 
@@ -181,7 +181,7 @@ def test_a_copy_is_a_checkpoint_of_the_other_run(saved, tmp_path):
     commit.copy(saved, target, {"name": "other"})
     manifest = commit.read_manifest(target)
     assert manifest.recipe == {"name": "other"} and manifest.extra == {"copied_from": saved}
-    assert (manifest.step, manifest.cursor) == (3, {"rows": 7}) and commit.verify(target) == []
+    assert (manifest.step, manifest.cursor) == (3, {"num_sequences": 7}) and commit.verify(target) == []
     assert all(torch.equal(commit.read_tensor(target, name), tensor) for name, tensor in state().items())
     assert [path.name for path in Path(target).parent.iterdir()] == ["step_00000003"]
 

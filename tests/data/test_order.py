@@ -9,15 +9,15 @@ import pytest
 
 from dlm_ray.data.index import FORMAT, Index, Shard, Split
 from dlm_ray.data.order import Cursor, Order
-from dlm_ray.data.reading import shares
+from dlm_ray.data.reading import rank_batches
 from dlm_ray.data.tokenizer import TokenizerIdentity
 
 
 def index(*shard_rows):
     shards = tuple(
-        Shard(file=f"{i}.tar", part=i, rows=rows, sha256="", size_bytes=0) for i, rows in enumerate(shard_rows)
+        Shard(file=f"{i}.tar", part=i, sequences=rows, sha256="", size_bytes=0) for i, rows in enumerate(shard_rows)
     )
-    split = Split(rows=sum(shard_rows), tokens=0, bytes=0, documents=0, shards=shards)
+    split = Split(sequences=sum(shard_rows), tokens=0, bytes=0, documents=0, shards=shards)
     return Index(
         format=FORMAT,
         sequence_length=8,
@@ -36,7 +36,7 @@ def test_every_row_comes_once_an_epoch_and_epochs_differ():
     first, cursor = take(order, 22)
     second, _ = take(order, 22, cursor)
     everything = {(shard, row) for shard, rows in enumerate((5, 9, 1, 7)) for row in range(rows)}
-    assert {(one.shard, one.row) for one in first} == everything == {(one.shard, one.row) for one in second}
+    assert {(one.shard, one.sequence) for one in first} == everything == {(one.shard, one.sequence) for one in second}
     assert first != second
 
 
@@ -63,7 +63,7 @@ def test_rows_are_mixed_within_a_window_and_no_further():
     references, _ = take(order, 80)
     for window in range(4):
         assert len({one.shard for one in references[window * 20 : window * 20 + 20]}) == 2
-    assert [one.row for one in references[:10]] != sorted(one.row for one in references[:10])
+    assert [one.sequence for one in references[:10]] != sorted(one.sequence for one in references[:10])
 
 
 def test_the_order_follows_the_seed():
@@ -77,7 +77,7 @@ def test_ranks_together_take_the_same_global_batches(world_size):
     expected, _ = take(order, 4 * 7)
     taken = []
     for rank in range(world_size):
-        groups = shares(order, Cursor.start(1), global_batch_size=7, rank=rank, world_size=world_size, num_steps=4)
+        groups = rank_batches(order, Cursor.start(1), global_batch_size=7, rank=rank, world_size=world_size, num_steps=4)
         taken.append([step for steps, _ in groups for step in steps])
     for step in range(4):
         together = [one for rank in range(world_size) for one in taken[rank][step]]

@@ -16,7 +16,7 @@ from dlm_ray.data.build import split_of
 from dlm_ray.data.index import load_index
 from dlm_ray.data.inspect import describe
 from dlm_ray.data.order import Cursor, Order, SequenceReference
-from dlm_ray.data.reading import ShardReader, iterate_rows, open_sources, read_split
+from dlm_ray.data.reading import ShardReader, iterate_sequences, open_sources, read_split
 from dlm_ray.data.sources import documents, list_parts
 from dlm_ray.data.tokenizer import load_tokenizer
 
@@ -30,7 +30,7 @@ def test_plain_webdataset_reads_what_we_read(data_folder):
     rows = read_split(data_folder, "train")
     files = [f"{data_folder}/{shard.file}" for shard in index.splits["train"].shards]
     samples = list(webdataset.WebDataset(files, shardshuffle=False).decode())
-    assert len(samples) == len(rows) == index.splits["train"].rows > 100
+    assert len(samples) == len(rows) == index.splits["train"].sequences > 100
     for sample, row in zip(samples, rows, strict=True):
         for field in ("input_ids", "document_ids", "num_bytes"):
             assert (sample[f"{field}.npy"] == getattr(row, field)).all()
@@ -86,7 +86,7 @@ def test_a_shard_that_is_lost_after_it_was_checked_is_damage_or_skipped(data_fol
     assert [row.input_ids.tolist() for row in readers["skip"].read(wanted)] == whole
     victim = folder / index.splits["train"].shards[0].file
     if harm == "truncate":
-        victim.write_bytes(victim.read_bytes()[: victim.stat().st_size // index.splits["train"].shards[0].rows * 3])
+        victim.write_bytes(victim.read_bytes()[: victim.stat().st_size // index.splits["train"].shards[0].sequences * 3])
     else:
         victim.unlink()
     with pytest.raises(DamageError, match=f"shard {victim} was whole when it was checked, and no longer is"):
@@ -123,7 +123,7 @@ def test_the_stream_gives_the_ordered_rows_and_resumes(data_folder):
 
     def stream(cursor, num_steps):
         order = Order([index], [1.0], 0, 2)
-        return list(iterate_rows(ShardReader([data_folder], [index]), order, cursor, num_steps=num_steps, **share))
+        return list(iterate_sequences(ShardReader([data_folder], [index]), order, cursor, num_steps=num_steps, **share))
 
     whole = stream(Cursor.start(1), 40)
     after = stream(whole[24][1], 15)
@@ -135,7 +135,7 @@ def test_the_stream_gives_the_ordered_rows_and_resumes(data_folder):
 def test_inspect_shows_what_is_there(data_folder):
     described = describe(data_folder)
     assert described["splits"]["train"]["documents"] > described["splits"]["held_out"]["documents"] > 0
-    assert any("Document" in segment["text"] for segment in described["first_rows"][0])
+    assert any("Document" in segment["text"] for segment in described["first_sequences"][0])
 
 
 def test_jsonl_lines_are_read_once_wherever_the_file_is_cut(tmp_path, monkeypatch):
@@ -229,12 +229,12 @@ def test_a_shard_on_s3_is_fetched_once_and_checked_on_the_way(s3, data_folder, m
     open_input = storage.open_input
     monkeypatch.setattr(storage, "open_input", lambda path: opened.append(path) or open_input(path))
     order, share = Order([index], [1.0], 0, 2), {"global_batch_size": 10, "rank": 0, "world_size": 1, "num_steps": 20}
-    remote = list(iterate_rows(reader := ShardReader([f"{s3}/once"], [index]), order, Cursor.start(1), **share))
+    remote = list(iterate_sequences(reader := ShardReader([f"{s3}/once"], [index]), order, Cursor.start(1), **share))
     everything = [SequenceReference(0, number, 0) for number in range(len(files))]
     reader.read(everything)
     reader.read(everything)
     assert sorted(opened) == sorted(f"{s3}/once/{name}" for name in files)
-    local = list(iterate_rows(ShardReader([data_folder], [index]), order, Cursor.start(1), **share))
+    local = list(iterate_sequences(ShardReader([data_folder], [index]), order, Cursor.start(1), **share))
     for (rows, _), (expected, _) in zip(remote, local, strict=True):
         assert all((one.input_ids == two.input_ids).all() for one, two in zip(rows, expected, strict=True))
     monkeypatch.setattr("dlm_ray.data.reading._COPIES_BYTES", 1)  # no more than one copy is kept: each is fetched again

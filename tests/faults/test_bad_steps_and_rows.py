@@ -109,8 +109,8 @@ def test_one_more_in_a_row_ends_the_run_with_a_file_that_leads_to_the_step(bad_s
     index = load_index(data_folder)
     references, _ = Order([index], [1.0], 0, recipe.data.window_shards).references(Cursor.from_dict(file["cursor"]), 12)
     shards = index.splits["train"].shards
-    assert file["rows"] == [
-        {"source": data_folder, "shard": shards[one.shard].file, "row": one.row} for one in references
+    assert file["sequences"] == [
+        {"source": data_folder, "shard": shards[one.shard].file, "row": one.sequence} for one in references
     ]
     with pytest.raises(FloatingPointError, match="step 8 "):
         loop.fit(recipe, tmp_path / "run")
@@ -121,10 +121,10 @@ def test_one_more_in_a_row_ends_the_run_with_a_file_that_leads_to_the_step(bad_s
 def test_a_loss_far_above_those_before_it_rings():
     alarm = LossAlarm(8.0, [])
     rng = np.random.default_rng(0)
-    assert not any(alarm.rings(step, 3.0 + 0.1 * rng.standard_normal()) for step in range(60))
-    assert alarm.rings(60, 5.0) and not alarm.rings(61, 3.1)
-    assert alarm.rings(62, math.nan) and not alarm.rings(63, 2.0)  # falling is no alarm
-    assert not LossAlarm(0.0, [3.0] * 50).rings(1, 100.0)
+    assert not any(alarm.is_spike(step, 3.0 + 0.1 * rng.standard_normal()) for step in range(60))
+    assert alarm.is_spike(60, 5.0) and not alarm.is_spike(61, 3.1)
+    assert alarm.is_spike(62, math.nan) and not alarm.is_spike(63, 2.0)  # falling is no alarm
+    assert not LossAlarm(0.0, [3.0] * 50).is_spike(1, 100.0)
 
 
 def test_a_spike_is_logged_with_the_step_and_the_alarm_knows_the_losses_before_a_resume(data_folder, tmp_path, caplog):
@@ -184,7 +184,7 @@ def test_skipped_rows_are_counted_and_listed_and_every_other_row_is_what_it_was(
     references, _ = order.references(Cursor.start(1), 26 * 12)  # more than an epoch: it is as long as it was
     expected = sum(one.shard in bad for one in references)
     loop.fit(recipe, tmp_path / "run")
-    skipped = commit.read_manifest(listing.latest(str(tmp_path / "run"))).extra["faults"]["skipped_rows"]
+    skipped = commit.read_manifest(listing.latest(str(tmp_path / "run"))).extra["faults"]["skipped_sequences"]
     assert sum(skipped.values()) == expected > 20
     assert {
         name
@@ -196,7 +196,7 @@ def test_skipped_rows_are_counted_and_listed_and_every_other_row_is_what_it_was(
     shutil.copytree(tmp_path / "run", tmp_path / "cut")
     shutil.rmtree(tmp_path / "cut/step_00000026")
     loop.fit(recipe, tmp_path / "cut")
-    assert commit.read_manifest(listing.latest(str(tmp_path / "cut"))).extra["faults"]["skipped_rows"] == skipped
+    assert commit.read_manifest(listing.latest(str(tmp_path / "cut"))).extra["faults"]["skipped_sequences"] == skipped
     assert_same_tensors(tmp_path / "run", tmp_path / "cut")
     good = ShardReader([data_folder], [load_index(data_folder)]).read(references)
     left = ShardReader([folder], [index], on_bad_sample="skip").read(references)

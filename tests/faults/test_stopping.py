@@ -108,7 +108,7 @@ def test_two_workers_one_two_and_three_are_one_run(data_folder, tmp_path):
     assert [resized[step]["masks"] for step in range(40)] == [alone[step]["masks"] for step in range(40)]
     assert [resized[step]["world_size"] for step in (0, 8, 9, 16, 17, 27, 28, 39)] == [2, 2, 1, 1, 2, 2, 3, 3]
     rows_taken = [row for step in range(40) for row in resized[step]["rows"]]
-    an_epoch = load_index(data_folder).splits["train"].rows
+    an_epoch = load_index(data_folder).splits["train"].sequences
     assert len(rows_taken) == 480 > an_epoch
     assert rows_taken == expected_rows(recipe, 480)
     references, _ = order_of(recipe).references(Cursor.start(1), an_epoch)

@@ -16,7 +16,7 @@ from dlm_ray.data.reading import DataSequence
 from dlm_ray.data.tokenizer import TokenizerIdentity
 from dlm_ray.diffusion.objectives import Masked
 from dlm_ray.models import families, parallel
-from dlm_ray.training import clip_search, curriculum, loop, optimizer, setup
+from dlm_ray.training import clip_search, curriculum, optimizer, run, setup
 from dlm_ray.training.step import TrainModule, micro_batches, train_step
 
 LENGTH, ROWS, VOCAB, K = 8, 3, 11, 4  # an odd number of rows; none of what is asked for divides it
@@ -193,7 +193,7 @@ def assert_promises(recipe, step, parts, process):
 
 
 def train_and_check(accepted):
-    with loop._process_group(base_recipe()):
+    with run.process_group(base_recipe()):
         for recipe in accepted:
             try:
                 for step, parts, process in run_two_steps(recipe):

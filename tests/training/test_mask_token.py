@@ -68,7 +68,7 @@ def test_rows_that_hold_the_mask_token_are_refused_with_the_place(which, tmp_pat
         loop.fit(tiny_recipe(data, model__mask_token=asked, validation__sequences=0), tmp_path / "run")
     position, row, shard = re.match(message, str(raised.value)).groups()
     with open(f"{data}/{shard}", "rb") as stream:
-        assert shards.read_row(stream, int(row), 32)["input_ids"][int(position)] == asked
+        assert shards.read_sequence(stream, int(row), 32)["input_ids"][int(position)] == asked
 
 
 def test_a_token_that_no_text_holds_is_a_mask_in_training_scoring_and_export(data, tmp_path):

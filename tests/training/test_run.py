@@ -17,7 +17,7 @@ from dlm_ray.config.errors import DamageError, UserError
 from dlm_ray.config.recipe import Source
 from dlm_ray.data import storage
 from dlm_ray.data.index import load_data_tokenizer
-from dlm_ray.data.reading import held_out_rows, open_sources, read_split
+from dlm_ray.data.reading import held_out_sequences, open_sources, read_split
 from dlm_ray.diffusion.objectives import Masked
 from dlm_ray.training import loop
 from dlm_ray.training.curriculum import annealing_ratio
@@ -118,11 +118,11 @@ def test_validation_and_search_are_on_held_out_rows_of_every_source(data_folder,
     ]
     sources = [Source(path=folder) for folder in folders]
     indexes = open_sources(sources)
-    few = indexes[1].splits["held_out"].rows
+    few = indexes[1].splits["held_out"].sequences
     assert 2 < few < 25
 
     def counts(num_rows):
-        rows = held_out_rows(sources, indexes, num_rows)
+        rows = held_out_sequences(sources, indexes, num_rows)
         paths = [
             next(path for path in folders if any(np.array_equal(row.input_ids, own.input_ids) for own in held[path]))
             for row in rows
@@ -135,7 +135,7 @@ def test_validation_and_search_are_on_held_out_rows_of_every_source(data_folder,
     assert counts(10**6) == [len(held[folder]) for folder in folders]
 
 
-def test_a_search_or_the_best_checkpoints_need_held_out_rows(data_folder, tmp_path, caplog):
+def test_a_search_or_the_best_checkpoints_need_held_out_sequences(data_folder, tmp_path, caplog):
     folder = make_data(tmp_path / "data", held_out=0.0)
     searching = {"objective": {"name": "block", "block_tokens": 4}, "curriculum__clip_search": {"every_steps": 2}}
     for changes, key in ((searching, "curriculum.clip_search"), ({"checkpoint__keep_best": 1}, "checkpoint.keep_best")):

@@ -11,7 +11,8 @@ import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from dlm_ray.config.server import Server
-from dlm_ray.generation.loading import load_network, pick_device
+from dlm_ray.generation.loading import load_network
+from dlm_ray.models.device import pick_device
 from dlm_ray.serving import sharding
 
 log = logging.getLogger("dlm_ray.serving")
