@@ -165,7 +165,7 @@ def test_a_checkpoint_in_a_bucket_is_a_base_and_is_exported(remote, data_folder,
 def test_a_bucket_without_a_checkpoint_says_so(remote, s3):
     with pytest.raises(
         UserError,
-        match="s3://bucket/nothing is no checkpoint of ours: .* A Hugging Face folder is read from a local disk",
+        match="s3://bucket/nothing is not a dlm_ray checkpoint: .* A Hugging Face folder must be on a local disk",
     ):
         dlm_ray.load(f"{s3}/nothing")
 

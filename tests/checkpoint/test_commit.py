@@ -103,7 +103,7 @@ def test_floating_types_are_converted_and_others_refused(saved):
 def test_names_and_shapes_must_fit(saved):
     with pytest.raises(DamageError, match="has no model.c"):
         commit.load(saved, {"model.c": torch.zeros(1)})
-    with pytest.raises(DamageError, match=r"model.a has shape \[101, 37\], and \[101, 38\]"):
+    with pytest.raises(DamageError, match=r"model.a has shape \[101, 37\], but \[101, 38\]"):
         commit.load(saved, {"model.a": torch.zeros(101, 38)})
 
 
@@ -119,7 +119,7 @@ def test_a_newer_format_and_a_flip_in_the_manifest_are_refused(saved):
     good = path.read_bytes()
     fields = json.loads(good)
     path.write_text(json.dumps({**fields, "format": 99}))
-    with pytest.raises(DamageError, match="format 99, and this version reads up to 2"):
+    with pytest.raises(DamageError, match="format 99, and this version reads format 3"):
         commit.read_manifest(saved)
     rng = random.Random(0)
     for _ in range(20):
@@ -129,25 +129,15 @@ def test_a_newer_format_and_a_flip_in_the_manifest_are_refused(saved):
         with pytest.raises(DamageError):
             commit.read_manifest(saved)
     path.write_bytes(good.replace(b"\n", b" ", 1))
-    with pytest.raises(DamageError, match="says the same in other bytes"):
+    with pytest.raises(DamageError, match="its bytes differ"):
         commit.read_manifest(saved)
 
 
-def as_format_1(directory):
-    """Which has no list of its files."""
-    path = Path(directory, "manifest.json")
-    fields = json.loads(path.read_bytes())
-    del fields["files"]
-    fields["format"] = 1
-    fields["sha256"] = commit._digest(fields)
-    path.write_text(json.dumps(fields))
-
-
-def test_a_checkpoint_of_format_1_is_still_read(saved):
-    as_format_1(saved)
-    loaded = blank(state())
-    commit.load(saved, loaded)
-    assert all(torch.equal(loaded[name], tensor) for name, tensor in state().items()) and commit.verify(saved) == []
+def test_an_older_format_is_refused_with_what_to_do(saved):
+    path = Path(saved, "manifest.json")
+    path.write_text(json.dumps({**json.loads(path.read_bytes()), "format": 2}))
+    with pytest.raises(DamageError, match="format 2, and this version reads format 3; train the run again"):
+        commit.load(saved, blank(state()))
 
 
 def test_a_chunk_that_is_not_there_is_never_read_as_zeros(saved):
@@ -163,7 +153,7 @@ def test_a_chunk_that_is_not_there_is_never_read_as_zeros(saved):
 
 
 def test_what_a_failed_attempt_left_is_removed_and_a_checkpoint_is_not_overwritten(saved):
-    with pytest.raises(UserError, match="holds a checkpoint already"):
+    with pytest.raises(UserError, match="already holds a checkpoint"):
         commit.save(saved, state(), FIELDS)
     Path(saved, "manifest.json").unlink()
     other = {"model.a": torch.ones(7, 7, dtype=torch.float64)}  # another shape and type under the same name
@@ -189,9 +179,9 @@ def test_a_copy_is_a_checkpoint_of_the_other_run(saved, tmp_path):
 @pytest.mark.parametrize(
     ("already_there", "message"),
     [
-        (["manifest.json"], "holds a checkpoint already"),
-        (["thesis.tex"], "exists, and is no checkpoint"),
-        (["ocdbt.process_0/d/data"], "exists, and is no checkpoint"),
+        (["manifest.json"], "already holds a checkpoint"),
+        (["thesis.tex"], "exists, and is not a checkpoint"),
+        (["ocdbt.process_0/d/data"], "exists, and is not a checkpoint"),
     ],
 )
 def test_a_copy_deletes_nothing_that_lies_at_its_target(saved, tmp_path, already_there, message):
@@ -203,7 +193,7 @@ def test_a_copy_deletes_nothing_that_lies_at_its_target(saved, tmp_path, already
     with pytest.raises(UserError, match=message):
         commit.copy(saved, str(target), {})
     assert files_of(target) == before
-    with pytest.raises(UserError, match="holds a checkpoint already"):
+    with pytest.raises(UserError, match="already holds a checkpoint"):
         commit.copy(saved, saved, {})
     assert commit.verify(saved) == []
 
@@ -226,7 +216,7 @@ def test_a_copy_that_fails_leaves_no_target_and_one_that_was_killed_is_made_agai
     assert commit.verify(str(target)) == [] and not partial.exists() and not (target / "d/half").exists()
     (partial / "notes").mkdir(parents=True)
     target.rename(tmp_path / "away")
-    with pytest.raises(UserError, match="holds notes, which no checkpoint has"):
+    with pytest.raises(UserError, match="holds notes, which no save writes"):
         commit.copy(saved, str(target), {})
     assert (partial / "notes").exists()
 
@@ -236,7 +226,7 @@ def test_what_no_save_wrote_is_neither_overwritten_nor_removed(three_steps):
     [mine, file] = [Path(listing.step_directory(three_steps, step)) for step in (0, 4)]
     mine.mkdir()
     (mine / "notes.md").write_text("mine")
-    with pytest.raises(UserError, match="holds notes.md, which no checkpoint has; nothing there is deleted"):
+    with pytest.raises(UserError, match="holds notes.md, which no save writes; nothing there is deleted"):
         commit.save(str(mine), state(), FIELDS)
     with pytest.raises(UserError, match="holds notes.md"):
         listing.remove(str(mine))
@@ -389,7 +379,7 @@ def test_s3_holds_the_same_checkpoints(s3):
     commit.load(directory, loaded)
     assert all(torch.equal(loaded[name], tensor) for name, tensor in state().items())
     assert listing.latest(f"{s3}/run") == directory and listing.is_committed(directory)
-    with pytest.raises(UserError, match="holds a checkpoint already"):
+    with pytest.raises(UserError, match="already holds a checkpoint"):
         commit.save(directory, state(), FIELDS)
     assert commit.verify(directory) == []
     commit.save(listing.step_directory(f"{s3}/run", 6), {"a": torch.ones(2)}, FIELDS)
@@ -422,7 +412,7 @@ def test_a_full_disk_is_said_to_be_full():
     assert (
         isinstance(said, DamageError)
         and "step: model.a: no space left" in str(said)
-        and "the checkpoint before is intact" in str(said)
+        and "the previous checkpoint is intact" in str(said)
     )
 
 
@@ -459,7 +449,7 @@ def rank_saves_and_loads(rank, folder):
     with pytest.raises(AssertionError, match="partial sum"):
         block_of(DTensor.from_local(torch.ones(2), mesh, [Partial()]))
     # Only rank 0 sees the refusal by itself; both must raise it.
-    with pytest.raises(UserError, match="holds a checkpoint already"):
+    with pytest.raises(UserError, match="already holds a checkpoint"):
         commit.save(f"{folder}/two/step_00000001", tensors, FIELDS)
     dist.barrier()  # a rank that leaves first would reset the other's connection
     dist.destroy_process_group()

@@ -77,7 +77,7 @@ def test_a_custom_objective_is_exported_with_its_class_path_without_importing_it
 
 def test_what_cannot_be_exported_is_refused_and_leaves_nothing(tmp_path):
     run = str(tmp_path / "run")
-    with pytest.raises(UserError, match="is no checkpoint of ours"):
+    with pytest.raises(UserError, match="is not a checkpoint"):
         export(run, str(tmp_path / "out"))
     commit_step(run, CONFIGS["llama"], with_ema=False)
     with pytest.raises(UserError, match="no averaged weights"):

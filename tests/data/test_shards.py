@@ -89,7 +89,7 @@ def test_a_shard_that_is_lost_after_it_was_checked_is_damage_or_skipped(data_fol
         victim.write_bytes(victim.read_bytes()[: victim.stat().st_size // index.splits["train"].shards[0].sequences * 3])
     else:
         victim.unlink()
-    with pytest.raises(DamageError, match=f"shard {victim} was whole when it was checked, and no longer is"):
+    with pytest.raises(DamageError, match=f"shard {victim} was complete when it was checked, and no longer is"):
         readers["fail"].read(wanted)
     *lost, kept = readers["skip"].read(wanted)
     assert kept.input_ids.tolist() == whole[2] and not kept.finding
@@ -98,7 +98,7 @@ def test_a_shard_that_is_lost_after_it_was_checked_is_damage_or_skipped(data_fol
 
 def test_two_sources_must_agree_in_tokenizer_and_row_length(data_folder, tmp_path):
     other_tokenizer = make_data(tmp_path / "tokenizer", vocab=320)
-    with pytest.raises(UserError, match="was made with tokenizer"):
+    with pytest.raises(UserError, match="was built with tokenizer"):
         open_sources([Source(path=data_folder), Source(path=other_tokenizer)])
     other_rows = make_data(tmp_path / "rows", sequence_length=16, tokenizer=load_tokenizer(f"{data_folder}/tokenizer"))
     with pytest.raises(UserError, match="rows of 16 tokens"):
@@ -185,7 +185,7 @@ def test_parts_are_found_from_any_folder(tmp_path, monkeypatch):
 def test_text_without_a_utf8_form_is_refused_by_its_place(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"text": "half \\ud83d pair"}\n')
     [part] = list_parts([str(tmp_path / "a.jsonl")])
-    with pytest.raises(UserError, match="a.jsonl, byte 17: half a surrogate pair at character 5"):
+    with pytest.raises(UserError, match="a.jsonl, byte 17: an unpaired surrogate at character 5"):
         list(documents(part, "text"))
 
 
@@ -201,7 +201,7 @@ def test_parquet_folders_and_patterns_are_sources(tmp_path):
     assert list(documents(part, "body")) == ["zero", "one", "two"]
     with pytest.raises(UserError, match="no column 'text'"):
         list(documents(part, "text"))
-    with pytest.raises(UserError, match="no file, no folder"):
+    with pytest.raises(UserError, match="not a file, a folder"):
         list_parts([str(tmp_path / "nothing*.txt")])
 
 
@@ -214,7 +214,7 @@ def test_shards_on_s3_are_the_same_shards(s3, data_folder, tmp_path):
     assert load_index(f"{s3}/copy") == load_index(data_folder)
     ours, theirs = read_split(f"{s3}/copy", "train", 40), read_split(data_folder, "train", 40)
     assert all((one.input_ids == two.input_ids).all() for one, two in zip(ours, theirs, strict=True))
-    with pytest.raises(UserError, match="no data folder"):
+    with pytest.raises(UserError, match="not a data folder"):
         load_index(f"{s3}/nothing")
 
 

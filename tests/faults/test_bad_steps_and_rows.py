@@ -95,7 +95,7 @@ def test_one_more_in_a_row_ends_the_run_with_a_file_that_leads_to_the_step(bad_s
     recipe = recipe_of(data_folder, training__max_skipped_steps=2)
     with pytest.raises(
         FloatingPointError,
-        match=r"step 8 \(rows 84 to 95 .* the last checkpoint is good, and \S+bad_step_00000008.json holds",
+        match=r"step 8 \(sequences 84 to 95 .* the last checkpoint is valid, and \S+bad_step_00000008.json holds",
     ):
         loop.fit(recipe, tmp_path / "run")
     last = listing.latest(str(tmp_path / "run"))
@@ -212,7 +212,7 @@ def test_a_batch_of_nothing_but_damage_ends_the_run_all_the_same(data_folder, tm
     shutil.copytree(data_folder, folder)
     for shard in load_index(data_folder).splits["train"].shards:
         (folder / shard.file).unlink()
-    with pytest.raises(DamageError, match=r"step 1: not one of its 12 rows can be read \(shard \S+ is missing"):
+    with pytest.raises(DamageError, match=r"step 1: none of its 12 sequences can be read \(shard \S+ is missing"):
         loop.fit(tiny_recipe(str(folder), "none", data__on_bad_sample="skip"), tmp_path / "run")
 
 

@@ -43,7 +43,7 @@ def test_a_full_disk_stops_the_run_and_the_checkpoint_before_is_what_it_goes_on_
     recipe = tiny_recipe(data_folder, "full", training__steps=12, checkpoint__asynchronous=asynchronous)
     full_at_save(2)
     with pytest.raises(
-        DamageError, match=r"step_00000008: \S+: no space left .*File too large.* the checkpoint before is intact"
+        DamageError, match=r"step_00000008: \S+: no space left .*File too large.* the previous checkpoint is intact"
     ):
         loop.fit(recipe, tmp_path / "run")
     assert listing.committed_steps(str(tmp_path / "run")) == [4] and not (tmp_path / "run/step_00000008").exists()
@@ -57,7 +57,7 @@ def test_a_full_disk_is_gone_past_if_the_recipe_says_so(full_at_save, data_folde
     full_at_save(2)
     reported = []
     loop.fit(recipe, tmp_path / "run", report=lambda metrics, directory: reported.append(metrics["step"]))
-    assert reported == [4, 12] and "the checkpoint of step 8 failed, and the run goes on without it" in caplog.text
+    assert reported == [4, 12] and "the checkpoint of step 8 failed, and the run continues without it" in caplog.text
     assert [event["checkpoint"] is None for event in metrics(tmp_path / "run") if "of_step" in event] == [
         False,
         True,

@@ -67,7 +67,7 @@ def test_a_file_stops_a_run_and_is_gone_when_it_has(data_folder, tmp_path):
     recipe, before = tiny_recipe(data_folder, "file"), signal.getsignal(signal.SIGTERM)
     (tmp_path / "run").mkdir()
     (tmp_path / "run/stop").touch()
-    with pytest.raises(Stopped, match="stopped after step 1 of 8, as it was asked to; .*step_00000001 holds its state"):
+    with pytest.raises(Stopped, match="stopped after step 1 of 8, as requested; .*step_00000001 holds the state"):
         loop.fit(recipe, tmp_path / "run")
     assert loop.fit(recipe, tmp_path / "run")["step"] == 8
     assert signal.getsignal(signal.SIGTERM) == before
@@ -168,7 +168,7 @@ def test_a_run_directory_has_one_writer_who_is_named_and_a_dead_one_is_none(hold
     recipe = tiny_recipe(data_folder, "locked", training__steps=4)
     process, _ = holder
     message = (
-        rf"belongs to a run that is going on: process {process.pid} on {os.uname().nodename}, which began at 20\d\d-"
+        rf"belongs to a run in progress: process {process.pid} on {os.uname().nodename}, which began at 20\d\d-"
     )
     with pytest.raises(UserError, match=message):
         loop.fit(recipe, tmp_path / "run")
@@ -200,12 +200,12 @@ def test_a_run_directory_of_another_recipe_is_refused_with_the_difference(data_f
         loop.fit(tiny_recipe(data_folder, "first", **changes), tmp_path / "run")
     said = str(refusal.value)
     assert (
-        "optimizer.learning_rate: it has 0.003, and the recipe 0.5" in said
-        and "training.steps: it has 4, and the recipe 9" in said
+        "optimizer.learning_rate: the checkpoint has 0.003, the recipe has 0.5" in said
+        and "training.steps: the checkpoint has 4, the recipe has 9" in said
     )
     assert (
-        "ema.decay: it has 0.9, and the recipe null" in said
-        or 'ema: it has {"decay": 0.9}, and the recipe null' in said
+        "ema.decay: the checkpoint has 0.9, the recipe has null" in said
+        or 'ema: the checkpoint has {"decay": 0.9}, the recipe has null' in said
     )
     assert "checkpoint" not in said.partition("\n")[2] and "max_skipped" not in said
     assert (

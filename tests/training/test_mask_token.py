@@ -168,7 +168,7 @@ class OverflowsAlone(Masked):
 def test_a_loss_that_is_infinite_where_its_gradient_is_not_ends_the_run_or_is_skipped(data_folder, tmp_path):
     recipe = tiny_recipe(data_folder, "bad", objective__name=f"{__name__}:OverflowsAlone")
     with pytest.raises(
-        FloatingPointError, match=r"step 3 .* loss inf, gradient norm \d.*, not finite; the last checkpoint is good"
+        FloatingPointError, match=r"step 3 .* loss inf, gradient norm \d.*, not finite; the last checkpoint is valid"
     ):
         loop.fit(recipe, tmp_path / "run")
     metrics = loop.fit(

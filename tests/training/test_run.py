@@ -197,7 +197,7 @@ def test_compiled_layers_train_alike(data_folder, tmp_path):
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_saved(data_folder, tmp_path):
-    with pytest.raises(FloatingPointError, match="the last checkpoint is good"):
+    with pytest.raises(FloatingPointError, match="the last checkpoint is valid"):
         loop.fit(
             tiny_recipe(data_folder, "explodes", optimizer__learning_rate=1e30, optimizer__warmup_steps=0),
             tmp_path / "run",
@@ -213,7 +213,7 @@ def test_a_damaged_checkpoint_and_other_data_are_refused(data_folder, base, tmp_
     other = make_data(tmp_path / "other", vocab=310)
     with pytest.raises(UserError, match="was trained with tokenizer"):
         loop.fit(tiny_recipe(other), tmp_path / "run")
-    with pytest.raises(UserError, match="was made with tokenizer"):
+    with pytest.raises(UserError, match="was built with tokenizer"):
         loop.fit(tiny_recipe(other, model__architecture=None, model__base=str(base[0])), tmp_path / "new")
     victim = max(
         Path(listing.latest(str(tmp_path / "run"))).glob("ocdbt.process_0/d/*"), key=lambda path: path.stat().st_size
