@@ -70,8 +70,8 @@ def export(checkpoint_dir: str, out: str, *, weights: str | None = None, dtype: 
     manifest = commit.read_manifest(checkpoint)
     if manifest.capabilities.get("canvas") == "simplex_blocks":
         raise UserError(
-            f"{checkpoint} is an SSD-LM: its blocks see embeddings of noise that no Hugging Face model has, so an export "
-            "could not be sampled; use `dlm-ray sample` on the checkpoint itself"
+            f"{checkpoint} is an SSD-LM: its blocks see embeddings of noise that no Hugging Face model has, so an "
+            "export could not be sampled; use `dlm-ray sample` on the checkpoint itself"
         )
     prefix = weight_prefix(manifest.arrays, weights, checkpoint)
     stored = {

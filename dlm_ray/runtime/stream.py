@@ -1,4 +1,4 @@
-"""Training sequences through Ray Data: those of `data.reading.iterate_sequences`, in the same order, read ahead of the step.
+"""Training sequences through Ray Data: `data.reading.iterate_sequences`, read ahead of the step.
 
 Ray Data has no iterator that can resume. So every rank makes its own datasets from the cursor on; an item holds several
 steps of this rank, in order. The reading actor reserves no CPU, because the workers may hold all of them; reading takes

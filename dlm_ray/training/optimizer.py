@@ -11,7 +11,7 @@ from dlm_ray.config.recipe import Optimizer
 
 
 def learning_rate(recipe: Optimizer, step: int, num_steps: int) -> float:
-    """Return the learning rate of `step` (counted from 0) in a run of `num_steps`: a linear warm-up, then the schedule."""
+    """Return the learning rate of `step` (counted from 0) in a run of `num_steps`: warm-up, then the schedule."""
     floor = recipe.learning_rate * recipe.min_lr_ratio
     warmup = recipe.num_warmup_steps(num_steps)
     if step < warmup:
