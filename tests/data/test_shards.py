@@ -101,7 +101,7 @@ def test_two_sources_must_agree_in_tokenizer_and_row_length(data_folder, tmp_pat
     with pytest.raises(UserError, match="was built with tokenizer"):
         open_sources([Source(path=data_folder), Source(path=other_tokenizer)])
     other_rows = make_data(tmp_path / "rows", sequence_length=16, tokenizer=load_tokenizer(f"{data_folder}/tokenizer"))
-    with pytest.raises(UserError, match="rows of 16 tokens"):
+    with pytest.raises(UserError, match="sequences of 16 tokens"):
         open_sources([Source(path=data_folder), Source(path=other_rows)])
 
 

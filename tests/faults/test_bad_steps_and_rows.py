@@ -110,7 +110,7 @@ def test_one_more_in_a_row_ends_the_run_with_a_file_that_leads_to_the_step(bad_s
     references, _ = Order([index], [1.0], 0, recipe.data.window_shards).references(Cursor.from_dict(file["cursor"]), 12)
     shards = index.splits["train"].shards
     assert file["sequences"] == [
-        {"source": data_folder, "shard": shards[one.shard].file, "row": one.sequence} for one in references
+        {"source": data_folder, "shard": shards[one.shard].file, "sequence": one.sequence} for one in references
     ]
     with pytest.raises(FloatingPointError, match="step 8 "):
         loop.fit(recipe, tmp_path / "run")
