@@ -136,7 +136,7 @@ def test_a_checkpoint_in_a_bucket_is_sampled_scored_and_served_as_on_the_disk(re
     options = {"length_tokens": 8, "steps": 4, "seed": 1}
     expected = here.sample("the model", **options)
     assert there.sample("the model", **options) == expected
-    assert there.sampled_as() == here.sampled_as() and there.tokenizer_identity == here.tokenizer_identity
+    assert there.sampling_target() == here.sampling_target() and there.tokenizer_identity == here.tokenizer_identity
     assert (
         there.score(data_folder, draws_per_sequence=2).bits_per_byte
         == here.score(data_folder, draws_per_sequence=2).bits_per_byte

@@ -11,7 +11,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from dlm_ray.checkpoint.commit import Manifest
 from dlm_ray.config.errors import DamageError, UserError
-from dlm_ray.config.objective import Sampling, resolve_settings
+from dlm_ray.config.objective import resolve_settings
+from dlm_ray.config.sampling import Sampling
 
 KEY = "dlm_ray"
 """The key of config.json; stock transformers keeps it and does not read it."""

@@ -1,4 +1,4 @@
-"""The recipe's `objective` and `sampling`: the loss, its noise and its draws, and the sampling defaults.
+"""The recipe's `objective`: the loss, its noise and its draws.
 
 `OBJECTIVES` is the one table of the built-in objectives: the keys that each uses, its sampling rules and its canvas.
 The classes are in `diffusion.objectives`, under the same names.
@@ -15,7 +15,7 @@ from pydantic import Field, field_validator
 from pydantic_core import PydanticCustomError
 
 from dlm_ray.config.imports import import_class, is_class_path
-from dlm_ray.config.parts import ConfigNode, Fraction, Positive
+from dlm_ray.config.parts import ConfigNode, Positive
 
 CanvasKind = Literal["autoregressive", "block", "whole", "simplex"]
 
@@ -292,38 +292,6 @@ class Objective(ConfigNode):
 
 
 _SPECIFIC_KEYS = tuple(key for key in Objective.model_fields if any(key in spec.keys for spec in OBJECTIVES.values()))
-
-
-class Sampling(ConfigNode):
-    """How `dlm-ray sample` writes from this run's checkpoints where its command line does not say otherwise."""
-
-    rule: str | None = None
-    """One that belongs to the objective; its usual one if absent."""
-    steps: Positive | None = None
-    """T; of block and ssd_lm a block's. 64 or the length, whichever is less, if absent; of block as many as a block has
-    tokens."""
-    grid: Literal["uniform", "cosine"] = "uniform"
-    temperature: Annotated[float, Field(ge=0.0)] = 1.0
-    top_p: Annotated[Fraction, Field(gt=0.0)] = 1.0
-    threshold: Fraction = 0.9
-    """Of rule `threshold`: proposals of a higher probability are revealed (Fast-dLLM's default, arXiv 2505.22618)."""
-    factor: Annotated[float, Field(gt=0.0)] = 1.0
-    """Of rule `factor`: f in (n + 1)(1 - p) < f; 1 is what Fast-dLLM's theorem 1 covers."""
-    entropy_bound: Annotated[float, Field(ge=0.0)] = 0.1
-    """Of rule `entropy_bounded`: gamma in nats (EB-Sampler, arXiv 2505.24857; 0.1 is what DiffusionGemma is served
-    with)."""
-    remask: Fraction = 0.0
-    """Of rule `ancestral`: eta, the highest probability of masking a written token again in a step (ReMDM-cap, arXiv
-    2503.00307)."""
-
-    def contradictions(self, objective: str) -> list[str]:
-        """A rule that does not belong to the objective."""
-        allowed = rules_of(objective)
-        if self.rule is None or self.rule in allowed:
-            return []
-        return [
-            f"sampling.rule={self.rule} does not belong to objective.name={objective}; allowed are {', '.join(allowed)}"
-        ]
 
 
 def _shown(value: Any) -> str:

@@ -7,8 +7,9 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from dlm_ray.config import recipe_checks
-from dlm_ray.config.objective import Objective, Sampling
+from dlm_ray.config.objective import Objective
 from dlm_ray.config.parts import ConfigNode, Fraction, NonNegative, Positive
+from dlm_ray.config.sampling import Sampling
 
 FAMILIES = ("gpt2", "llama", "qwen2", "qwen3", "mistral")
 Share = Annotated[float, Field(gt=0.0, le=1.0)]

@@ -69,7 +69,7 @@ class Engine:
                 "this checkpoint is an SSD-LM, whose blocks are no slots of a batch: it cannot be served; sample it with dlm-ray sample"
             )
         self.model, self.settings = model, settings
-        own = model.sampled_as()
+        own = model.sampling_target()
         for size in settings.block_tokens:
             if own.kind == "autoregressive" or model.sequence_length % size or size == model.sequence_length:
                 raise UserError(
@@ -94,7 +94,7 @@ class Engine:
     def submit(self, jobs: Sequence[Job]) -> None:
         """Takes jobs; each begins in the next tick that has a free slot."""
         for job in jobs:
-            assert job.chosen.block_tokens in self._samplers, f"no slots for blocks of {job.chosen.block_tokens}"
+            assert job.params.block_tokens in self._samplers, f"no slots for blocks of {job.params.block_tokens}"
             self.waiting.append(job)
 
     def cancel(self, jobs: Collection[Job]) -> None:
@@ -132,13 +132,13 @@ class Engine:
         failed, num_free = [], self.settings.slots - len(self._running)
         while self.waiting and num_free:
             job = self.waiting.popleft()
-            sampler = self._samplers[job.chosen.block_tokens]
+            sampler = self._samplers[job.params.block_tokens]
             try:
                 running = _Running(job, self._request(job), sampler, TextStream(self.model.tokenizer.decode, job.stops))
             except Exception as error:
                 failed.append(SequenceUpdate(job, failure=error))
                 continue
-            joining.setdefault(job.chosen.block_tokens, []).append(running)
+            joining.setdefault(job.params.block_tokens, []).append(running)
             num_free -= 1
         for size, group in joining.items():
             join = partial(self._join, self._samplers[size])
@@ -171,7 +171,7 @@ class Engine:
             raise NetworkLost("the network does not answer any more") from error
 
     def _request(self, job: Job) -> Any:
-        chosen, rule = job.chosen, self.model.rule(job.chosen)
+        chosen, rule = job.params, self.model.rule(job.params)
         end_id = self.model.tokenizer_identity.end_id
         if chosen.block_tokens is None:
             never = self.model.forbidden_token_ids(bool(job.suffix), ())
@@ -262,7 +262,7 @@ class Engine:
     def _canvas(self, job: Job, text: Any, ids: Any, is_masked: Any, confidence: Any) -> dict[str, Any]:
         """The block that a text is at, or the whole of what it writes; the prompt's part of a block is left out."""
         start, given = 0, 0
-        if job.chosen.block_tokens is not None:
+        if job.params.block_tokens is not None:
             start = max(0, text.num_encoded - len(job.prompt))
             given = max(0, len(job.prompt) - text.num_encoded)
         own = zip(ids.tolist()[given:], is_masked.tolist()[given:], confidence.exp().tolist()[given:], strict=True)

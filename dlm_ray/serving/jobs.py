@@ -1,118 +1,144 @@
-"""What the engine is asked for and what it says while it works: a job is one text, an update is what became of it in a tick."""
+"""Input and output of the engine: a job is one text to generate; an update is its progress in a tick."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict
 
-from dlm_ray.generation.sampling import ResolvedSampling
+from dlm_ray.config.sampling import ResolvedSampling
 
 FinishReason = Literal["length", "stop", "deadline", "cancelled"]
 
 
 class Task(TypedDict):
-    """A request for text, in plain values that cross a border between processes."""
+    """A request for text as plain values, which are sent between processes."""
 
     request_id: str
+    """Id in the log and in the response."""
     model: str
+    """Name of the served model."""
     prompts: list[Any]
     """Texts, or lists of ids."""
     messages: list[dict[str, str]] | None
-    """Instead of prompts."""
+    """Messages of a chat, which replace `prompts`."""
     suffix: str | None
+    """Text after the generated text."""
     lengths: list[int]
-    """Tokens to write: of every prompt, texts of each of these lengths; none for the usual one."""
+    """Tokens to generate: one text per prompt and length; empty for the default length."""
     length_field: str
-    """What requests call it."""
+    """Field of the request that holds the length."""
     n: int
+    """Texts per prompt and length."""
     seed: int | None
+    """Seed; None to draw one."""
     stops: list[str]
+    """Stop texts."""
     options: dict[str, Any]
-    """`SamplingOptions` that were named."""
+    """`SamplingOptions` that the request sets."""
     is_streamed: bool
-    """Whether somebody reads a text before it is finished."""
+    """Whether the client reads the text while it is generated."""
     stream_canvas: bool
+    """Whether the client reads the canvas while it is denoised."""
     timeout_seconds: float | None
+    """Timeout of the request; None for the deadline of the service."""
 
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """One text that somebody waits for."""
+    """One text to generate."""
 
     request_id: str
+    """Id of the request."""
     prompt: list[int]
     """Ids, the start token first."""
     length_tokens: int
-    chosen: ResolvedSampling
-    """How it is denoised."""
+    """Tokens to generate."""
+    params: ResolvedSampling
+    """The options of sampling."""
     suffix: list[int] | None = None
-    """Ids behind what is to be written; None if nothing stands there."""
+    """Ids after the generated text; None if there are none."""
     seed: int = 0
+    """Seed of the request."""
     number: int = 0
-    """Which of the request's texts; with the seed it decides the random numbers."""
+    """Index of the text in its request; with the seed it determines the random numbers."""
     stops: tuple[str, ...] = ()
-    """The text ends before the first of these."""
+    """Stop texts: the text ends before the first of them."""
     stream_canvas: bool = False
-    """Whether the canvas is wanted while it is denoised."""
+    """Whether updates have the canvas while it is denoised."""
     deadline: float | None = None
-    """By `time.monotonic`."""
+    """Time, on the clock `time.monotonic`, at which the job ends; None for no deadline."""
     is_streamed: bool = True
-    """Whether its characters are wanted as they become final; otherwise all at the end."""
+    """Whether updates have the characters as they become final; otherwise the last update has all of them."""
 
 
 @dataclass(frozen=True)
 class SequenceUpdate:
-    """What a tick did for a job."""
+    """The progress of a job in one tick."""
 
     job: Job
+    """The job."""
     text: str = ""
-    """Characters that are final now and were not before; of a job that is not streamed all of them, at its end."""
+    """Characters that became final in this tick; for a job that is not streamed, all characters, in its last update."""
     canvas: dict[str, Any] | None = None
-    """`start`, the number of final tokens in front, and `tokens`: of every position the text (None while masked) and the probability."""
+    """`start`, the number of final tokens before the canvas, and `tokens`: for each position its text (None while
+    masked) and its probability."""
     finish_reason: FinishReason | None = None
+    """Why the job ended; None while it runs."""
     num_tokens: int = 0
-    """Written so far."""
+    """Tokens generated so far."""
     num_denoising_calls: int = 0
+    """Network calls that denoised this text."""
     num_cache_calls: int = 0
+    """Network calls that only filled its KV cache."""
     num_cached_tokens: int = 0
-    """Of the prompt, in the prefix cache."""
+    """Tokens of the prompt that were in the prefix cache."""
     failure: Exception | None = None
-    """Why the job cannot go on; nothing more is said of it. It failed alone: no other job is touched."""
+    """Why the job cannot continue; this is its last update. Other jobs are not affected."""
 
 
 @dataclass
 class TextStream:
-    """Ids that become final, as characters that never have to be taken back.
+    """Decodes final ids to characters that never change afterwards.
 
-    A character whose bytes are not complete is held back, and so is what may be the beginning of a stop text.
+    It holds back a character with incomplete bytes, and characters that may begin a stop text.
     """
 
-    decode: Any
+    decode: Callable[[list[int]], str]
+    """Ids -> text."""
     stops: tuple[str, ...]
+    """Stop texts."""
     sent: str = ""
+    """Characters returned so far."""
     is_stopped: bool = False
+    """Whether a stop text was found."""
     _ids: list[int] = field(default_factory=list)
 
     def push(self, ids: list[int], is_last: bool) -> str:
-        """All ids so far -> the characters that are new."""
+        """Return the new characters.
+
+        Args:
+            ids: all final ids so far.
+            is_last: whether the text ends here, so that nothing is held back.
+        """
         if self.is_stopped or (ids == self._ids and not is_last):
             return ""
         self._ids = ids
-        whole = self.decode(ids)
-        if not is_last:  # a character whose bytes are not complete is no character yet
-            whole = whole.rstrip("\ufffd")
-        found = [place for stop in self.stops if (place := whole.find(stop)) >= 0]
-        if found:
+        text = self.decode(ids)
+        if not is_last:  # the replacement character stands for incomplete bytes
+            text = text.rstrip("\ufffd")
+        starts = [start for stop in self.stops if (start := text.find(stop)) >= 0]
+        if starts:
             self.is_stopped = True
-            whole = whole[: min(found)]
+            text = text[: min(starts)]
         elif not is_last:
-            held = max((_overlap(whole, stop) for stop in self.stops), default=0)
-            whole = whole[: len(whole) - held]
-        new = whole[len(self.sent) :]
+            held_back = max((_overlap(text, stop) for stop in self.stops), default=0)
+            text = text[: len(text) - held_back]
+        new = text[len(self.sent) :]
         self.sent += new
         return new
 
 
 def _overlap(text: str, stop: str) -> int:
-    """How many characters of the text's end are the beginning of the stop."""
+    """Return the length of the longest end of `text` that begins `stop`."""
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

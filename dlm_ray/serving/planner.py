@@ -1,22 +1,22 @@
-"""From a request to jobs of the engine: tokens, lengths, sampling options, limits; and the bound of a text. Every mistake is an ApiError."""
+"""Turns a request into jobs of the engine, and scores texts. Every error of a request is an ApiError."""
 
 from __future__ import annotations
 
 import math
-import re
 import secrets
 import time
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 
 from dlm_ray.config.errors import UserError
+from dlm_ray.config.sampling import ResolvedSampling
 from dlm_ray.config.server import Server
 from dlm_ray.diffusion import likelihood
 from dlm_ray.diffusion.visibility import Visibility
-from dlm_ray.generation.sampling import resolve_sampling
+from dlm_ray.generation.sampling import SamplingOptions, resolve_sampling
 from dlm_ray.generation.text_model import TextModel
 from dlm_ray.serving.engine import Engine
 from dlm_ray.serving.errors import ApiError
@@ -26,26 +26,32 @@ DEFAULT_COMPLETION_TOKENS = 16
 
 
 class Planner:
-    """Knows what the checkpoint can and what the service allows."""
+    """Plans requests by the abilities of a checkpoint and the limits of the service.
+
+    Args:
+        model: the checkpoint.
+        engine: generates the texts.
+        server: limits, names and deadline.
+    """
 
     def __init__(self, model: TextModel, engine: Engine, server: Server):
         self.model, self.server = model, server
-        self._sampled = model.sampled_as()
+        self._target = model.sampling_target()
         self._sizes = engine.block_sizes
-        own = model.sequence_length - 1  # behind the start token
-        self._max_prompt = min(own, server.limits.prompt_tokens or own)
+        room = model.sequence_length - 1  # after the start token
+        self._max_prompt = min(room, server.limits.prompt_tokens or room)
 
     def card(self) -> dict[str, Any]:
-        """For /v1/models."""
-        limits, kind = self.server.limits, self._sampled.kind
+        """Return the entry of the model in /v1/models."""
+        limits, kind = self.server.limits, self._target.kind
         has_whole = None in self._sizes
-        [own] = self.server.served
+        [served] = self.server.served
         return {
             "id": self.server.model_name,
             "object": "model",
             "created": 0,
             "owned_by": "dlm_ray",
-            "checkpoint": {"name": "/".join(own.checkpoint.rstrip("/").split("/")[-2:]), "weights": own.weights},
+            "checkpoint": {"name": "/".join(served.checkpoint.rstrip("/").split("/")[-2:]), "weights": served.weights},
             "kind": kind,
             "capabilities": {
                 "completions": True,
@@ -69,24 +75,22 @@ class Planner:
                 "score_draws": limits.score_draws,
                 "timeout_seconds": self.server.engine.deadline_seconds,
             },
-            "defaults": {"temperature": self._sampled.sampling.temperature, "top_p": self._sampled.sampling.top_p},
+            "defaults": {"temperature": self._target.sampling.temperature, "top_p": self._target.sampling.top_p},
         }
 
     def jobs(self, task: Task) -> tuple[list[Job], dict[str, Any]]:
-        """The jobs of a task, and the event that says what was understood."""
+        """Return the jobs of a task, and the event with its prompt tokens and seed."""
         prompts = self._prompts(task)
         suffix = None if task["suffix"] is None else self._encoded(task["suffix"], "suffix")
-        if suffix is not None and self._sampled.kind != "whole":
+        if suffix is not None and self._target.kind != "whole":
             raise ApiError(
                 400,
-                "this checkpoint cannot infill: what it denoises sees no suffix; /v1/models lists what it can",
+                "this checkpoint cannot infill: its tokens see no suffix; /v1/models lists its capabilities",
                 "cannot_infill",
                 "suffix",
             )
         if suffix is not None and task["options"].get("block_tokens") is not None:
-            raise ApiError(
-                400, "a block sees no suffix; leave block_tokens out to infill", "invalid_value", "block_tokens"
-            )
+            raise _invalid("block_tokens", "a block sees no suffix; leave block_tokens out to infill")
         jobs = []
         seed = secrets.randbits(32) if task["seed"] is None else task["seed"]
         deadline = time.monotonic() + min(
@@ -95,10 +99,14 @@ class Planner:
         for prompt in prompts:
             lengths = self._lengths(task, len(prompt), len(suffix or ()))
             for length in lengths:
-                chosen = self._chosen(task["options"], length)
+                params = self._params(task["options"], length)
                 for number in range(task["n"]):
                     ids = self.model.prompt_ids(prompt)
-                    own = (
+                    job = Job(
+                        task["request_id"],
+                        ids,
+                        length,
+                        params,
                         suffix,
                         seed,
                         number,
@@ -107,11 +115,12 @@ class Planner:
                         deadline,
                         task["is_streamed"],
                     )
-                    jobs.append(Job(task["request_id"], ids, length, chosen, *own))
+                    jobs.append(job)
         if len(jobs) > self.server.limits.choices:
             raise ApiError(
                 400,
-                f"{len(jobs)} texts in one request (prompts times n); at most {self.server.limits.choices}; lower n or send fewer prompts",
+                f"{len(jobs)} texts in one request (prompts times n); at most {self.server.limits.choices}; lower n or "
+                "send fewer prompts",
                 "too_many_choices",
                 "n",
             )
@@ -121,16 +130,14 @@ class Planner:
         }
 
     def scored_ids(self, text: str, draws: int) -> list[int]:
-        """The ids of a text that is to be scored."""
+        """Return the ids of a text to score; raise ApiError if it cannot be scored."""
         if self.model.objective.likelihood == "none":
             raise ApiError(400, "this checkpoint's objective bounds no likelihood", "cannot_score")
         if draws > self.server.limits.score_draws:
-            raise ApiError(400, f"{draws} draws; at most {self.server.limits.score_draws}", "invalid_value", "draws")
+            raise _invalid("draws", f"{draws} draws; at most {self.server.limits.score_draws}")
         ids = self.model.prompt_ids(self._encoded(text, "text"))
         if len(ids) < 2:
-            raise ApiError(
-                400, "text: it has no tokens, and so no probability; send more of it", "invalid_value", "text"
-            )
+            raise _invalid("text", "text: it has no tokens, and so no probability; send a longer one")
         if len(ids) > self.model.sequence_length:
             raise ApiError(
                 400,
@@ -142,9 +149,9 @@ class Planner:
 
     @torch.no_grad()
     def score(self, ids: list[int], num_bytes: int, draws: int, seed: int) -> dict[str, Any]:
-        """The exact nats of an autoregressive model, or the bound; the interval is over draws."""
+        """Return the exact nats (autoregressive) or their bound (diffusion) of a text, with the interval over draws."""
         model = self.model
-        found = likelihood.token_nats(
+        scored = likelihood.token_nats(
             model.denoiser,
             model.objective,
             np.array([ids], dtype=np.int64),
@@ -154,20 +161,21 @@ class Planner:
             num_draws=draws,
             seed=seed,
         )
-        nats = float(found.nats.sum())
+        nats = float(scored.nats.sum())
         if not math.isfinite(nats):
             raise ValueError(f"the bound of {len(ids) - 1} tokens is {nats}")
         return {
             "nats": nats,
             "bits_per_byte": likelihood.bits_per_byte(nats, num_bytes),
             "is_bound": model.objective.likelihood == "bound",
-            "ci95_draws": likelihood.draws_interval(found.draw_totals, num_bytes),
-            "draws": len(found.draw_totals),
+            "ci95_draws": likelihood.draws_interval(scored.draw_totals, num_bytes),
+            "draws": len(scored.draw_totals),
             "tokens": len(ids) - 1,
             "bytes": num_bytes,
         }
 
     def _prompts(self, task: Task) -> list[list[int]]:
+        """Return the ids of each prompt, without a start token."""
         if task["messages"] is not None:
             return [self._templated(task["messages"])]
         return [
@@ -176,28 +184,29 @@ class Planner:
         ]
 
     def _encoded(self, text: str, field: str) -> list[int]:
-        """The ids of a text, in which nothing is a control token."""
+        """Return the ids of a text, none of which is a control token."""
         try:
             return self._known(self.model.encode(text), field)
         except UserError as error:
-            raise ApiError(400, f"{field}: {error}", "invalid_value", field) from error
+            raise _invalid(field, f"{field}: {error}") from error
 
     def _checked(self, ids: list[int]) -> list[int]:
-        """A prompt of ids, behind the start token; a caller who sends ids may send control tokens."""
+        """Return a prompt of ids without start tokens; ids, unlike text, may be control tokens."""
         return self.model.prompt_ids(self._known(ids, "prompt"))[1:]
 
     def _known(self, ids: list[int], field: str) -> list[int]:
-        """Ids that the network has an embedding of and the tokenizer a text, and none of which is the mask."""
+        """Return ids that the network and the tokenizer both have; raise ApiError for others, and for the mask."""
         most = min(self.model.tokenizer_identity.vocab_size, len(self.model.denoiser.embedding))
         if any(token >= most for token in ids):
-            raise ApiError(400, f"{field}: ids are below {most}", "invalid_value", field)
+            raise _invalid(field, f"{field}: ids are below {most}")
         try:
             self.model.check_unmasked(ids)
         except UserError as error:
-            raise ApiError(400, f"{field}: {error}", "invalid_value", field) from error
+            raise _invalid(field, f"{field}: {error}") from error
         return ids
 
     def _templated(self, messages: list[dict[str, str]]) -> list[int]:
+        """Return the ids of a chat by the tokenizer's template."""
         if self.model.tokenizer.chat_template is None:
             raise ApiError(
                 400,
@@ -208,22 +217,20 @@ class Planner:
         try:
             return self.model.encode_chat(messages)
         except UserError as error:
-            raise ApiError(400, str(error), "invalid_value", "messages") from error
-        except (
-            Exception
-        ) as error:  # a template is a program of somebody else's, and what it cannot do is the request's mistake
+            raise _invalid("messages", str(error)) from error
+        except Exception as error:  # a template is code of the checkpoint, which may raise anything
             raise ApiError(
                 400, f"the chat template refuses these messages: {error}", "invalid_messages", "messages"
             ) from error
 
     def _lengths(self, task: Task, num_prompt: int, num_suffix: int) -> list[int]:
-        """Tokens to write of every candidate."""
+        """Return the tokens to generate for each text of a prompt."""
         is_bounded = (task["options"].get("block_tokens") or self._sizes[0]) is None
         room = self.model.sequence_length - 1 - num_prompt - num_suffix
         if num_prompt > self._max_prompt or room < 1:
             raise ApiError(
                 400,
-                f"{num_prompt + num_suffix} tokens of prompt; at most {self._max_prompt}, with room for one of the text",
+                f"{num_prompt + num_suffix} tokens of prompt; at most {self._max_prompt}, with room for one more token",
                 "context_length_exceeded",
                 "prompt" if task["messages"] is None else "messages",
             )
@@ -234,31 +241,28 @@ class Planner:
         if longest > allowed:
             raise ApiError(
                 400,
-                f"{task['length_field']}={longest}; at most {allowed} behind this prompt",
+                f"{task['length_field']}={longest}; at most {allowed} after this prompt",
                 "context_length_exceeded",
                 task["length_field"],
             )
         return list(task["lengths"])
 
-    def _chosen(self, options: dict[str, Any], length: int) -> Any:
+    def _params(self, options: dict[str, Any], length: int) -> ResolvedSampling:
+        """Return the options of sampling of a text; raise ApiError if the service does not allow them."""
         size = options.get("block_tokens")
         if size is not None and size not in self._sizes:
-            raise ApiError(
-                400,
-                f"block_tokens={size}; this service has {', '.join(str(one) for one in self._sizes if one) or 'the whole canvas alone'}",
-                "invalid_value",
-                "block_tokens",
-            )
+            sizes = ", ".join(str(served) for served in self._sizes if served) or "whole texts only"
+            raise _invalid("block_tokens", f"block_tokens={size}; this service has {sizes}")
         if options.get("steps", 0) > self.server.limits.steps:
-            raise ApiError(
-                400, f"steps={options['steps']}; at most {self.server.limits.steps}", "invalid_value", "steps"
-            )
+            raise _invalid("steps", f"steps={options['steps']}; at most {self.server.limits.steps}")
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter(
-                    "ignore", UserWarning
-                )  # of sizes that were not trained: whoever serves has allowed them
-                return resolve_sampling(options, self._sampled, length)  # type: ignore[arg-type]
+                warnings.simplefilter("ignore", UserWarning)  # the operator allowed sizes that differ from training
+                return resolve_sampling(cast(SamplingOptions, options), self._target, length)
         except UserError as error:
-            message = re.sub(r"--([a-z]+(?:-[a-z]+)*)", lambda found: found[1].replace("-", "_"), str(error))
-            raise ApiError(400, message, "invalid_value", message.split(" ", 1)[0]) from error
+            raise _invalid(error.field, str(error)) from error
+
+
+def _invalid(field: str | None, message: str) -> ApiError:
+    """Return the error about the value of a field."""
+    return ApiError(400, message, "invalid_value", field)

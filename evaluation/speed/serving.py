@@ -84,7 +84,7 @@ def write_checkpoint(folder: Path, architecture: Architecture, vocab_size: int) 
 def _job(model: TextModel, prompt: Sequence[int], num_tokens: int, seed: int, temperature: float | None = None) -> Job:
     """Return the engine's job for a request that is not streamed."""
     params = resolve_sampling(
-        {} if temperature is None else {"temperature": temperature}, model.sampled_as(), num_tokens
+        {} if temperature is None else {"temperature": temperature}, model.sampling_target(), num_tokens
     )
     prompt_ids = [model.tokenizer_identity.start_id, *prompt]
     return Job("measured", prompt_ids, num_tokens, params, seed=seed, is_streamed=False)

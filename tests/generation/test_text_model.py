@@ -1,4 +1,4 @@
-"""A checkpoint as text in, text out: scoring against stock transformers, infilling that keeps both sides, exports that are the same model."""
+"""TextModel: scores equal to stock transformers, infilling that keeps both sides, exports of the same model."""
 
 import json
 import math
@@ -37,7 +37,7 @@ def runs(data_folder, tmp_path_factory):
     return folder
 
 
-def test_an_ar_models_bits_are_stock_transformers_cross_entropy(runs, data_folder, tmp_path):
+def test_bits_of_an_autoregressive_model_equal_the_cross_entropy_of_stock_transformers(runs, data_folder, tmp_path):
     exported = export(str(runs / "base"), str(tmp_path / "export"))
     stock = AutoModelForCausalLM.from_pretrained(exported).eval()
     nats, num_bytes = 0.0, 0
@@ -60,7 +60,7 @@ def test_an_ar_models_bits_are_stock_transformers_cross_entropy(runs, data_folde
     )
 
 
-def test_a_diffusion_models_bits_are_a_bound_with_intervals(runs, data_folder):
+def test_bits_of_a_diffusion_model_are_a_bound_with_intervals(runs, data_folder):
     scored = load(runs / "adapted").bits_per_byte(data_folder, draws_per_sequence=8)
     assert scored["is_bound"]
     for interval in ("ci95_documents", "ci95_draws"):
@@ -74,7 +74,7 @@ def test_a_diffusion_models_bits_are_a_bound_with_intervals(runs, data_folder):
 def test_a_block_checkpoint_scores_rows_of_any_length_in_the_blocks_it_was_trained_with(
     sequence_length, data_folder, tmp_path, recwarn
 ):
-    """Rows that are not whole blocks are padded, which is said; the result is that of the same rows that were built with padding."""
+    """Sequences that are not whole blocks are padded with a warning; the score is that of data built with padding."""
     loop.fit(
         tiny_recipe(data_folder, "block", objective={"name": "block", "block_tokens": 8}, training__steps=2),
         tmp_path / "run",
@@ -82,49 +82,47 @@ def test_a_block_checkpoint_scores_rows_of_any_length_in_the_blocks_it_was_train
     model = load(tmp_path / "run")
     short = make_data(tmp_path / "short", sequence_length=sequence_length, tokenizer=model.tokenizer)
     recwarn.clear()
-    found = model.score(short, draws_per_sequence=2)
-    said = [str(one.message) for one in recwarn if one.category is UserWarning]
+    scored = model.score(short, draws_per_sequence=2)
+    messages = [str(warning.message) for warning in recwarn if warning.category is UserWarning]
     if sequence_length % 8:
         assert (
-            len(said) == 1
-            and f"rows of {sequence_length} tokens" in said[0]
-            and "blocks of 8" in said[0]
-            and "padding" in said[0]
+            len(messages) == 1
+            and f"rows of {sequence_length} tokens" in messages[0]
+            and "blocks of 8" in messages[0]
+            and "padding" in messages[0]
         )
     else:
-        assert not said
-    rows = read_split(short, "held_out")
-    x_0 = np.zeros((len(rows), 24), dtype=np.int64)
-    document_ids = np.full((len(rows), 24), -1)
-    for target, row in zip((x_0, document_ids), ("input_ids", "document_ids"), strict=True):
-        target[:, :sequence_length] = [getattr(one, row) for one in rows]
+        assert not messages
+    sequences = read_split(short, "held_out")
+    x_0 = np.zeros((len(sequences), 24), dtype=np.int64)
+    document_ids = np.full((len(sequences), 24), -1)
+    for target, field in zip((x_0, document_ids), ("input_ids", "document_ids"), strict=True):
+        target[:, :sequence_length] = [getattr(sequence, field) for sequence in sequences]
     visible = lambda ids: Visibility("bidirectional", document_ids=documents_apart(ids, True, model.device))  # noqa: E731
     expected = likelihood.token_nats(
         model.denoiser, Block(block_tokens=8), x_0, document_ids, visible, model.device, num_draws=2
     )
-    assert found.nats.sum() == pytest.approx(expected.nats.sum(), rel=1e-5)
-    assert found.num_tokens == int(maskable_positions(document_ids).sum())
+    assert scored.nats.sum() == pytest.approx(expected.nats.sum(), rel=1e-5)
+    assert scored.num_tokens == int(maskable_positions(document_ids).sum())
 
 
-def test_rows_that_the_network_has_no_positions_for_are_refused_and_longer_ones_than_the_trained_are_said(
-    runs, data_folder, tmp_path
-):
+def test_sequences_beyond_the_positions_are_refused_and_longer_than_in_training_warn(runs, data_folder, tmp_path):
     model = load(runs / "adapted")
     with pytest.warns(UserWarning, match="rows of 40 tokens, and the checkpoint was trained on rows of 32"):
         model.score(make_data(tmp_path / "longer", sequence_length=40, tokenizer=model.tokenizer), draws_per_sequence=1)
     with pytest.raises(
-        UserError, match=r"rows of 80 tokens.*the network has 64; build the data with smaller --sequence-length"
+        UserError, match=r"rows of 80 tokens.*the network has 64; build the data with a smaller `sequence_length`"
     ):
         model.score(make_data(tmp_path / "too-long", sequence_length=80, tokenizer=model.tokenizer))
 
 
 @pytest.mark.parametrize("nothing", [{"draws_per_sequence": 0}, {"max_sequences": 0}, {"max_sequences": -3}], ids=str)
-def test_no_draws_or_rows_give_no_bound(nothing, runs, data_folder):
-    with pytest.raises(UserError, match=r"--(draws|max-sequences) (0|-3): at least 1"):
+def test_zero_draws_or_sequences_are_refused(nothing, runs, data_folder):
+    with pytest.raises(UserError, match=r"(draws_per_sequence|max_sequences)=(0|-3): must be at least 1"):
         load(runs / "adapted").score(data_folder, **nothing)
 
 
-def test_one_document_has_no_interval_and_the_console_says_so(runs, data_folder, tmp_path, capsys):
+def test_one_document_has_no_interval_and_the_console_reports_that(runs, data_folder, tmp_path, capsys):
     model = load(runs / "base")
     documents = [text for text in make_documents() if split_of(text, 0.2) == "train"][:3]
     documents += [text for text in make_documents() if split_of(text, 0.2) == "held_out"][:1]
@@ -139,10 +137,10 @@ def test_comparisons_are_paired_on_documents_and_draws(runs, data_folder):
     unadapted = as_unadapted(base, "bidirectional").score(data_folder, draws_per_sequence=4)
     difference = adapted.score(data_folder, draws_per_sequence=4).minus(unadapted)
     low, high = difference["ci95_documents_paired"]
-    assert low < difference["bits_per_byte"] < high < 0  # 30 steps of adaptation are worth something
+    assert low < difference["bits_per_byte"] < high < 0  # 30 steps of adaptation lower the bound
 
 
-def test_averaged_weights_are_the_default_and_raw_ones_can_be_asked_for(runs):
+def test_averaged_weights_are_the_default_and_raw_weights_an_option(runs):
     ema, raw, default = (load(runs / "adapted", kind) for kind in ("ema", "raw", None))
     name, averaged = next(iter(ema.denoiser.named_parameters()))
     assert torch.equal(dict(default.denoiser.named_parameters())[name], averaged)
@@ -154,24 +152,24 @@ def test_infilling_keeps_both_sides_and_is_reproducible(runs, rule):
     model = load(runs / "adapted")
     canvases = []
     keep = {"length_tokens": 5, "rule": rule, "seed": 3, "on_step": lambda step, steps, canvas: canvases.append(canvas)}
-    [written] = model.infill("the model reads", " and writes", **keep)
-    assert written == model.infill("the model reads", " and writes", num_samples=3, **keep)[0]
-    before, after = (
-        model.tokenizer.encode(text, add_special_tokens=False) for text in ("the model reads", " and writes")
+    [text] = model.infill("the model reads", " and writes", **keep)
+    assert text == model.infill("the model reads", " and writes", num_samples=3, **keep)[0]
+    prefix_ids, suffix_ids = (
+        model.tokenizer.encode(side, add_special_tokens=False) for side in ("the model reads", " and writes")
     )
     for canvas in canvases:
-        assert canvas.ids[0, 1 : 1 + len(before)].tolist() == before
-        assert canvas.ids[0, 1 + len(before) + 5 :].tolist() == after
-    assert len(model.tokenizer.encode(written, add_special_tokens=False)) > 0
+        assert canvas.ids[0, 1 : 1 + len(prefix_ids)].tolist() == prefix_ids
+        assert canvas.ids[0, 1 + len(prefix_ids) + 5 :].tolist() == suffix_ids
+    assert len(model.tokenizer.encode(text, add_special_tokens=False)) > 0
 
 
-def test_samples_end_at_the_end_of_text(runs):
+def test_a_sample_ends_at_the_end_of_text_token(runs):
     model = load(runs / "adapted")
     assert all("<|endoftext|>" not in text for text in model.sample(num_samples=8, length_tokens=20, steps=4))
     assert model._text([5, model.tokenizer_identity.end_id, 6]) == model.tokenizer.decode([5])
 
 
-def test_an_autoregressive_checkpoint_writes_left_to_right_like_stock_greedy_decoding(runs, tmp_path):
+def test_an_autoregressive_checkpoint_decodes_like_stock_greedy_decoding(runs, tmp_path):
     exported = export(str(runs / "base"), str(tmp_path / "export"))
     stock, tokenizer = AutoModelForCausalLM.from_pretrained(exported).eval(), AutoTokenizer.from_pretrained(exported)
     prompt = tokenizer.encode("the model", add_special_tokens=False)
@@ -205,15 +203,16 @@ def test_an_export_is_the_same_model_in_stock_transformers_and_when_loaded_again
     assert not list(tmp_path.glob("*.tmp-*"))
 
 
-def test_what_does_not_fit_is_said(runs, data_folder, tmp_path):
+def test_inputs_that_do_not_fit_the_checkpoint_are_refused(runs, data_folder, tmp_path):
     model = load(runs / "adapted")
     with pytest.raises(UserError, match="trained on rows of 32"):
         model.sample("word " * 40, length_tokens=5)
     with pytest.raises(
-        UserError, match="--steps 0: at least 1; --rule best does not belong .*; one of confidence, ancestral"
+        UserError,
+        match="steps=0: must be a whole number, .*; rule=best: does not belong .* one of confidence, ancestral",
     ):
         model.sample(steps=0, rule="best")
-    with pytest.raises(UserError, match="--top-p 0.0"):
+    with pytest.raises(UserError, match="top_p=0.0"):
         model.sample(top_p=0.0, length_tokens=3)
     with pytest.raises(UserError, match="build the data with the checkpoint's tokenizer"):
         model.score(make_data(tmp_path / "other", vocab=310))

@@ -19,7 +19,7 @@ def job(
 ):
     """Return a job of one text; `options` are sampling parameters."""
     ids = [model.tokenizer_identity.start_id, *model.encode(prompt)]
-    resolved = resolve_sampling(options, model.sampled_as(), length)
+    resolved = resolve_sampling(options, model.sampling_target(), length)
     after = None if suffix is None else model.encode(suffix)
     return Job(request, ids, length, resolved, after, options.get("seed", 0), number, stops, stream_canvas, deadline)
 

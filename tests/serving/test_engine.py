@@ -171,7 +171,7 @@ def test_the_canvas_shows_the_models_probability_of_every_token_whatever_its_rul
         model.rules = (*model.rules, rule)
     engine = Engine(model, Settings(slots=2))
     shown = job(model, length=12, seed=3, stream_canvas=True, rule=rule, steps=5, temperature=0.7, top_p=0.9)
-    size = shown.chosen.block_tokens
+    size = shown.params.block_tokens
     engine.submit([shown])
 
     def state():
@@ -272,7 +272,7 @@ def poison(monkeypatch, model, is_bad):
 
 def company(model, size=3):
     """Jobs of some lengths, more than there are slots, long enough to go beyond a context of 32 where that is possible."""
-    length = 22 if model.sampled_as().kind == "whole" else 45
+    length = 22 if model.sampling_target().kind == "whole" else 45
     return [
         job(model, prompt, length - number, seed=number)
         for number, prompt in enumerate(["the model", "a", "", " and writes"][:size])
@@ -311,10 +311,10 @@ def test_a_job_that_fails_fails_alone_and_the_others_texts_go_on_as_if_it_had_ne
     else:
         own = model.rule
         broken = {"rule": BrokenRule, "drawing": LeftToRight}[place]()
-        monkeypatch.setattr(model, "rule", lambda chosen: broken if chosen is guilty.chosen else own(chosen))
+        monkeypatch.setattr(model, "rule", lambda chosen: broken if chosen is guilty.params else own(chosen))
         if place == "drawing":
-            guilty = replace(guilty, chosen=replace(guilty.chosen, temperature=float("nan")))
-            monkeypatch.setattr(model, "rule", lambda chosen: broken if chosen is guilty.chosen else own(chosen))
+            guilty = replace(guilty, params=guilty.params.model_copy(update={"temperature": float("nan")}))
+            monkeypatch.setattr(model, "rule", lambda chosen: broken if chosen is guilty.params else own(chosen))
     if place in ("prompt", "end of prompt"):
         texts_with_poison = [text for text in expected.values() if POISON in model.encode(text)]
         assert not texts_with_poison, "the innocents never write it"

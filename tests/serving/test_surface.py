@@ -15,8 +15,8 @@ import pytest
 from helpers.service import client, hosted, until
 
 from dlm_ray.config.errors import UserError
+from dlm_ray.config.sampling import RULE_OF
 from dlm_ray.config.server import Server
-from dlm_ray.generation.sampling import _RULE_OF
 from dlm_ray.serving.http.protocol import Chat, Completion, Infill, Score
 from dlm_ray.serving.worker import EngineWorker
 
@@ -114,7 +114,7 @@ class Cases:
         for path, base in self.base.items():
             for name, schemas in numeric_fields(self.schemas[path]).items():
                 for value in itertools.chain.from_iterable(map(extremes, schemas)):
-                    rules = [_RULE_OF[name]] if name in _RULE_OF else ["ancestral"] if name == "steps" else [None]
+                    rules = [RULE_OF[name]] if name in RULE_OF else ["ancestral"] if name == "steps" else [None]
                     extra = {"rule": rules[0]} if rules[0] else {}
                     found.append((path, {**base, **extra, name: number(value)}))
         for length in range(1, 2 * BLOCK + 2):
@@ -153,7 +153,7 @@ class Cases:
                     body[name] = number(chance.choice(extremes(chance.choice(schemas))))
             if "temperature" in self.schemas[path].model_fields:
                 body |= {"rule": chance.choice(self.rules)} if chance.random() < 0.6 else {}
-                for name in [name for name, rule in _RULE_OF.items() if name in body and body.get("rule") != rule]:
+                for name in [name for name, rule in RULE_OF.items() if name in body and body.get("rule") != rule]:
                     if chance.random() < 0.8:
                         del body[name]
                 if chance.random() < 0.5:

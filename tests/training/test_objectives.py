@@ -271,7 +271,7 @@ def known(model):
     server = Server(checkpoint="x", name="x")
     card = Planner(model, Engine(model, server.engine), server).card()
     return {
-        "sampled_as": model.sampled_as(),
+        "sampling_target": model.sampling_target(),
         "objective": (
             type(model.objective),
             model.objective.likelihood,
@@ -331,7 +331,7 @@ def test_an_export_keeps_what_the_recipe_says_of_sampling_and_documents(changes,
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
     ours = dict(model.denoiser.network.named_parameters())
     assert all(torch.equal(ours[name], parameter) for name, parameter in stock.named_parameters())
-    if again.sampled_as().kind == "whole":
+    if again.sampling_target().kind == "whole":
         assert again.infill("the", "row", length_tokens=3, seed=2) == model.infill(
             "the", "row", length_tokens=3, seed=2
         )
@@ -351,7 +351,7 @@ def test_a_run_that_starts_from_an_export_describes_itself(data_folder, tmp_path
     own = {"model__architecture": None, "model__base": base, "training__steps": 2, "validation__sequences": 0}
     loop.fit(tiny_recipe(data_folder, "second", **own), tmp_path / "second")
     again = dlm_ray.load(export(str(tmp_path / "second"), str(tmp_path / "exported-2")))
-    assert again.sampled_as().kind == "whole" and type(again.objective) is Masked
+    assert again.sampling_target().kind == "whole" and type(again.objective) is Masked
 
 
 def test_an_export_with_another_tokenizer_or_without_a_description_is_refused(data_folder, tmp_path):
