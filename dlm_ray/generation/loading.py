@@ -18,7 +18,8 @@ from dlm_ray.data import storage
 from dlm_ray.data.tokenizer import TokenizerIdentity, identity, load_tokenizer
 from dlm_ray.diffusion import objectives
 from dlm_ray.diffusion.denoiser import NetworkFacts, Objective
-from dlm_ray.diffusion.objectives import Autoregressive, Masked
+from dlm_ray.diffusion.objectives.autoregressive import Autoregressive
+from dlm_ray.diffusion.objectives.masked import Masked
 from dlm_ray.generation.text_model import TextModel
 from dlm_ray.models import families, parallel
 from dlm_ray.models.denoiser import HuggingFaceDenoiser
