@@ -8,8 +8,9 @@ from typing import Any, Literal
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from dlm_ray.checkpoint import commit, huggingface, weights
+from dlm_ray.checkpoint import huggingface, weights
 from dlm_ray.checkpoint.description import KEY, Description
+from dlm_ray.checkpoint.manifest import read_manifest
 from dlm_ray.checkpoint.model_files import ModelFiles, fill_with_extra_row
 from dlm_ray.checkpoint.pretrained import open_pretrained
 from dlm_ray.config.errors import UserError
@@ -41,7 +42,7 @@ def load(
     denoiser = load_network(checkpoint or path, weights_kind, device=device, mesh=mesh)
     if checkpoint is None:
         return _pretrained_model(open_pretrained(str(path)), denoiser)
-    manifest = commit.read_manifest(checkpoint)
+    manifest = read_manifest(checkpoint)
     description = Description.of(manifest)
     objective = _objective(description, denoiser, checkpoint)
     parameters = dict(objective.named_parameters())
@@ -62,7 +63,7 @@ def load_network(
     """The network alone, or this process's part of it, as `load` takes it."""
     on, checkpoint = pick_device(device), weights.our_checkpoint(str(path))
     if checkpoint is not None:
-        model = commit.read_manifest(checkpoint).model
+        model = read_manifest(checkpoint).model
         denoiser = _network(model["config"], model["mask_id"], model["shift"], on, mesh)
         weights.load_weights(checkpoint, dict(denoiser.network.named_parameters()), weights=weights_kind)
         return denoiser
