@@ -1,1 +1,1 @@
-"""Measurements on top of likelihood and samplers: speed, studies, and their dated results."""
+"""Measurements on top of training, likelihood and samplers: speed, studies, sweeps, baselines, dated results."""

@@ -117,14 +117,22 @@ def sweep_clip_search(
     if out is not None:
         local_path(out, "out")
     model = load(checkpoint, weights)
-    options: dict[str, Any] = {"rows": rows, "draws": draws, "enforce": enforce.value}
     with progress("batches") as update:
-        measured = clip_search.search(model, data, block_tokens, gradients=gradients, progress=update, **options)
+        measured = clip_search.search(
+            model,
+            data,
+            block_tokens,
+            num_sequences=rows,
+            num_draws=draws,
+            num_gradients=gradients,
+            enforce=enforce.value,
+            progress=update,
+        )
     trained: int = getattr(model.objective, "block_tokens", model.sequence_length)
     size = block_tokens or trained
     candidates = [asdict(clip) for clip in measured]
     fields: dict[str, Any] = {"block_tokens": size, "candidates": candidates}
     if out is not None:
-        about = {"checkpoint": checkpoint, "block_tokens": size, **options}
+        about = {"checkpoint": checkpoint, "block_tokens": size, "rows": rows, "draws": draws, "enforce": enforce.value}
         fields["files"] = [str(path) for path in clip_search.write(measured, out, about)]
     show_result(fields, as_json, lambda: print_clips(candidates, size))

@@ -24,9 +24,12 @@ from dlm_ray.evaluation.speed.timing import interleaved, paired_ratios, rounded_
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dlm_ray.checkpoint.description import KEY as DESCRIPTION_KEY
+from dlm_ray.checkpoint.description import Description
+from dlm_ray.config.objective import Sampling
 from dlm_ray.config.recipe import Architecture
 from dlm_ray.config.server import Engine as EngineSettings
-from dlm_ray.data.tokenizer import train_tokenizer
+from dlm_ray.data.tokenizer import identity, load_tokenizer, train_tokenizer
 from dlm_ray.diffusion.visibility import Visibility
 from dlm_ray.generation.loading import load
 from dlm_ray.generation.sampling import resolve_sampling
@@ -65,19 +68,26 @@ def measure(architecture: Architecture, vocab_size: int, repetitions: int, secon
 
 
 def write_checkpoint(folder: Path, architecture: Architecture, vocab_size: int) -> Path:
-    """Write a Hugging Face folder of a block model with random weights, whose tokens are made of numbers."""
+    """Write an export of a block model with random weights, whose tokens are made of digits."""
     denoiser = random_denoiser(architecture, vocab_size, torch.device("cpu"))
     names = [name for name, _ in denoiser.network.named_parameters()]
     save_file({name: denoiser.network.get_parameter(name).detach() for name in names}, folder / "model.safetensors")
+    train_tokenizer([" ".join(map(str, range(2 * vocab_size)))], vocab_size).save_pretrained(str(folder))
+    description = Description(
+        objective="block",
+        is_causal=False,
+        capabilities={"sequence_length": CONTEXT, "document_mask": True, "block_tokens": BLOCK_TOKENS},
+        sampling=Sampling(),
+        tokenizer=identity(load_tokenizer(str(folder))).as_dict(),
+    )
     fields = {
         **denoiser.network.config.to_dict(),
         "is_causal": False,
-        "block_tokens": BLOCK_TOKENS,
         "mask_token_id": vocab_size,
         "shift": False,
+        DESCRIPTION_KEY: description.model_dump(mode="json"),
     }
     (folder / "config.json").write_text(json.dumps(fields))
-    train_tokenizer([" ".join(map(str, range(2 * vocab_size)))], vocab_size).save_pretrained(str(folder))
     return folder
 
 

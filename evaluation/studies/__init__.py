@@ -1,1 +1,1 @@
-"""Studies: arms x seeds on real text, with the statistics that say what was seen and what could not have been."""
+"""Studies: methods compared over seeds on real text, with paired tests and the minimum detectable effects."""

@@ -1,33 +1,41 @@
-"""`python -m dlm_ray.evaluation.studies.annealing`: how an AR model becomes bidirectional, with and without its shift (DiffuLLaMA's Tables 3 and 5, small).
+"""Study `annealing`: does an AR model become bidirectional better step by step, and with its shift?
 
-Data, base and recipe are the quickstart's. Every arm starts from the same AR model and takes the same steps on the same rows; the bound is over all of t,
-at the state after annealing, with common draws.
+Every arm starts from the same autoregressive (AR) model and takes the same steps on the same sequences.
+
+Arms: five ways to reveal the future (all at once; Bernoulli attention masks over 10 % or 30 % of the steps; a growing
+window; growing
+    blocks), each with and without the shift.
+Claims: DiffuLLaMA's Tables 3 and 5 (annealing and the shift help); Dream and I-DLM keep the shift; Efficient-DLM,
+SDAR and LLaDA2.0
+    drop it; LLaDA2.0 grows blocks.
+Measured: the bound over all of t after annealing, with common draws. Data, base and recipe are the quickstart's.
+Command: python -m dlm_ray.evaluation.studies.annealing --quickstart QUICKSTART_DIR --out DIR
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dlm_ray.evaluation.studies import objectives, runner
+from dlm_ray.evaluation.studies import setup
 from dlm_ray.evaluation.studies.runner import Arm, Outcome, Study
 
 from dlm_ray.checkpoint.commit import read_manifest
 from dlm_ray.checkpoint.weights import our_checkpoint
 from dlm_ray.config.errors import UserError
 from dlm_ray.config.load import read_tree
+from dlm_ray.config.paths import folder_argument
 from dlm_ray.data.index import load_index
 from dlm_ray.generation.loading import load
 from dlm_ray.training import loop
 
-STEPS = 120
-HELD_OUT_ROWS, DRAWS = 200, 4
-SIZES = (4, 16, 64)
-"""Of the blocks before they are as large as the row, which is masked diffusion."""
-# How the future is revealed, and the share of the steps that it takes.
-WAYS: dict[str, tuple[str, float]] = {
+STEPS, BATCH_SIZE = 120, 8
+HELD_OUT_SEQUENCES, DRAWS_PER_SEQUENCE = 200, 4
+GROWING_SIZES = (4, 16, 64)
+"""Block sizes before blocks are whole sequences, which is masked diffusion."""
+# The pattern that reveals the future, and its share of the steps.
+SCHEDULES: dict[str, tuple[str, float]] = {
     "none": ("none", 0.0),
     "bernoulli 10 %": ("bernoulli", 0.1),
     "bernoulli 30 %": ("bernoulli", 0.3),
@@ -49,86 +57,106 @@ ORDERINGS = (
 )
 
 
-def study(seeds: int, steps: int, sequence_length: int) -> Study:
-    """The arms; an arm's settings are a whole recipe but for seed, data and base."""
-    names = [(way, shift, f"{way}, {'shift' if shift else 'no shift'}") for shift in (True, False) for way in WAYS]
+def build_study(num_seeds: int, steps: int, sequence_length: int) -> Study:
+    """Return the study; the settings of an arm are its recipe without seed, data and base."""
+    arms = []
+    for shift in (True, False):
+        for schedule in SCHEDULES:
+            name = f"{schedule}, {'shift' if shift else 'no shift'}"
+            arms.append(Arm(name, _settings(schedule, shift, steps, sequence_length), PUBLISHED.get(name, "")))
     return Study(
         name="annealing",
-        question="From one AR model in the same steps: does it help to reveal the future by and by, and to keep the shift?",
+        question="From one AR model in the same steps: does it help to reveal the future step by step, and to keep the "
+        "shift?",
         metric="bits_per_byte",
         unit="bits per byte",
-        arms=tuple(
-            Arm(name, _settings(way, shift, steps, sequence_length), PUBLISHED.get(name, ""))
-            for way, shift, name in names
-        ),
-        seeds=tuple(range(seeds)),
+        arms=tuple(arms),
+        seeds=tuple(range(num_seeds)),
         baseline="none, shift",
         orderings=ORDERINGS,
     )
 
 
-def _settings(way: str, shift: bool, steps: int, sequence_length: int) -> dict[str, Any]:
-    pattern, share = WAYS[way]
+def _settings(schedule: str, shift: bool, steps: int, sequence_length: int) -> dict[str, Any]:
+    """Return the recipe of an arm."""
+    pattern, share = SCHEDULES[schedule]
     tree = read_tree("quickstart")
-    tree["training"] = {"steps": steps, "global_batch_size": 8, "micro_batch_size": 8}
+    tree["training"] = {"steps": steps, "global_batch_size": BATCH_SIZE, "micro_batch_size": BATCH_SIZE}
     tree["validation"] = {"sequences": 0}
     tree["checkpoint"] = {"every_steps": steps, "keep_last": 1}
     tree["parallelism"] = {"workers": 1}
     tree["optimizer"] |= {"warmup_steps": min(15, steps // 4), "warmup_share": None}
     tree["objective"]["shift"] = shift
-    num_steps = max(len(SIZES), round(share * steps))
+    num_steps = max(len(GROWING_SIZES), round(share * steps))
     if pattern == "blocks":
         tree["objective"] |= {"name": "block", "block_tokens": sequence_length}
-        tree["curriculum"] = {
-            "block_sizes": [{"block_tokens": size, "steps": num_steps // len(SIZES)} for size in SIZES]
-        }
+        stages = [{"block_tokens": size, "steps": num_steps // len(GROWING_SIZES)} for size in GROWING_SIZES]
+        tree["curriculum"] = {"block_sizes": stages}
     else:
         tree["curriculum"] = {"annealing": {"pattern": pattern, "steps": num_steps if share else 0}}
     return tree
 
 
-def one(arm: Arm, seed: int, folder: Path, data: str, base: str) -> Outcome:
-    """Trains, and scores held-out text."""
-    loop.fit(objectives.recipe_of(arm, seed, data, base), folder)
-    scored = load(folder).score(data, max_sequences=HELD_OUT_ROWS, draws_per_sequence=DRAWS)
-    metrics = {"bits_per_byte": scored.bits_per_byte}
-    return Outcome(metrics, (scored.nats / math.log(2)).tolist(), scored.num_bytes.tolist())
+def run_arm(arm: Arm, seed: int, folder: Path, data: str, base: str) -> Outcome:
+    """Train an arm and score held-out text."""
+    loop.fit(setup.complete_recipe(arm.settings, arm.name, data, {"base": base}, seed), folder)
+    scored = load(folder).score(data, max_sequences=HELD_OUT_SEQUENCES, draws_per_sequence=DRAWS_PER_SEQUENCE)
+    return setup.scored_outcome(scored, {"bits_per_byte": scored.bits_per_byte})
 
 
 def notes(base: str, data: str, steps: int) -> Sequence[str]:
-    """What a reader has to know."""
+    """Return the report's notes."""
     manifest, index = read_manifest(base), load_index(data)
-    documents = {name: split.documents for name, split in index.splits.items()}
+    sizes = ", ".join(map(str, GROWING_SIZES))
     return [
-        f"Data, AR base ({manifest.step} steps) and recipe are the quickstart's: {documents['train']} documents, rows of {index.sequence_length} tokens, 8 a step, "
-        f"{steps} steps. Scored: {HELD_OUT_ROWS} held-out rows, evenly spaced, {DRAWS} draws each, averaged weights.",
-        f"The share is of the steps; growing blocks are of {', '.join(map(str, SIZES))} tokens for a third of it each, then of the row. `none` sees everything "
-        "from the first step. As published: DiffuLLaMA's Table 3, accuracy on GSM8K after fine-tuning GPT2-S / GPT2-M (higher is better).",
-        "The papers compare models of 0.1 to 8 B parameters after 0.1 to 100 G tokens, by tasks: what is said here is about this size and these steps alone. "
-        "One base: intervals are over seeds of the adaptation and over documents, not over bases.",
+        f"Data, AR base ({manifest.step} steps) and recipe are the quickstart's: {index.splits['train'].documents} "
+        f"documents, {BATCH_SIZE} sequences of {index.sequence_length} tokens per step, {steps} steps. Scored with "
+        f"the averaged weights: {HELD_OUT_SEQUENCES} held-out sequences, evenly spaced, with {DRAWS_PER_SEQUENCE} "
+        "draws each.",
+        f"Percentages are shares of the steps. Growing blocks have {sizes} tokens for a third of that share each, "
+        "then the whole sequence. `none` sees everything from the first step. Published: DiffuLLaMA's Table 3, "
+        "accuracy on GSM8K after fine-tuning GPT2-S / GPT2-M (higher is better).",
+        "The papers compare models of 0.1 to 8 B parameters on tasks after 0.1 to 100 G tokens; these results are "
+        "about this size and these steps only. There is one base: intervals are over seeds of the adaptation and "
+        "over documents, not over bases.",
     ]
 
 
-def main() -> None:
-    """The command line."""
-    arguments = objectives.command_line(
-        "dlm_ray.evaluation.studies.annealing", __doc__ or "", STEPS, needs_quickstart=True
-    )
-    data, runs = str(arguments.quickstart / "data"), sorted((arguments.quickstart / "runs").glob("quickstart-base-*"))
+def quickstart_base(folder: Path) -> str:
+    """Return the last checkpoint of the AR base in a folder of `dlm-ray quickstart`.
+
+    Raises:
+        UserError: if the folder has no base of its own, or several.
+    """
+    runs = sorted((folder / "runs").glob("quickstart-base-*"))
     base = our_checkpoint(str(runs[0])) if len(runs) == 1 else None
     if base is None:
         raise UserError(
-            f"--quickstart {arguments.quickstart}: no folder of `dlm-ray quickstart` with a base of its own; make one"
+            f"--quickstart {folder}: this is no folder of `dlm-ray quickstart` with exactly one base; run "
+            "`dlm-ray quickstart --out DIR` and give that folder"
         )
-    chosen = study(arguments.seeds, arguments.steps, load_index(data).sequence_length)
-    records = runner.run(
-        chosen,
-        lambda arm, seed, folder: one(arm, seed, folder, data, base),
-        arguments.out,
-        arguments.minutes,
-        objectives.print_progress,
+    return base
+
+
+def main() -> None:
+    """Run the study from the command line."""
+    parser = setup.argument_parser("annealing", __doc__)
+    setup.add_training_arguments(parser, STEPS)
+    parser.add_argument(
+        "--quickstart",
+        type=folder_argument,
+        required=True,
+        help="the --out folder of `dlm-ray quickstart`: data and base",
     )
-    objectives.finish(chosen, records, arguments.results or arguments.out, notes(base, data, arguments.steps))
+    arguments = setup.parse_arguments(parser)
+    data, base = str(arguments.quickstart / "data"), quickstart_base(arguments.quickstart)
+    setup.run_and_report(
+        build_study(arguments.seeds, arguments.steps, load_index(data).sequence_length),
+        lambda arm, seed, folder: run_arm(arm, seed, folder, data, base),
+        arguments.out,
+        arguments,
+        lambda records: notes(base, data, arguments.steps),
+    )
 
 
 if __name__ == "__main__":

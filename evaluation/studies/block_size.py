@@ -1,54 +1,63 @@
-"""`python -m dlm_ray.evaluation.studies.block_size`: one base at the whole row, fine-tuned to ever smaller blocks (BD3-LM's tables 1 to 3, small).
+"""Study `block_size`: what does a smaller block gain, and what do clips, contexts and training from scratch change?
 
-Text, network and optimizer are those of the study `objectives`. An AR model is adapted to masked diffusion over the whole row: the base. From it every
-arm is fine-tuned for the same steps; what is trained from scratch takes as many steps as base and fine-tuning together. The bound of every
-arm is over all of t with counted masks, which at blocks of one is the exact likelihood.
+One base, masked diffusion over whole sequences, is fine-tuned to ever smaller blocks with the same number of steps.
+
+Arms: blocks of 128 (the whole sequence), 16, 8, 4 and 1 tokens; blocks of 16 and 4 with a clip; blocks of 4 that see
+only x_t; blocks
+    of 1 with everything masked or with the loss of a random part; blocks of 4 and an autoregressive (AR) model from
+    scratch.
+Claims: BD3-LM's Tables 1, 2, 3 and 8 and its review: the likelihood improves as the block shrinks, and clips and x_0
+as context help.
+Measured: the bound over the full range of t with counted masks, which for blocks of 1 is the exact likelihood.
+Command: python -m dlm_ray.evaluation.studies.block_size --out DIR
+
+Text, network and optimizer are those of the study `objectives`. The base is an AR model that was adapted to masked
+diffusion. An arm from scratch takes as many steps as both bases and the fine-tuning together.
 """
 
 from __future__ import annotations
 
 import json
-import math
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dlm_ray.evaluation.studies import objectives, runner
-from dlm_ray.evaluation.studies.runner import Arm, Outcome, Study
-from dlm_ray.evaluation.studies.variance import over_draws
+from dlm_ray.evaluation.studies import setup
+from dlm_ray.evaluation.studies.runner import Arm, Outcome, Record, Study
 from dlm_ray.evaluation.sweeps import clip_search
 
-from dlm_ray.config.load import validate
 from dlm_ray.config.recipe import Recipe
-from dlm_ray.data.reading import read_split
 from dlm_ray.generation.loading import load
 from dlm_ray.training import loop
 
-BASE_STEPS, STEPS = 300, 150
-SEARCHED = (4, 8, 16, 32, 64, 128)
+WHOLE_SEQUENCE_STEPS, STEPS = 300, 150
+"""Steps of the base, from the AR model, and of every fine-tuned arm."""
+SEARCHED_SIZES = (4, 8, 16, 32, 64, 128)
+_BASE_SEED = 1000
 
 
 def _block(size: int, **keys: Any) -> dict[str, Any]:
     return {"name": "block", "block_tokens": size, **keys}
 
 
-_HEAVY, _MIDDLE = (
-    {"beta": beta, "omega": omega, "weight": "paper", "enforce": "counts"} for beta, omega in ((0.45, 0.95), (0.3, 0.8))
-)
-_RANDOM_BATCH = {"weight": "flat", "normalize_by": "global_masked"}
+def _clip(beta: float, omega: float) -> dict[str, Any]:
+    return {"beta": beta, "omega": omega, "weight": "paper", "enforce": "counts"}
+
+
+# The published figures are test perplexities on One Billion Words. Names are those of the committed results, where
+# "row" is a sequence.
 ARMS = (
     Arm("row (128)", {"objective": _block(128)}, "31.78"),
     Arm("16", {"objective": _block(16)}, "31.33"),
-    Arm("16, clip 0.3-0.8", {"objective": _block(16, clip=_MIDDLE)}, "31.19"),
-    Arm("8", {"objective": _block(8)}, ""),
+    Arm("16, clip 0.3-0.8", {"objective": _block(16, clip=_clip(0.3, 0.8))}, "31.19"),
+    Arm("8", {"objective": _block(8)}),
     Arm("4", {"objective": _block(4)}, "29.23"),
-    Arm("4, clip 0.45-0.95", {"objective": _block(4, clip=_HEAVY)}, "29.21 (of 30.18, 3B tokens)"),
+    Arm("4, clip 0.45-0.95", {"objective": _block(4, clip=_clip(0.45, 0.95))}, "29.21 (of 30.18, 3B tokens)"),
     Arm("4, x_t only", {"objective": _block(4, context="noisy")}, "73.2 (of 29.2, 50K steps)"),
     Arm("1, linear", {"objective": _block(1)}, "<= 25.56"),
     Arm("1, all masked", {"objective": _block(1, mask_sampler="count")}, "22.88"),
-    Arm("1, random batch size", {"objective": _block(1, **_RANDOM_BATCH)}, "24.37"),
+    Arm("1, random batch size", {"objective": _block(1, weight="flat", normalize_by="global_masked")}, "24.37"),
     Arm("4, from scratch", {"objective": _block(4), "from": "scratch"}, "26.99 (of 28.33)"),
     Arm("AR, from scratch", {"objective": {"name": "autoregressive"}, "from": "scratch"}, "22.83"),
 )
@@ -67,15 +76,16 @@ ORDERINGS = (
 )
 
 
-def study(seeds: int, steps: int) -> Study:
-    """The arms; an arm's settings are a whole recipe but for seed, data and base."""
+def build_study(num_seeds: int, steps: int) -> Study:
+    """Return the study; the settings of an arm are its recipe without seed, data and base."""
     return Study(
         name="block_size",
-        question="One base at the whole row, fine-tuned to smaller blocks: what does the size of a block cost, and what do clips and contexts do?",
+        question="One base over whole sequences, fine-tuned to smaller blocks: what does the size of a block cost, and "
+        "what do clips and contexts do?",
         metric="bits_per_character",
         unit="bits per character",
         arms=tuple(replace(arm, settings=_settings(arm, steps)) for arm in ARMS),
-        seeds=tuple(range(seeds)),
+        seeds=tuple(range(num_seeds)),
         baseline="row (128)",
         orderings=ORDERINGS,
         ratios=("train_seconds", "nelbo_variance", "gradient_variance"),
@@ -83,128 +93,129 @@ def study(seeds: int, steps: int) -> Study:
 
 
 def _settings(arm: Arm, steps: int) -> dict[str, Any]:
-    is_scratch = arm.settings.get("from") == "scratch"
-    own = objectives.tree(
-        dict(arm.settings["objective"]), objectives.BASE_STEPS + BASE_STEPS + steps if is_scratch else steps
-    )
-    return {**own, "from": "scratch" if is_scratch else "the base"}
+    """Return the recipe of an arm, and in "from" where its weights come from."""
+    is_from_scratch = arm.settings.get("from") == "scratch"
+    tree = setup.recipe_tree(dict(arm.settings["objective"]), _scratch_steps(steps) if is_from_scratch else steps)
+    return {**tree, "from": "scratch" if is_from_scratch else "the base"}
 
 
-def recipe_of(arm: Arm, seed: int, data: str, base: str) -> Recipe:
-    """The run of an arm: an ordinary recipe."""
-    settings = {name: value for name, value in arm.settings.items() if name != "from"}
-    architecture = objectives.base_recipe(data).model.model_dump()
-    model = architecture if arm.settings["from"] == "scratch" else {"base": base}
-    return validate({**settings, "seed": seed, "model": model, "data": {"sources": [{"path": data}]}}, arm.name)
+def _scratch_steps(steps: int) -> int:
+    """Return the steps of an arm from scratch: those of both bases and of the fine-tuning."""
+    return setup.BASE_STEPS + WHOLE_SEQUENCE_STEPS + steps
 
 
-def whole_row_base(data: str, ar_base: str, folder: Path) -> str:
-    """Masked diffusion over the whole row, from the AR model: where every fine-tuned arm starts."""
-    own = {
-        **objectives.tree({"name": "masked"}, BASE_STEPS),
-        "seed": 1000,
-        "model": {"base": ar_base},
-        "data": {"sources": [{"path": data}]},
-    }
-    loop.fit(validate(own, "the base"), folder)
+def arm_recipe(arm: Arm, seed: int, data: str, base: str) -> Recipe:
+    """Return the recipe of a run."""
+    tree = {name: value for name, value in arm.settings.items() if name != "from"}
+    model = {"base": base}
+    if arm.settings["from"] == "scratch":
+        model = setup.base_recipe(data).model.model_dump()
+    return setup.complete_recipe(tree, arm.name, data, model, seed)
+
+
+def whole_sequence_base(data: str, ar_base: str, folder: Path) -> str:
+    """Adapt the AR model to masked diffusion over whole sequences, and return the run directory of this base."""
+    tree = setup.recipe_tree({"name": "masked"}, WHOLE_SEQUENCE_STEPS)
+    loop.fit(setup.complete_recipe(tree, "the base", data, {"base": ar_base}, _BASE_SEED), folder)
     return str(folder)
 
 
-def one(arm: Arm, seed: int, folder: Path, data: str, base: str) -> Outcome:
-    """Trains, scores held-out text, and measures the variances of the objective as it was trained."""
-    recipe = recipe_of(arm, seed, data, base)
-    started = time.monotonic()
-    result = loop.fit(recipe, folder)
-    seconds = time.monotonic() - started
-    model = load(folder)
-    scored = model.score(data, max_sequences=objectives.HELD_OUT_ROWS, draws_per_sequence=objectives.DRAWS)
-    rows = read_split(data, "train", objectives.ROWS)
-    varying = over_draws(
-        model.denoiser,
-        objectives.trained_objective(recipe, model),
-        rows,
-        document_mask=recipe.data.document_mask,
-        num_losses=objectives.NUM_LOSSES,
-        num_gradients=objectives.NUM_GRADIENTS,
-        seed=1,
-    )
-    metrics = {"bits_per_character": scored.bits_per_byte, "train_seconds": seconds, **varying}
-    details = {"steps": result["step"]}
-    return Outcome(metrics, (scored.nats / math.log(2)).tolist(), scored.num_bytes.tolist(), details)
+def run_arm(arm: Arm, seed: int, folder: Path, data: str, base: str) -> Outcome:
+    """Train an arm, score held-out text, and measure the variances of the objective as it was trained."""
+    run = setup.train(arm_recipe(arm, seed, data, base), folder)
+    scored = run.score(data)
+    metrics = {
+        "bits_per_character": scored.bits_per_byte,
+        "train_seconds": run.seconds,
+        **run.variances(data),
+    }
+    return setup.scored_outcome(scored, metrics, {"steps": run.result["step"]})
 
 
-def search(base: str, data: str, out: Path, rows: int = 64, draws: int = 4) -> list[str]:
-    """The clip search on the base for every size of SEARCHED, unless it is there: a heat map each in `out`, and a line each for the report."""
+def search_clips(base: str, data: str, out: Path, num_sequences: int = 64, num_draws: int = 4) -> list[str]:
+    """Search the clip of every block size on the base, unless `out` has it, and return the lines for the report.
+
+    Each search writes a table and a heat map into `out`/clips_<size>.
+    """
     model = load(base)
-    lines, centres = [], []
-    for size in SEARCHED:
+    lines, middles = [], []
+    for size in SEARCHED_SIZES:
         folder = out / f"clips_{size}"
         if not (folder / "clip_search.json").exists():
-            found = clip_search.search(model, data, size, rows=rows, draws=draws)
+            found = clip_search.search(model, data, size, num_sequences=num_sequences, num_draws=num_draws)
             about = {
                 "checkpoint": "the base of the study block_size",
                 "block_tokens": size,
-                "rows": rows,
-                "draws": draws,
+                "rows": num_sequences,
+                "draws": num_draws,
             }
             clip_search.write(found, folder, about)
-        best, *others = json.loads((folder / "clip_search.json").read_text())["candidates"]
-        full = next(one for one in (best, *others) if one["omega"] - one["beta"] > 0.95)
-        centres.append((best["beta"] + best["omega"]) / 2)
+        candidates = json.loads((folder / "clip_search.json").read_text())["candidates"]
+        best = candidates[0]
+        full_range = next(one for one in candidates if one["omega"] - one["beta"] > 0.95)
+        middles.append((best["beta"] + best["omega"]) / 2)
         lines.append(
-            f"Clip search on the base, blocks of {size}: [{best['beta']:g}, {best['omega']:g}], variance {best['variance']:.3g} (full range "
-            f"{full['variance']:.3g}); {best['masked_tokens']:.2f} masked tokens a block (full range {full['masked_tokens']:.2f})."
+            f"Clip search on the base, blocks of {size}: [{best['beta']:g}, {best['omega']:g}], variance "
+            f"{best['variance']:.3g} (full range {full_range['variance']:.3g}); {best['masked_tokens']:.2f} masked "
+            f"tokens per block (full range {full_range['masked_tokens']:.2f})."
         )
-    return [*lines, verdict(centres)]
+    return [*lines, clip_verdict(middles)]
 
 
-def verdict(centres: Sequence[float]) -> str:
-    """Whether smaller blocks chose heavier masking, from the middles of the chosen clips, the smallest block first."""
-    order = ", ".join(f"{size}: {centre:.3g}" for size, centre in zip(SEARCHED, centres, strict=True))
-    rises = centres[0] > centres[-1]
-    if not rises:
-        outcome = "did not hold: the smallest blocks chose no heavier masking than the row"
-    elif all(small >= large for small, large in zip(centres, centres[1:], strict=False)):
-        outcome = "held"
+def clip_verdict(middles: Sequence[float]) -> str:
+    """Return whether smaller blocks chose heavier masking, from the middles of the best clips of SEARCHED_SIZES."""
+    order = ", ".join(f"{size}: {middle:.3g}" for size, middle in zip(SEARCHED_SIZES, middles, strict=True))
+    if middles[0] <= middles[-1]:
+        verdict = "did not hold: the smallest blocks chose no heavier masking than the whole sequence"
+    elif all(small >= large for small, large in zip(middles, middles[1:], strict=False)):
+        verdict = "held"
     else:
-        outcome = "held between the ends, not at every step"
-    return f"The middle of the chosen clip by block size: {order}. The paper's finding that smaller blocks want heavier masking {outcome}."
+        verdict = "held between the ends, not at every step"
+    finding = "The paper's finding that smaller blocks need heavier masking"
+    return f"The middle of the best clip by block size: {order}. {finding} {verdict}."
 
 
-def notes(records: Sequence[runner.Record], corpus: dict[str, Any], steps: int) -> list[str]:
-    """What a reader has to know."""
-    total = objectives.BASE_STEPS + BASE_STEPS + steps
+def notes(corpus: Mapping[str, Any], steps: int) -> list[str]:
+    """Return the report's notes."""
     return [
-        f"Text, network and optimizer are those of the study `objectives`: {corpus['documents']} documents, {corpus['characters']:,} characters (sha256 of "
-        f"the source {corpus['sha256'][:12]}); rows of {objectives.ROW_TOKENS} characters, {objectives.ROWS} a step.",
-        f"The base: an AR model ({objectives.BASE_STEPS} steps), adapted with shift to masked diffusion over the whole row ({BASE_STEPS} steps). Every "
-        f"arm takes {steps} steps from there; what is from scratch takes {total}. The papers' base and arms have no shift and no AR model before them.",
-        "With shift, blocks of one with everything masked are the AR model: that arm turns the base back into one.",
-        "Published: test perplexities on One Billion Words (BD3-LM's tables 1, 2, 3 and 8 and its review), each from another budget; only their order "
-        "is compared with ours. Bits here are per character.",
-        "`1, random batch size` is the AR loss of a random half of the tokens of every batch. The arms with a clip are scored over the full range.",
-        "Variances are of each arm's own training loss over draws of t and masks on one batch at the end of training; clipped losses, and `4, x_t only`, are "
-        "estimates of something else than the bound.",
-        "Times of runs are rough, because the machine had other work; `python -m dlm_ray.evaluation.speed train` measures steps interleaved.",
+        f"Text, network and optimizer are those of the study `objectives`: {corpus['documents']} documents, "
+        f"{corpus['characters']:,} characters (sha256 of the source {corpus['sha256'][:12]}); {setup.BATCH_SIZE} "
+        f"sequences of {setup.SEQUENCE_LENGTH} characters per step. In the arms' names a row is a whole sequence.",
+        f"The base is an AR model ({setup.BASE_STEPS} steps), adapted with shift to masked diffusion over whole "
+        f"sequences ({WHOLE_SEQUENCE_STEPS} steps). Every arm takes {steps} steps from there, and from scratch "
+        f"{_scratch_steps(steps)}. The papers' base and arms have no shift and no AR model before them.",
+        "With shift, blocks of 1 with everything masked are the AR model: that arm turns the base back into one.",
+        "Published: test perplexities on One Billion Words (BD3-LM's Tables 1, 2, 3 and 8 and its review), with "
+        "different budgets; only their order is compared with ours. Bits here are per character.",
+        "`1, random batch size` is the AR loss of a random half of the tokens of every batch. The arms with a clip "
+        "are scored over the full range.",
+        "Variances are of each arm's own training loss over draws of t and masks, on one batch at the end of "
+        "training. The clipped losses and that of `4, x_t only` estimate something other than the bound.",
+        "Run times are rough, because the machine had other work; `python -m dlm_ray.evaluation.speed train` "
+        "measures steps interleaved.",
     ]
 
 
 def main() -> None:
-    """The command line."""
-    arguments = objectives.command_line("dlm_ray.evaluation.studies.block_size", __doc__ or "", STEPS)
-    chosen = study(arguments.seeds, arguments.steps)
-    corpus, data, ar_base = objectives.prepare(arguments.out)
-    results = arguments.results or arguments.out
-    base = whole_row_base(data, ar_base, arguments.out / "whole_row_base")
-    searched = search(base, data, results)
-    records = runner.run(
-        chosen,
-        lambda arm, seed, folder: one(arm, seed, folder, data, base),
+    """Run the study from the command line."""
+    parser = setup.argument_parser("block_size", __doc__)
+    setup.add_training_arguments(parser, STEPS)
+    arguments = setup.parse_arguments(parser)
+    study = build_study(arguments.seeds, arguments.steps)
+    corpus, data, ar_base = setup.prepare(arguments.out)
+    base = whole_sequence_base(data, ar_base, arguments.out / "whole_sequence_base")
+    clip_lines = search_clips(base, data, arguments.results or arguments.out)
+
+    def report_notes(records: Sequence[Record]) -> list[str]:
+        return [*notes(corpus, arguments.steps), *clip_lines]
+
+    setup.run_and_report(
+        study,
+        lambda arm, seed, folder: run_arm(arm, seed, folder, data, base),
         arguments.out,
-        arguments.minutes,
-        objectives.print_progress,
+        arguments,
+        report_notes,
     )
-    objectives.finish(chosen, records, results, [*notes(records, corpus, arguments.steps), *searched])
 
 
 if __name__ == "__main__":

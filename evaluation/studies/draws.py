@@ -1,23 +1,23 @@
-"""`python -m dlm_ray.evaluation.studies.draws --runs DIR`: one trained masked model, many ways to draw t and masks: which varies least.
+"""Study `draws`: which way to draw t and masks gives the estimate of the bound, and its gradient, the least variance?
 
-DIR is the folder of the study `objectives`; its MD4 models, one a seed, are measured, not trained. All arms estimate the same bound.
+The MD4 models of the study `objectives`, one per seed, are measured and not trained. All arms estimate the same bound.
+
+Arms: t independent, stratified, antithetic, or in BD3-LM's order; counted masks; complementary pairs; five other
+noise schedules;
+    tauLDR's estimators with one token or all masked tokens.
+Claims: MD4's review (stratified and antithetic t help) and its appendix (tauLDR's single token does not).
+Command: python -m dlm_ray.evaluation.studies.draws --runs DIR, where DIR is the --out of the study `objectives`
 """
 
 from __future__ import annotations
 
-import argparse
-import os
-import platform
-import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from dlm_ray.evaluation.studies import runner
-from dlm_ray.evaluation.studies.report import write_report
-from dlm_ray.evaluation.studies.runner import Arm, Outcome, Study
-from dlm_ray.evaluation.studies.variance import over_draws
+from dlm_ray.evaluation.studies import setup
+from dlm_ray.evaluation.studies.runner import Arm, Outcome, Record, Study
+from dlm_ray.evaluation.studies.variance import draw_variances
 
 from dlm_ray.config.errors import UserError
 from dlm_ray.config.paths import folder_argument
@@ -27,13 +27,14 @@ from dlm_ray.diffusion.absorbing import Absorbing
 from dlm_ray.diffusion.objectives import Masked, TauLDR
 from dlm_ray.generation.loading import load
 
-ROWS, NUM_LOSSES, NUM_GRADIENTS = 16, 40, 10
+BATCH_SIZE, NUM_LOSSES, NUM_GRADIENTS = 16, 40, 10
 
 STUDY = Study(
     name="draws",
-    question="Of one trained model and one batch of rows: by how much does the estimate of the bound, and its gradient, vary with the draws?",
+    question="For one trained model and one batch of sequences: how much does the estimate of the bound, and its "
+    "gradient, vary with the draws?",
     metric="nelbo_variance",
-    unit="variance of the batch's bound, (nats a token)^2",
+    unit="variance of the batch's bound, (nats per token)^2",
     arms=(
         Arm("independent", {"times": "independent"}),
         Arm("stratified", {"times": "stratified"}),
@@ -62,65 +63,68 @@ STUDY = Study(
 )
 
 
-def objective_of(settings: Mapping[str, Any]) -> Masked:
-    """Masked diffusion with these draws."""
-    chosen = dict(settings)
-    if "estimator" in chosen:
-        return TauLDR(Absorbing(), estimator=chosen["estimator"])
-    if "schedule" in chosen:
-        return Masked(Absorbing(schedules.build(chosen["schedule"])))
-    return Masked(Absorbing(**chosen))
+def build_objective(settings: Mapping[str, Any]) -> Masked:
+    """Return masked diffusion with the draws of an arm."""
+    if "estimator" in settings:
+        return TauLDR(Absorbing(), estimator=settings["estimator"])
+    if "schedule" in settings:
+        return Masked(Absorbing(schedules.build(settings["schedule"])))
+    return Masked(Absorbing(**settings))
 
 
-def one(arm: Arm, seed: int, runs: Path) -> Outcome:
-    """The variances of an arm on the model of a seed; pairs are drawn on half as many rows, so that every arm has as many passes."""
+def run_arm(arm: Arm, seed: int, runs: Path) -> Outcome:
+    """Measure the variances of an arm on the model of a seed.
+
+    Complementary pairs are drawn for half of the sequences, so that every arm has the same number of network passes.
+
+    Args:
+        arm: the way to draw.
+        seed: the training seed of the model.
+        runs: the folder of the study `objectives`.
+
+    Raises:
+        UserError: if that study has no model for the seed.
+    """
     run_dir = runs / "runs" / f"md4-{seed}"
     if not run_dir.exists():
         raise UserError(
-            f"{run_dir} is not there; run `python -m dlm_ray.evaluation.studies.objectives --out {runs}` first"
+            f"{run_dir} does not exist; run `python -m dlm_ray.evaluation.studies.objectives --out {runs}` first"
         )
     model = load(run_dir)
-    rows = read_split(str(runs / "text8" / "data"), "train", ROWS)
-    objective = objective_of(arm.settings)
+    sequences = read_split(str(runs / "text8" / "data"), "train", BATCH_SIZE)
+    objective: Any = build_objective(arm.settings)
     if arm.settings.get("complementary"):
-        objective.draws_per_sequence, rows = 2, rows[: ROWS // 2]
-    options = {
-        "document_mask": model.document_mask,
-        "num_losses": NUM_LOSSES,
-        "num_gradients": NUM_GRADIENTS,
-        "seed": 2,
-    }
-    return Outcome(over_draws(model.denoiser, objective, rows, **options))
+        objective.draws_per_sequence, sequences = 2, sequences[: BATCH_SIZE // 2]
+    return Outcome(
+        draw_variances(model, objective, sequences, num_losses=NUM_LOSSES, num_gradients=NUM_GRADIENTS, seed=2)
+    )
+
+
+def notes(records: Sequence[Record]) -> list[str]:
+    """Return the report's notes."""
+    return [
+        f"Models: MD4 of the study `objectives`, one per training seed; {BATCH_SIZE} sequences, {NUM_LOSSES} draws "
+        f"for the bound and {NUM_GRADIENTS} for the gradient. Pairs are drawn for half as many sequences: equally "
+        "many passes, fewer texts.",
+        "The baseline is the usual implementation: an independent t for each sequence. `paper` has strata in the "
+        "order of the batch.",
+    ]
 
 
 def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m dlm_ray.evaluation.studies.draws", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument("--runs", type=folder_argument, required=True, help="folder of the study `objectives`")
+    """Run the study from the command line."""
+    parser = setup.argument_parser("draws", __doc__)
     parser.add_argument(
-        "--results",
-        type=folder_argument,
-        help="folder that gets the table, the figure and the numbers; --runs/draws if absent",
+        "--runs", type=folder_argument, required=True, help="the --out folder of the study `objectives`"
     )
-    parser.add_argument("--minutes", type=float, help="start no run that would end later")
-    arguments = parser.parse_args()
-    out = arguments.runs / "draws"
-    say = lambda message: print(message, file=sys.stderr, flush=True)  # noqa: E731
-    records = runner.run(STUDY, lambda arm, seed, folder: one(arm, seed, arguments.runs), out, arguments.minutes, say)
-    hardware = (
-        torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"{platform.machine()}, {torch.get_num_threads()} of {os.cpu_count()} cores"
+    arguments = setup.parse_arguments(parser)
+    setup.run_and_report(
+        STUDY,
+        lambda arm, seed, folder: run_arm(arm, seed, arguments.runs),
+        arguments.runs / "draws",
+        arguments,
+        notes,
     )
-    notes = [
-        f"Models: MD4 of the study `objectives`, one a training seed; {ROWS} rows, {NUM_LOSSES} draws for the bound and {NUM_GRADIENTS} for the "
-        "gradient. Pairs are drawn on half as many rows: as many passes, fewer texts.",
-        "The baseline is what most code does: one independent t a row. `paper` has strata in the order of the batch.",
-    ]
-    for path in write_report(STUDY, records, arguments.results or out, hardware, notes):
-        sys.stdout.write(f"{path}\n")
 
 
 if __name__ == "__main__":

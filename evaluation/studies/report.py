@@ -1,39 +1,45 @@
-"""A study's table, figure and numbers as files that can be committed: <name>.md, <name>.svg, <name>.json."""
+"""The report of a study as files to commit: <name>.md (table), <name>.svg (figure) and <name>.json (numbers)."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from dlm_ray.evaluation.studies import statistics
-from dlm_ray.evaluation.studies.runner import Comparison, Record, Study, Verdict, compare, orderings
+from dlm_ray.evaluation.studies.comparison import Comparison, Verdict, compare, judge_orderings
+from dlm_ray.evaluation.studies.runner import Arm, Record, Study
 
 from dlm_ray.report import figures
 
 
 def write_report(study: Study, records: Sequence[Record], out: Path, hardware: str, notes: Sequence[str]) -> list[Path]:
-    """Writes the three files; the same records give the same bytes.
+    """Write the three files and return their paths; the same records give the same bytes.
 
     Args:
-        study, records: what was asked, and the runs.
-        out: a folder.
-        hardware: what the runs ran on.
+        study, records: the question and its runs.
+        out: the folder for the files.
+        hardware: the machine of the runs, in words.
         notes: paragraphs for the reader.
-
-    Returns:
-        The files.
     """
     out.mkdir(parents=True, exist_ok=True)
-    compared, verdicts = compare(study, records), orderings(study, records)
-    paths = [out / f"{study.name}.{kind}" for kind in ("md", "svg", "json")]
-    paths[0].write_text(_markdown(study, records, compared, verdicts, hardware, notes))
-    _figure(study, records).savefig(
-        paths[1], format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None}
-    )
-    numbers = {
+    comparisons, verdicts = compare(study, records), judge_orderings(study, records)
+    table, figure, numbers = (out / f"{study.name}.{suffix}" for suffix in ("md", "svg", "json"))
+    table.write_text(_markdown(study, records, comparisons, verdicts, hardware, notes))
+    _figure(study, records).savefig(figure, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
+    fields = _numbers(study, records, comparisons, verdicts) | {"hardware": hardware, "notes": list(notes)}
+    numbers.write_text(json.dumps(fields, indent=1) + "\n")
+    return [table, figure, numbers]
+
+
+def _numbers(
+    study: Study, records: Sequence[Record], comparisons: Sequence[Comparison], verdicts: Sequence[Verdict]
+) -> dict[str, Any]:
+    """Return the fields of the JSON file; runs are without their values per document."""
+    return {
         "study": study.name,
         "question": study.question,
         "metric": study.metric,
@@ -41,137 +47,157 @@ def write_report(study: Study, records: Sequence[Record], out: Path, hardware: s
         "seeds": list(study.seeds),
         "baseline": study.baseline,
         "published": {arm.name: arm.published for arm in study.arms},
-        "hardware": hardware,
+        "hardware": "",
         "dates": _dates(records),
-        "comparisons": [asdict(one) for one in compared],
-        "orderings": [asdict(one) for one in verdicts],
+        "comparisons": [asdict(comparison) for comparison in comparisons],
+        "orderings": [asdict(verdict) for verdict in verdicts],
         "runs": [
             {key: value for key, value in asdict(record).items() if key not in ("documents", "weights")}
             for record in records
         ],
-        "notes": list(notes),
     }
-    paths[2].write_text(json.dumps(numbers, indent=1) + "\n")
-    return paths
 
 
 def _markdown(
     study: Study,
     records: Sequence[Record],
-    compared: Sequence[Comparison],
+    comparisons: Sequence[Comparison],
     verdicts: Sequence[Verdict],
     hardware: str,
     notes: Sequence[str],
 ) -> str:
-    metrics = sorted({name for record in records for name in record.metrics} - {study.metric})
-    header = ["arm", "seeds", f"{study.unit} (95 %, seeds)", "less the baseline, over seeds", "over documents"]
-    header += [f"{metric} / {study.baseline}'s" if metric in study.ratios else metric for metric in metrics] + [
-        "published"
-    ]
-    rows = []
-    for arm in study.arms:
-        own = [record for record in records if record.arm == arm.name and record.error is None]
-        values = [record.metrics[study.metric] for record in own if record.metrics.get(study.metric) is not None]
-        cells = [
-            arm.name,
-            str(len(own)),
-            _interval(*statistics.t_interval([value for value in values if value is not None])) if values else "none",
-        ]
-        for over in ("training seeds", "documents"):
-            found = [one for one in compared if one.arm == arm.name and one.over == over]
-            cells.append(_comparison(found[0]) if found else "baseline" if arm.name == study.baseline else "")
-        for metric in metrics:
-            numbers = [
-                value / _beside(study, records, metric, record.seed)
-                for record in own
-                if (value := record.metrics.get(metric)) is not None
-            ]
-            cells.append(f"{sum(numbers) / len(numbers):.4g}" if numbers else "")
-        rows.append([*cells, arm.published])
     seeds = ", ".join(map(str, study.seeds))
-    lines = [
+    sections = [
         f"# Study `{study.name}`",
-        "",
         study.question,
-        "",
         f"{_dates(records)}; {hardware}; seeds {seeds}; baseline {study.baseline}. Lower is better.",
-        "",
-        _table(header, rows),
-        "",
-        "p values are corrected by Holm within the seeds (paired t) and within the documents (flips of signs, given these trained models), never over "
-        "both. `sees` is the smallest difference that this n and spread would have shown with a power of 0.8.",
-        "",
+        _arms_table(study, records, comparisons),
+        "Differences are arm minus baseline with 95 % intervals. p values are Holm-corrected, separately over "
+        "training seeds (paired t test) and over documents (sign flips, given these trained models). MDE is the "
+        "minimum detectable effect: the difference that this n and spread detect with power 0.8.",
         f"![{study.unit} by arm]({study.name}.svg)",
-        "",
     ]
     if verdicts:
-        claims = [
-            [f"{v.better} below {v.worse}", v.source, _interval(v.difference, v.low, v.high, signed=True), v.verdict]
-            for v in verdicts
-        ]
-        lines += [
-            "## The published orderings at this size",
-            "",
-            _table(["claim", "where", "difference (95 %, seeds)", "verdict"], claims),
-            "",
-        ]
+        sections += ["## Published orderings at this size", _verdicts_table(verdicts)]
     failed = [record for record in records if record.error is not None]
     if failed:
-        lines += [
-            "## Runs that failed",
-            "",
-            *(f"- {record.arm}, seed {record.seed}: {' '.join((record.error or '').split())}" for record in failed),
-            "",
-        ]
-    missing = [
-        f"{arm.name}, seed {seed}"
-        for arm in study.arms
-        for seed in study.seeds
-        if (arm.name, seed) not in {(r.arm, r.seed) for r in records}
-    ]
+        reasons = [f"{record.arm}, seed {record.seed}: {' '.join((record.error or '').split())}" for record in failed]
+        sections += ["## Failed runs", _bullets(reasons)]
+    known = {(record.arm, record.seed) for record in records}
+    missing = [f"{a.name}, seed {seed}" for a in study.arms for seed in study.seeds if (a.name, seed) not in known]
     if missing:
-        lines += ["## Runs that are missing", "", *(f"- {name}" for name in missing), ""]
-    lines += ["## Notes", "", *(f"- {note}" for note in notes), ""]
-    return "\n".join(lines)
+        sections += ["## Missing runs", _bullets(missing)]
+    sections += ["## Notes", _bullets(notes)]
+    return "\n\n".join(sections) + "\n"
+
+
+def _arms_table(study: Study, records: Sequence[Record], comparisons: Sequence[Comparison]) -> str:
+    """Return the table with one row per arm."""
+    metrics = sorted({name for record in records for name in record.metrics} - {study.metric})
+    columns = [f"{metric} / {study.baseline}" if metric in study.ratios else metric for metric in metrics]
+    header = [
+        "arm",
+        "seeds",
+        f"{study.unit} (95 % over seeds)",
+        "difference over seeds",
+        "difference over documents",
+        *columns,
+        "published",
+    ]
+    return _table(header, [_arm_row(study, arm, records, comparisons, metrics) for arm in study.arms])
+
+
+def _arm_row(
+    study: Study, arm: Arm, records: Sequence[Record], comparisons: Sequence[Comparison], metrics: Sequence[str]
+) -> list[str]:
+    """Return the cells of an arm."""
+    runs = [record for record in records if record.arm == arm.name and record.error is None]
+    values = _values(study, records, arm)
+    cells = [arm.name, str(len(runs)), _interval(*statistics.t_interval(values)) if values else "none"]
+    for over in ("training seeds", "documents"):
+        cell = "baseline" if arm.name == study.baseline else ""
+        for comparison in comparisons:
+            if comparison.arm == arm.name and comparison.over == over:
+                cell = _comparison(comparison)
+        cells.append(cell)
+    for metric in metrics:
+        numbers = [
+            value / _divisor(study, records, metric, run.seed)
+            for run in runs
+            if (value := run.metrics.get(metric)) is not None
+        ]
+        cells.append(f"{sum(numbers) / len(numbers):.4g}" if numbers else "")
+    return [*cells, arm.published]
+
+
+def _verdicts_table(verdicts: Sequence[Verdict]) -> str:
+    """Return the table of the published orderings."""
+    rows = [
+        [
+            f"{verdict.better} below {verdict.worse}",
+            verdict.source,
+            _interval(verdict.difference, verdict.low, verdict.high, signed=True),
+            verdict.verdict,
+        ]
+        for verdict in verdicts
+    ]
+    return _table(["claim", "source", "difference (95 % over seeds)", "verdict"], rows)
 
 
 def _figure(study: Study, records: Sequence[Record]) -> Any:
+    """Return the matplotlib figure of the metric's mean and interval by arm."""
     rows = []
     for arm in study.arms:
-        values = [
-            value
-            for record in records
-            if record.arm == arm.name
-            and record.error is None
-            and (value := record.metrics.get(study.metric)) is not None
-        ]
+        values = _values(study, records, arm)
         if values:
             mean, low, high = statistics.t_interval(values)
             label = f"{arm.name} ({arm.published})" if arm.published else arm.name
             rows.append((label, mean, low, high))
-    return figures.intervals(rows, f"{study.unit}; in brackets: published")
+    return figures.intervals(rows, f"{study.unit}; published values in brackets")
 
 
-def _beside(study: Study, records: Sequence[Record], metric: str, seed: int) -> float:
-    """What a metric is divided by: 1, or the baseline's of the same seed."""
+def _values(study: Study, records: Sequence[Record], arm: Arm) -> list[float]:
+    """Return the study's metric of the successful runs of an arm."""
+    return [
+        value
+        for record in records
+        if record.arm == arm.name and record.error is None and (value := record.metrics.get(study.metric)) is not None
+    ]
+
+
+def _divisor(study: Study, records: Sequence[Record], metric: str, seed: int) -> float:
+    """Return what a metric is divided by: the baseline's value of the same seed for a ratio, 1 otherwise."""
     if metric not in study.ratios:
         return 1.0
-    base = [record.metrics.get(metric) for record in records if record.arm == study.baseline and record.seed == seed]
-    return base[0] if base and base[0] else float("nan")
+    baseline = [
+        record.metrics.get(metric) for record in records if record.arm == study.baseline and record.seed == seed
+    ]
+    return baseline[0] if baseline and baseline[0] else math.nan
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table."""
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
-def _comparison(one: Comparison) -> str:
-    p = "" if one.p_holm is None else f", p {one.p_holm:.2g}"
-    sees = "" if one.smallest_visible is None else f", sees {one.smallest_visible:.3f}"
-    return f"{_interval(one.difference, one.low, one.high, signed=True)}{p}{sees} (n {one.n})"
+def _bullets(items: Sequence[str]) -> str:
+    """Return a Markdown list."""
+    return "\n".join(f"- {item}" for item in items)
+
+
+def _comparison(comparison: Comparison) -> str:
+    """Return a comparison as the text of a cell."""
+    text = _interval(comparison.difference, comparison.low, comparison.high, signed=True)
+    if comparison.p_holm is not None:
+        text += f", p {comparison.p_holm:.2g}"
+    if comparison.smallest_visible is not None:
+        text += f", MDE {comparison.smallest_visible:.3f}"
+    return f"{text} (n {comparison.n})"
 
 
 def _interval(mean: float | None, low: float | None, high: float | None, signed: bool = False) -> str:
+    """Return `mean (low to high)`, without the interval if there is none."""
     if mean is None:
         return "none"
     form = "+.3f" if signed else ".3f"
@@ -179,5 +205,8 @@ def _interval(mean: float | None, low: float | None, high: float | None, signed:
 
 
 def _dates(records: Sequence[Record]) -> str:
+    """Return the first and the last day of the runs."""
     days = sorted({record.date[:10] for record in records})
-    return days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}" if days else "no runs"
+    if not days:
+        return "no runs"
+    return days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"

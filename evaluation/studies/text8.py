@@ -1,4 +1,4 @@
-"""The quickstart's corpus in the form of text8 (Matt Mahoney): 26 letters and the space, a token a character."""
+"""The quickstart's corpus in the form of text8 (Matt Mahoney): 26 letters and the space, one token per character."""
 
 from __future__ import annotations
 
@@ -16,17 +16,19 @@ from dlm_ray.data.index import load_index
 from dlm_ray.data.tokenizer import END_OF_TEXT, identity, load_tokenizer
 
 _DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-_LEAST_CHARACTERS = 200
+_MIN_CHARACTERS = 200
+"""Shorter documents are left out."""
+_SEQUENCES_PER_SHARD = 4096
 
 
 def text8_form(text: str) -> str:
-    """Lower case, digits as words, everything that is not a letter a space, and never two spaces."""
+    """Return the text in lower case, digits spelled out, and each run of other characters replaced by one space."""
     spelled = re.sub("[0-9]", lambda digit: f" {_DIGITS[int(digit[0])]} ", text.lower())
     return re.sub("[^a-z]+", " ", spelled).strip()
 
 
 def write_tokenizer(folder: Path) -> None:
-    """A tokenizer of 28 tokens: a to z, the space, and one that begins and ends a text."""
+    """Write a tokenizer of 28 tokens: a to z, the space, and one that starts and ends a text."""
     vocabulary = {letter: number for number, letter in enumerate([*ascii_lowercase, " "])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=" "))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
@@ -41,32 +43,41 @@ def write_tokenizer(folder: Path) -> None:
 def build_data(
     folder: Path, sequence_length: int, held_out: float = 0.1, max_bytes: int | None = None
 ) -> dict[str, Any]:
-    """A data folder of the corpus in this process, unless it is there; returns the corpus's fingerprint.
+    """Build a data folder of the corpus in this process, unless it exists, and return the corpus's fingerprint.
 
     Args:
-        folder: gets corpus.json (the fingerprint), data/ and tokenizer/.
+        folder: the folder for corpus.json (the fingerprint) and data/ with its tokenizer/.
         sequence_length: L.
-        held_out: share of the documents.
-        max_bytes: of the corpus before conversion; all of it if None.
+        held_out: the share of the documents in the held-out split.
+        max_bytes: the size of the corpus before conversion; the whole corpus if None.
+
+    Returns:
+        The fields of `write_corpus`, and the numbers of `documents` and `characters` after conversion.
     """
-    fingerprint, data = folder / "corpus.json", folder / "data"
-    if fingerprint.exists():
-        load_index(str(data))
-        return dict(json.loads(fingerprint.read_text()))
+    fingerprint_file, data = folder / "corpus.json", folder / "data"
+    if fingerprint_file.exists():
+        load_index(str(data))  # fails if the folder is not whole
+        return dict(json.loads(fingerprint_file.read_text()))
     folder.mkdir(parents=True, exist_ok=True)
     raw, converted = folder / "raw.jsonl", folder / "text8.jsonl"
     corpus = write_corpus(str(raw), max_bytes)
-    with raw.open(encoding="utf-8") as lines:  # str.splitlines would also break at U+2028, which JSON leaves as it is
+    with raw.open(encoding="utf-8") as lines:  # str.splitlines would also break at U+2028, which JSON does not escape
         records = [json.loads(line) for line in lines]
-    texts = [text for text in (text8_form(record["text"]) for record in records) if len(text) >= _LEAST_CHARACTERS]
+    texts = [text for text in (text8_form(record["text"]) for record in records) if len(text) >= _MIN_CHARACTERS]
     converted.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     write_tokenizer(data / "tokenizer")
-    own = identity(load_tokenizer(str(data / "tokenizer")))
-    settings = build.Settings(own.sha256, sequence_length, held_out, "text", 4096)
-    parts = sources.list_parts([str(converted)])
-    results = [build.build_part(part, str(data / "tokenizer"), settings, str(data)) for part in parts]
-    build.write_index(str(data), results, sequence_length, own, {"settings": {}, "inputs": []})
+    tokenizer = identity(load_tokenizer(str(data / "tokenizer")))
+    settings = build.Settings(
+        tokenizer_sha256=tokenizer.sha256,
+        sequence_length=sequence_length,
+        held_out=held_out,
+        text_field="text",
+        sequences_per_shard=_SEQUENCES_PER_SHARD,
+    )
+    chunks = sources.list_parts([str(converted)])
+    results = [build.build_part(chunk, str(data / "tokenizer"), settings, str(data)) for chunk in chunks]
+    build.write_index(str(data), results, sequence_length, tokenizer, {"settings": {}, "inputs": []})
     raw.unlink()
-    found = {**corpus, "documents": len(texts), "characters": sum(map(len, texts))}
-    fingerprint.write_text(json.dumps(found))
-    return found
+    fingerprint = {**corpus, "documents": len(texts), "characters": sum(map(len, texts))}
+    fingerprint_file.write_text(json.dumps(fingerprint))
+    return fingerprint

@@ -1,65 +1,77 @@
-"""How much an objective's estimate, and its gradient, vary over draws of t and masks, given the rows and the network."""
+"""The variance of an objective's loss, and of its gradient, over draws of t and masks, on one batch."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from dlm_ray.evaluation.trained import stack, visibility_of
+from torch import Tensor, nn
 
+from dlm_ray.data.reading import DataSequence
 from dlm_ray.diffusion import likelihood
-from dlm_ray.diffusion.denoiser import Batch
+from dlm_ray.diffusion.denoiser import Batch, Objective
 from dlm_ray.diffusion.draws import DrawKey, maskable_positions
-from dlm_ray.diffusion.visibility import Visibility, documents_apart
+from dlm_ray.generation.text_model import TextModel
 
 
-def over_draws(
-    denoiser: Any, objective: Any, rows: Any, *, document_mask: bool, num_losses: int, num_gradients: int, seed: int
+def draw_variances(
+    model: TextModel,
+    objective: Objective,
+    sequences: Sequence[DataSequence],
+    *,
+    num_losses: int,
+    num_gradients: int,
+    seed: int,
 ) -> dict[str, float]:
-    """Variances over training draws of one batch of `rows`, in nats a token squared.
+    """Return unbiased variances over training draws of one batch, in (nats per token)^2.
 
     Args:
-        denoiser, objective: of a trained run; the objective as it was trained with, not the one that scores.
-        rows: of the data.
-        document_mask: of the run.
-        num_losses, num_gradients: draws for either.
-        seed: of the draws.
+        model: the trained network.
+        objective: the objective as it was trained, which may differ from the one that scores.
+        sequences: the batch.
+        num_losses, num_gradients: the number of draws for either variance, at least 2.
+        seed: seed of the draws.
 
     Returns:
-        nelbo_variance: of the loss a token; gradient_variance: sum over parameters of the variance of each component of its gradient
-        (MD4, Eq. 9), unbiased, of the network's own parameters.
+        nelbo_variance: the variance of the loss per token. gradient_variance: the sum over the network's parameters
+            of the
+        variance of each component of the gradient (MD4, Eq. 9).
     """
     copies = objective.draws_per_sequence
-    x_0 = np.stack([row.input_ids for row in rows]).astype(np.int64).repeat(copies, axis=0)
-    document_ids = np.stack([row.document_ids for row in rows]).astype(np.int32).repeat(copies, axis=0)
+    x_0, document_ids = (array.repeat(copies, axis=0) for array in stack(sequences))
     x_0, document_ids = likelihood.pad_to_blocks(objective, x_0, document_ids)
-    maskable = maskable_positions(document_ids)
-    device = next(denoiser.parameters()).device
-    pattern = "causal" if objective.is_causal else "bidirectional"
-    visible = Visibility(pattern, document_ids=documents_apart(document_ids, document_mask, device))
+    maskable, visibility = maskable_positions(document_ids), visibility_of(model)(document_ids)
 
-    def loss(step: int) -> tuple[torch.Tensor, float]:
-        """What is differentiated, and the estimate of the bound, a token."""
+    def losses(step: int) -> tuple[Tensor, float]:
+        """Return the loss to differentiate and the estimate of the bound, both per token."""
         draw = objective.draw(DrawKey(seed, step, range(len(x_0)), len(x_0)), x_0, maskable)
-        result = objective(denoiser, Batch(torch.from_numpy(x_0).to(device), draw.to(device), visible))
-        count = max(1, objective.count(draw))
-        return result.total(count, draw.num_maskable) / count, float(
-            result.by_token.get("bound", result.weighted_sum.detach())
-        ) / count
+        batch = Batch(torch.from_numpy(x_0).to(model.device), draw.to(model.device), visibility)
+        result, count = objective(model.denoiser, batch), max(1, objective.count(draw))
+        bound = float(result.by_token.get("bound", result.weighted_sum.detach()))
+        return result.total(count, draw.num_maskable) / count, bound / count
 
     with torch.no_grad():
-        losses = [loss(step)[1] for step in range(num_losses)]
+        bounds = [losses(step)[1] for step in range(num_losses)]
+    steps = range(num_losses, num_losses + num_gradients)
+    return {
+        "nelbo_variance": float(np.var(bounds, ddof=1)),
+        "gradient_variance": _gradient_variance(model.denoiser, lambda step: losses(step)[0], steps),
+    }
+
+
+def _gradient_variance(denoiser: nn.Module, loss: Callable[[int], Tensor], steps: range) -> float:
+    """Return the sum over the parameters of the variance of the gradient of `loss(step)` over steps."""
     parameters = [parameter.requires_grad_() for parameter in denoiser.parameters()]
-    total, squares = (([torch.zeros_like(parameter) for parameter in parameters]) for _ in range(2))
-    for step in range(num_losses, num_losses + num_gradients):
-        gradients = torch.autograd.grad(loss(step)[0], parameters, allow_unused=True)
-        for i, gradient in enumerate(gradients):
+    sums, squares = ([torch.zeros_like(parameter) for parameter in parameters] for _ in range(2))
+    for step in steps:
+        gradients = torch.autograd.grad(loss(step), parameters, allow_unused=True)
+        for total, square, gradient in zip(sums, squares, gradients, strict=True):
             if gradient is not None:
-                total[i] += gradient
-                squares[i] += gradient**2
-    variance = sum(
-        float((square - whole**2 / num_gradients).sum()) for square, whole in zip(squares, total, strict=True)
-    )
+                total += gradient
+                square += gradient**2
     for parameter in parameters:
         parameter.requires_grad_(False)
-    return {"nelbo_variance": float(np.var(losses, ddof=1)), "gradient_variance": variance / (num_gradients - 1)}
+    centred = (square - total**2 / len(steps) for total, square in zip(sums, squares, strict=True))
+    return sum(float(part.sum()) for part in centred) / (len(steps) - 1)

@@ -1,1 +1,1 @@
-"""What a sweep measures, how it ranks trials, and its report."""
+"""The measurement, the ranking and the report of a sweep's trials, and the clip search."""

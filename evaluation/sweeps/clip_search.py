@@ -1,26 +1,28 @@
-"""The clip search on a checkpoint that is there: a table, a heat map, and the clip to train a block size with (BD3-LM, section 5.2)."""
+"""The clip search on a trained model: which masking interval to train a block size with (BD3-LM, section 5.2).
+
+It gives a table of the candidates, a heat map, and the clip with the least variance.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from dlm_ray.evaluation.studies.variance import over_draws
+from dlm_ray.evaluation.studies.variance import draw_variances
+from dlm_ray.evaluation.trained import stack, visibility_of
 
 from dlm_ray.config.errors import UserError
 from dlm_ray.config.paths import local_path
 from dlm_ray.data.index import load_index
-from dlm_ray.data.reading import read_split
+from dlm_ray.data.reading import DataSequence, read_split
 from dlm_ray.diffusion import clip_search
-from dlm_ray.diffusion.absorbing import Absorbing
+from dlm_ray.diffusion.absorbing import Absorbing, Clip
 from dlm_ray.diffusion.clip_search import Measured
 from dlm_ray.diffusion.objectives import Block
-from dlm_ray.diffusion.visibility import Visibility, documents_apart
 from dlm_ray.generation.text_model import TextModel
 from dlm_ray.report import figures
 
@@ -33,116 +35,127 @@ def search(
     block_tokens: int | None = None,
     *,
     split: str = "held_out",
-    rows: int = 64,
-    draws: int = 4,
-    gradients: int = 0,
+    num_sequences: int = 64,
+    num_draws: int = 4,
+    num_gradients: int = 0,
     gradient_sequences: int = 16,
     enforce: Literal["none", "counts"] = "none",
     seed: int = 0,
     micro_batch_size: int = 16,
-    progress: Progress | None = None,
+    progress: Progress = lambda done, total: None,
 ) -> list[Measured]:
-    """The paper's 36 intervals on a trained model, the least variance first.
+    """Measure the paper's 36 intervals on a trained model and return them, the least variance first.
 
     Args:
-        model: a diffusion model; whatever it was trained with, it is measured in blocks of `block_tokens`.
-        data: a folder that was built with its tokenizer.
-        block_tokens: K; the checkpoint's own if None.
-        split, rows, draws: what every candidate is measured on.
-        gradients: draws for the variance of the gradient of a batch of `gradient_sequences` rows, beside; 0 leaves it out, because it costs that many
-            backward passes a candidate.
-        enforce: as `objective.clip.enforce` would be.
-        seed: of the draws, common to all candidates.
-        micro_batch_size: of a network call.
-        progress: called with (done, all).
+        model: a diffusion model. It is measured in blocks of `block_tokens`, whatever it was trained with.
+        data: a data folder with the model's tokenizer.
+        block_tokens: K; the model's own if None, or the whole sequence if it has none.
+        split: the split of the data.
+        num_sequences, num_draws: the sequences that every candidate is measured on, and the draws of each.
+        num_gradients: draws for the variance of a batch's gradient. Each costs a backward pass per candidate; 0
+            leaves it out.
+        gradient_sequences: the number of sequences in that batch.
+        enforce: the value of `objective.clip.enforce` in training.
+        seed: the seed of the draws, which all candidates share.
+        micro_batch_size: sequences per network call.
+        progress: called with (steps done, all steps).
 
     Raises:
-        UserError: for an autoregressive checkpoint, blocks of 1, blocks that do not tile the data's rows, or another tokenizer's data.
+        UserError: for an autoregressive model, blocks of 1, blocks that do not divide the data's sequences, data of
+        another
+            tokenizer, or a split without sequences.
     """
     size = block_tokens or getattr(model.objective, "block_tokens", load_index(data).sequence_length)
     _check(model, data, size)
     assert size is not None, "checked"
-    held_out = read_split(data, split, rows)
-    if not held_out:
-        raise UserError(f"split {split!r} of {data} has no rows; build it with a larger --held-out")
-    x_0 = np.stack([row.input_ids for row in held_out]).astype(np.int64)
-    document_ids = np.stack([row.document_ids for row in held_out]).astype(np.int32)
+    sequences = read_split(data, split, num_sequences)
+    if not sequences:
+        raise UserError(f"split {split!r} of {data} has no sequences; build the data with a larger --held-out")
     objective, clips = Block(block_tokens=size), clip_search.candidates(enforce)
-    num_batches = -(-len(held_out) * draws // micro_batch_size)
-    whole = num_batches + (len(clips) if gradients else 0)
-    step = progress or (lambda done, total: None)
+    num_batches = -(-len(sequences) * num_draws // micro_batch_size)
+    num_steps = num_batches + (len(clips) if num_gradients else 0)
     with torch.no_grad():
         totals = clip_search.sums(
-            lambda batch, own: objective.nll_of_draws(model.denoiser, batch, own),
+            lambda batch, draws: objective.nll_of_draws(model.denoiser, batch, draws),
             objective,
             clips,
-            x_0,
-            document_ids,
-            lambda ids: Visibility(
-                "bidirectional", document_ids=documents_apart(ids, model.document_mask, model.device)
-            ),
+            *stack(sequences),
+            visibility_of(model),
             model.device,
-            num_draws=draws,
+            num_draws=num_draws,
             seed=seed,
             micro_batch_size=micro_batch_size,
-            progress=lambda done, _: step(done, whole),
+            progress=lambda done, _: progress(done, num_steps),
         )
-    found = clip_search.measured(clips, totals)
-    if not gradients:
-        return found
-    by_interval = {(clip.beta, clip.omega): clip for clip in clips}
-    with_gradients = []
-    for number, one in enumerate(found):
-        own = Block(Absorbing(clip=by_interval[one.beta, one.omega]), block_tokens=size)
-        measured = over_draws(
-            model.denoiser,
-            own,
-            held_out[:gradient_sequences],
-            document_mask=model.document_mask,
-            num_losses=2,
-            num_gradients=gradients,
-            seed=seed,
-        )
-        with_gradients.append(replace(one, gradient_variance=measured["gradient_variance"]))
-        step(num_batches + number + 1, whole)
-    return with_gradients
+    candidates = clip_search.measured(clips, totals)
+    if not num_gradients:
+        return candidates
+    batch = sequences[:gradient_sequences]
+    clip_of = {(clip.beta, clip.omega): clip for clip in clips}
+    for number, candidate in enumerate(candidates):
+        clip = clip_of[candidate.beta, candidate.omega]
+        variance = _gradient_variance(model, clip, size, batch, num_gradients, seed)
+        candidates[number] = replace(candidate, gradient_variance=variance)
+        progress(num_batches + number + 1, num_steps)
+    return candidates
 
 
-def write(found: list[Measured], out: Path, about: dict[str, Any]) -> list[Path]:
-    """clip_search.json and clip_search.svg, a heat map of the variance over beta and omega, into the folder `out`."""
+def _gradient_variance(
+    model: TextModel, clip: Clip, block_tokens: int, batch: Sequence[DataSequence], num_gradients: int, seed: int
+) -> float:
+    """Return the variance of the gradient of one batch under a clip; see `draw_variances`."""
+    objective: Any = Block(Absorbing(clip=clip), block_tokens=block_tokens)
+    variances = draw_variances(model, objective, batch, num_losses=2, num_gradients=num_gradients, seed=seed)
+    return variances["gradient_variance"]
+
+
+def write(candidates: Sequence[Measured], out: Path, about: Mapping[str, Any]) -> list[Path]:
+    """Write clip_search.json, and clip_search.svg with a heat map of the variance over beta and omega.
+
+    Args:
+        candidates: the result of `search`.
+        out: the folder for the files.
+        about: fields that describe the search; `block_tokens` is needed.
+
+    Returns:
+        The paths of the files.
+    """
     local_path(out, "out").mkdir(parents=True, exist_ok=True)
-    paths = [out / "clip_search.json", out / "clip_search.svg"]
-    paths[0].write_text(json.dumps({**about, "candidates": [asdict(one) for one in found]}, indent=1) + "\n")
-    cells = {(one.beta if one.beta > 1e-3 else 0.0, one.omega): one.variance for one in found}
+    table, figure = out / "clip_search.json", out / "clip_search.svg"
+    fields = {**about, "candidates": [asdict(candidate) for candidate in candidates]}
+    table.write_text(json.dumps(fields, indent=1) + "\n")
+    full_range_beta = clip_search.FULL_RANGE[0]
+    cells = {(one.beta if one.beta > full_range_beta else 0.0, one.omega): one.variance for one in candidates}
     title = f"variance of a block's bound, K = {about['block_tokens']}"
     figures.heat_map(cells, "beta", "omega", title).savefig(
-        paths[1], format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None}
+        figure, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None}
     )
-    return paths
+    return [table, figure]
 
 
 def _check(model: TextModel, data: str, block_tokens: int | None) -> None:
+    """Raise a UserError if the model or the data has nothing to search."""
     if model.is_causal:
-        raise UserError("this checkpoint is autoregressive: it has no masks to clip; adapt it first")
+        raise UserError("this checkpoint is autoregressive and has no masks to clip; adapt it first")
     if model.objective.likelihood == "none":
         raise UserError(
-            "this checkpoint's objective (ssd_lm) has no masks to clip; name one that was trained with masks"
+            "this checkpoint's objective (ssd_lm) has no masks to clip; use a checkpoint that was trained with masks"
         )
     index = load_index(data)
     allowed = [number for number in range(2, index.sequence_length + 1) if index.sequence_length % number == 0]
     if block_tokens not in allowed:
-        why = (
-            "masking everything leaves blocks of 1 no variance: train them with objective.mask_sampler=count"
-            if block_tokens == 1
-            else ""
+        message = (
+            f"--block-tokens {block_tokens} for sequences of {index.sequence_length} tokens; allowed are "
+            f"{', '.join(map(str, allowed))}"
         )
+        if block_tokens == 1:
+            message += (
+                "; blocks of 1 have no variance if they are masked, so train them with objective.mask_sampler=count"
+            )
+        raise UserError(message)
+    tokenizer = model.tokenizer_identity
+    if index.tokenizer.sha256 != tokenizer.sha256:
         raise UserError(
-            f"--block-tokens {block_tokens} on rows of {index.sequence_length}: allowed are {', '.join(map(str, allowed))}"
-            + (f"; {why}" if why else "")
-        )
-    theirs = index.tokenizer
-    if theirs.sha256 != model.tokenizer_identity.sha256:
-        raise UserError(
-            f"{data} was made with tokenizer {theirs.name} ({theirs.sha256[:12]}) and the checkpoint with {model.tokenizer_identity.name} "
-            f"({model.tokenizer_identity.sha256[:12]}); name another --data"
+            f"{data} was built with tokenizer {index.tokenizer.name} ({index.tokenizer.sha256[:12]}) and the "
+            f"checkpoint with {tokenizer.name} ({tokenizer.sha256[:12]}); give another --data"
         )

@@ -1,54 +1,58 @@
-"""What every trial of a sweep is measured by when it has ended, at rows and draws that are the same for all: bound, variances, loss by t, speed."""
+"""The measurement of a finished trial: bound, variances, loss by t and speed, on data and draws that all share."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from dlm_ray.evaluation.studies.variance import over_draws
+from dlm_ray.evaluation.studies.variance import draw_variances
+from dlm_ray.evaluation.trained import stack, trained_objective, visibility_of
 
 from dlm_ray.checkpoint import commit
 from dlm_ray.checkpoint.weights import our_checkpoint
-from dlm_ray.config.recipe import Recipe
 from dlm_ray.config.sweep import Measure
-from dlm_ray.data.reading import read_split
+from dlm_ray.data.reading import DataSequence, read_split
 from dlm_ray.diffusion import likelihood
 from dlm_ray.diffusion.absorbing import Absorbing
 from dlm_ray.diffusion.denoiser import Batch
 from dlm_ray.diffusion.draws import DrawKey, maskable_positions
-from dlm_ray.diffusion.visibility import Visibility, documents_apart
 from dlm_ray.generation.loading import load
 from dlm_ray.generation.text_model import TextModel
-from dlm_ray.training import setup
 
 _SEED = 0
-_BATCH_ROWS = 16
+_BATCH_SIZE = 16
 
 
-def measure(run_dir: str, asked: Measure, data: str) -> dict[str, Any]:
-    """Measures the last checkpoint of a run.
+def measure(run_dir: str, settings: Measure, data: str) -> dict[str, Any]:
+    """Measure the last checkpoint of a trial.
 
     Args:
-        run_dir: of the trial.
-        asked: how many rows and draws.
-        data: the folder whose held-out rows are scored.
+        run_dir: the run directory of the trial.
+        settings: how many sequences and draws to measure on.
+        data: the data folder whose held-out split is scored.
 
     Returns:
-        step; bits_per_byte (over all of t, whatever was trained) with ci95_documents and ci95_draws; nats and bytes by document, for pairs;
-        nelbo_variance, the mean of `variances` [variance_draws], both None for an autoregressive model and for a single block of text;
-        gradient_variance if it is asked for;
-        nll_by_t and tokens_per_second from the run's own log.
+        step: the step of the checkpoint.
+        bits_per_byte: the bound over all of t, whatever was trained, with ci95_documents and ci95_draws; `nats` and
+            `bytes` by document, to compare trials in pairs.
+        nelbo_variance: the mean of `variances` [variance_draws]; both are None for an autoregressive model and for a
+            single block.
+        gradient_variance: None unless `settings` asks for it.
+        nll_by_t, tokens_per_second: from the log of the run.
     """
     checkpoint = our_checkpoint(run_dir)
-    assert checkpoint is not None, f"{run_dir} holds a checkpoint: the trial had ended"
+    assert checkpoint is not None, f"{run_dir} has a checkpoint, because the trial is finished"
     manifest = commit.read_manifest(checkpoint)
     model = load(checkpoint)
-    scored = model.score(data, max_sequences=asked.sequences, draws_per_sequence=asked.draws_per_sequence, seed=_SEED)
+    scored = model.score(
+        data, max_sequences=settings.sequences, draws_per_sequence=settings.draws_per_sequence, seed=_SEED
+    )
     logged = manifest.extra["metrics"]
-    found: dict[str, Any] = {
+    measured: dict[str, Any] = {
         "step": manifest.step,
         "bits_per_byte": scored.bits_per_byte,
         "is_bound": scored.is_bound,
@@ -62,74 +66,83 @@ def measure(run_dir: str, asked: Measure, data: str) -> dict[str, Any]:
         "gradient_variance": None,
         "variances": None,
     }
-    if model.is_causal:
-        return found
-    objective = _trained(Recipe.model_validate(manifest.recipe), manifest.model, model)
-    variances = block_variances(
-        model, objective, read_split(data, "held_out", asked.variance_sequences), asked.variance_draws
-    )
+    if not model.is_causal:
+        measured |= _variances(checkpoint, model, settings, data)
+    return measured
+
+
+def _variances(checkpoint: str, model: TextModel, settings: Measure, data: str) -> dict[str, Any]:
+    """Return the variances of the training objective over draws: of its blocks' bounds, and of its gradient."""
+    objective = _comparable(trained_objective(checkpoint, model))
+    measured: dict[str, Any] = {}
+    held_out = read_split(data, "held_out", settings.variance_sequences)
+    variances = block_variances(model, objective, held_out, settings.variance_draws)
     if variances is not None:
-        found |= {"variances": variances, "nelbo_variance": float(np.mean(variances))}
-    if asked.gradient_draws:
-        rows = read_split(data, "train", asked.gradient_sequences)
-        options = {
-            "document_mask": model.document_mask,
-            "num_losses": 2,
-            "num_gradients": asked.gradient_draws,
-            "seed": _SEED,
-        }
-        found["gradient_variance"] = over_draws(model.denoiser, objective, rows, **options)["gradient_variance"]
-    return found
+        measured |= {"variances": variances, "nelbo_variance": float(np.mean(variances))}
+    if settings.gradient_draws:
+        batch = read_split(data, "train", settings.gradient_sequences)
+        num_gradients = settings.gradient_draws
+        gradient = draw_variances(model, objective, batch, num_losses=2, num_gradients=num_gradients, seed=_SEED)
+        measured["gradient_variance"] = gradient["gradient_variance"]
+    return measured
 
 
-def block_variances(model: TextModel, objective: Any, rows: Any, num_draws: int) -> list[float] | None:
-    """BD3-LM's statistic (arXiv 2503.09573, section 5): the variance over blocks of a block's mean weighted loss, once for each of `num_draws`.
+def block_variances(
+    model: TextModel, objective: Any, sequences: Sequence[DataSequence], num_draws: int
+) -> list[float] | None:
+    """Return, for each draw, the variance over blocks of a block's mean weighted loss (BD3-LM, 2503.09573, section 5).
 
-    A row is one block where the objective has none. A row stands in a batch as often as in training, so that draws that belong in pairs are
-    of one text. Trials with the same rows, and as many draws a row, see the same random numbers, so that their values pair up.
+    A sequence is one block if the objective has none. A batch holds each sequence as often as in training, so that
+    paired draws are of one text. Trials with the same sequences and draws per sequence see the same random numbers,
+    which pairs their values.
+
+    Args:
+        model: the trained network.
+        objective: the objective as it was trained.
+        sequences: the text.
+        num_draws: the number of draws.
 
     Returns:
-        [num_draws] in nats a token squared; None if there is but one block.
+        [num_draws] in (nats per token)^2; None if there is only one block.
     """
-    x_0 = np.stack([row.input_ids for row in rows]).astype(np.int64)
-    document_ids = np.stack([row.document_ids for row in rows]).astype(np.int32)
-    x_0, document_ids = likelihood.pad_to_blocks(objective, x_0, document_ids)
+    x_0, document_ids = likelihood.pad_to_blocks(objective, *stack(sequences))
     x_0, document_ids = (array.repeat(objective.draws_per_sequence, axis=0) for array in (x_0, document_ids))
-    size = getattr(objective, "block_tokens", x_0.shape[1])
-    found = []
+    variances = []
     for number in range(num_draws):
-        losses = []
-        for first in range(0, len(x_0), _BATCH_ROWS):
-            part = slice(first, first + _BATCH_ROWS)
-            maskable = maskable_positions(document_ids[part])
-            key = DrawKey(_SEED, number, range(len(x_0))[part], len(x_0))
-            draw = objective.draw(key, x_0[part], maskable).to(model.device)
-            visible = Visibility(
-                "bidirectional", document_ids=documents_apart(document_ids[part], model.document_mask, model.device)
-            )
-            with torch.no_grad():
-                nats = objective.training_nats(
-                    model.denoiser, Batch(torch.from_numpy(x_0[part]).to(model.device), draw, visible)
-                )
-            count = draw.num_scored
-            weighted = nats.double().cpu().numpy()[:count]
-            blocks = np.bincount(
-                draw.scored[:count].cpu().numpy() // size, weights=weighted, minlength=maskable.size // size
-            )
-            losses.append(blocks[maskable.reshape(-1, size).any(1)] / size)
-        of_blocks = np.concatenate(losses)
-        if len(of_blocks) < 2:
+        losses = np.concatenate(list(_block_losses(model, objective, x_0, document_ids, number)))
+        if len(losses) < 2:
             return None
-        found.append(float(of_blocks.var(ddof=1)))
-    assert all(math.isfinite(one) for one in found), "a committed checkpoint scores finitely"
-    return found
+        variances.append(float(losses.var(ddof=1)))
+    assert all(math.isfinite(variance) for variance in variances), "a committed checkpoint scores finitely"
+    return variances
 
 
-def _trained(recipe: Recipe, network: dict[str, Any], model: TextModel) -> Any:
-    """The objective that was trained. A clip's weight is the paper's 1/p for all, because a constant would change the variance by its square."""
-    objective = setup.build_objective(recipe, setup.Network.from_manifest(network), model.sequence_length)
-    objective.load_state_dict(model.objective.state_dict())
+@torch.no_grad()
+def _block_losses(
+    model: TextModel, objective: Any, x_0: np.ndarray, document_ids: np.ndarray, number: int
+) -> Iterator[np.ndarray]:
+    """Yield the mean weighted losses of the blocks with text, batch by batch, for draw `number` of sequences [N, L]."""
+    num_sequences, length = x_0.shape
+    size = getattr(objective, "block_tokens", length)
+    for first in range(0, num_sequences, _BATCH_SIZE):
+        part = slice(first, first + _BATCH_SIZE)
+        maskable = maskable_positions(document_ids[part])
+        key = DrawKey(_SEED, number, range(num_sequences)[part], num_sequences)
+        draw = objective.draw(key, x_0[part], maskable).to(model.device)
+        visibility = visibility_of(model)(document_ids[part])
+        batch = Batch(torch.from_numpy(x_0[part]).to(model.device), draw, visibility)
+        nats = objective.training_nats(model.denoiser, batch).double().cpu().numpy()[: draw.num_scored]
+        block_of = draw.scored[: draw.num_scored].cpu().numpy() // size
+        sums = np.bincount(block_of, weights=nats, minlength=maskable.size // size)
+        yield sums[maskable.reshape(-1, size).any(1)] / size
+
+
+def _comparable(objective: Any) -> Any:
+    """Return the objective with the paper's weight 1/p if it has a clip.
+
+    A weight with another constant factor would change the variance by the square of that factor.
+    """
     process = getattr(objective, "process", None)
     if isinstance(process, Absorbing) and process.clip is not None:
         objective.process = replace(process, clip=replace(process.clip, weight="paper"))
-    return objective.to(model.device).requires_grad_(False)
+    return objective

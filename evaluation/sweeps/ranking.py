@@ -1,4 +1,4 @@
-"""The trials of a sweep in order: who is best, and who cannot be told from the best by the paired interval."""
+"""The ranking of a sweep's trials: the best, and those whose paired interval does not distinguish them from it."""
 
 from __future__ import annotations
 
@@ -17,90 +17,100 @@ from dlm_ray.diffusion.likelihood import bits_per_byte, documents_interval
 
 @dataclass(frozen=True)
 class TrialResult:
-    """One trial with what was measured of it."""
+    """A trial and its measurements."""
 
     number: int
     settings: Mapping[str, Any]
+    """The values that the sweep gave the keys of its space."""
     status: str
-    """finished, stopped, failed."""
+    """finished, stopped or failed."""
     reason: str
+    """Why the trial was stopped or failed."""
     step: int
     run_dir: str
     clones: Sequence[Mapping[str, Any]]
+    """The trials that it continued as a copy of (pbt): `from`, `step` and `settings`."""
     curve: Sequence[tuple[float, float]]
-    """(tokens, bits per byte) of the validation in the loop."""
+    """(tokens, bits per byte) of the validation during training."""
     measured: Mapping[str, Any]
-    """Of `sweep_measure.measure`; empty if there is no checkpoint."""
+    """The result of `measure.measure`; empty if the trial has no checkpoint."""
 
     @property
     def name(self) -> str:
-        """For people."""
+        """The settings as a label for readers, or the number of the trial."""
         return spaces.label(dict(self.settings)) or f"trial {self.number}"
 
     def group(self, key: str | None) -> str:
-        """The value of `key`, among whose trials this one is compared."""
+        """Return the value of `key`; trials are compared with those of the same value."""
         return "" if key is None else case_name(self.settings.get(key))
 
 
 @dataclass(frozen=True)
 class Ranked:
-    """A trial beside the best of its group."""
+    """A trial compared with the best of its group."""
 
-    row: TrialResult
-    place: int | None
-    """From 1; None for what was stopped or failed: it saw fewer tokens."""
-    difference: float | None
-    """Its metric less the best's."""
-    low: float | None
-    high: float | None
-    """95 %, paired: over documents (bits_per_byte; None if there is one document) or over common draws (nelbo_variance); None where neither pairs."""
+    trial: TrialResult
+    place: int | None = None
+    """From 1; None for a stopped or failed trial, which saw fewer tokens, and for one whose metric is not finite."""
+    difference: float | None = None
+    """The trial's metric minus the best's."""
+    low: float | None = None
+    high: float | None = None
+    """The paired 95 % interval of the difference.
+
+    It is over documents for bits_per_byte and over common draws for nelbo_variance. None if there is a single document,
+    or the metric has no pairs.
+    """
 
     @property
     def is_tied(self) -> bool | None:
-        """Whether it cannot be told from the best: its interval covers 0. None where there is no interval, so that it cannot be said.
+        """Whether the interval covers 0, so that the trial cannot be distinguished from the best.
 
-        The best is the smallest value, and says who is tied with it.
+        None without an interval. The best trial itself has the best value and is not called tied.
         """
         if self.place is None or self.place == 1:
             return False
         return None if self.low is None or self.high is None else self.low <= 0 <= self.high
 
 
-def ranked(rows: Sequence[TrialResult], metric: str, rank_by: str | None) -> list[Ranked]:
-    """All trials: group by group, the best first, then what was stopped or came out as no number, then what failed."""
-    found = []
-    for group in dict.fromkeys(row.group(rank_by) for row in rows):
-        own = [row for row in rows if row.group(rank_by) == group]
-        ranking = [row for row in own if row.status == "finished" and is_number(row.measured.get(metric))]
-        ranking.sort(key=lambda row: row.measured[metric], reverse=METRICS[metric] == "max")
-        for place, row in enumerate(ranking, 1):
-            found.append(Ranked(row, place, *_difference(row, ranking[0], metric)))
-        rest = [row for row in own if row not in ranking]
-        found += [
-            Ranked(row, None, None, None, None)
-            for row in sorted(rest, key=lambda row: (row.status == "failed", row.number))
-        ]
-    return found
+def ranked(trials: Sequence[TrialResult], metric: str, rank_by: str | None) -> list[Ranked]:
+    """Rank the trials of each group, the best first, followed by those without a place, failed trials last.
+
+    Args:
+        trials: the trials of a sweep.
+        metric: a key of METRICS.
+        rank_by: the key of the space whose value defines the groups; one group if None.
+    """
+    result = []
+    for group in dict.fromkeys(trial.group(rank_by) for trial in trials):
+        members = [trial for trial in trials if trial.group(rank_by) == group]
+        placed = [trial for trial in members if trial.status == "finished" and is_number(trial.measured.get(metric))]
+        placed.sort(key=lambda trial: trial.measured[metric], reverse=METRICS[metric] == "max")
+        for place, trial in enumerate(placed, 1):
+            result.append(Ranked(trial, place, *_difference(trial, placed[0], metric)))
+        others = [trial for trial in members if trial not in placed]
+        others.sort(key=lambda trial: (trial.status == "failed", trial.number))
+        result += [Ranked(trial) for trial in others]
+    return result
 
 
 def is_number(value: float | None) -> bool:
-    """Whether a trial was measured, and came out with something that has a place in an order."""
+    """Return whether a metric was measured and is finite, so that it can be ranked."""
     return value is not None and math.isfinite(value)
 
 
-def best(found: Sequence[Ranked]) -> list[TrialResult]:
-    """The first of every group."""
-    return [one.row for one in found if one.place == 1]
+def best(ranking: Sequence[Ranked]) -> list[TrialResult]:
+    """Return the best trial of every group."""
+    return [entry.trial for entry in ranking if entry.place == 1]
 
 
-def _difference(row: TrialResult, first: TrialResult, metric: str) -> tuple[float, float | None, float | None]:
-    own, other = row.measured, first.measured
-    difference = own[metric] - other[metric]
-    if metric == "bits_per_byte" and own["bytes"] == other["bytes"]:
-        nats, num_bytes = np.subtract(own["nats"], other["nats"]), np.array(own["bytes"])
-        return bits_per_byte(float(nats.sum()), float(num_bytes.sum())), *(
-            documents_interval(nats, num_bytes) or (None, None)
-        )
+def _difference(trial: TrialResult, first: TrialResult, metric: str) -> tuple[float, float | None, float | None]:
+    """Return the difference of a trial's metric to the best's, and its paired 95 % interval if there is one."""
+    measured, reference = trial.measured, first.measured
+    if metric == "bits_per_byte" and measured["bytes"] == reference["bytes"]:
+        nats, num_bytes = np.subtract(measured["nats"], reference["nats"]), np.array(measured["bytes"])
+        low, high = documents_interval(nats, num_bytes) or (None, None)
+        return bits_per_byte(float(nats.sum()), float(num_bytes.sum())), low, high
     if metric == "nelbo_variance":
-        return t_interval(np.subtract(own["variances"], other["variances"]).tolist())
-    return difference, None, None
+        return t_interval(np.subtract(measured["variances"], reference["variances"]).tolist())
+    return measured[metric] - reference[metric], None, None

@@ -1,4 +1,4 @@
-"""The clip search as a verb: 36 candidates, the files it writes, and what it refuses."""
+"""The clip search on a checkpoint: 36 candidates, the files that it writes, and what it refuses."""
 
 import json
 
@@ -19,13 +19,13 @@ def checkpoint(data_folder, tmp_path_factory):
     return str(folder)
 
 
-def test_the_verb_prints_a_clip_and_writes_a_table_and_a_heat_map(checkpoint, data_folder, tmp_path):
+def test_the_command_prints_candidates_and_writes_a_table_and_a_heat_map(checkpoint, data_folder, tmp_path):
     options = ["--data", data_folder, "--block-tokens", 4, "--sequences", 6, "--draws", 2, "--out", tmp_path / "out"]
     done = commands.dlm_ray("sweep", "clip-search", checkpoint, *options, "--json")
     assert done.returncode == 0, done.stderr
     printed = json.loads(done.stdout)
     assert len(printed["candidates"]) == 36 and printed["block_tokens"] == 4
-    variances = [one["variance"] for one in printed["candidates"]]
+    variances = [candidate["variance"] for candidate in printed["candidates"]]
     assert variances == sorted(variances)
     written = json.loads((tmp_path / "out/clip_search.json").read_text())
     assert written["candidates"] == printed["candidates"]
@@ -33,26 +33,25 @@ def test_the_verb_prints_a_clip_and_writes_a_table_and_a_heat_map(checkpoint, da
     assert "omega" in picture and "K = 4" in picture
 
 
-def test_gradients_are_measured_beside_the_bound(checkpoint, data_folder):
-    found = clip_search.search(
-        dlm_ray.load(checkpoint), data_folder, 8, rows=4, draws=1, gradients=2, gradient_sequences=4
-    )
-    assert len(found) == 36 and all(one.gradient_variance > 0 for one in found)
+def test_gradient_variances_are_measured_for_every_candidate(checkpoint, data_folder):
+    few = {"num_sequences": 4, "num_draws": 1, "num_gradients": 2, "gradient_sequences": 4}
+    candidates = clip_search.search(dlm_ray.load(checkpoint), data_folder, 8, **few)
+    assert len(candidates) == 36 and all(candidate.gradient_variance > 0 for candidate in candidates)
 
 
 @pytest.mark.parametrize(
     ("block_tokens", "message"),
     [
-        (5, "--block-tokens 5 on rows of 32: allowed are 2, 4, 8, 16, 32"),
+        (5, "--block-tokens 5 for sequences of 32 tokens; allowed are 2, 4, 8, 16, 32"),
         (1, "train them with objective.mask_sampler=count"),
     ],
 )
-def test_blocks_that_cannot_be_searched_are_refused(checkpoint, data_folder, block_tokens, message):
+def test_block_sizes_that_cannot_be_searched_are_refused(checkpoint, data_folder, block_tokens, message):
     with pytest.raises(UserError, match=message):
         clip_search.search(dlm_ray.load(checkpoint), data_folder, block_tokens)
 
 
-def test_an_ar_model_has_nothing_to_clip(data_folder, tmp_path):
+def test_an_autoregressive_model_is_refused(data_folder, tmp_path):
     loop.fit(tiny_recipe(data_folder, "ar", objective__name="autoregressive", training__steps=2), tmp_path / "run")
     with pytest.raises(UserError, match="autoregressive"):
         clip_search.search(dlm_ray.load(tmp_path / "run"), data_folder, 4)
