@@ -73,8 +73,9 @@ def training_recipe(shape: Shape, objective: str) -> Recipe:
     """Return a recipe that trains a network of this shape from scratch; bfloat16 on CUDA, float32 on the CPU."""
     clip = {"beta": CLIP_BETA, "omega": CLIP_OMEGA, "weight": "paper", "enforce": "counts"}
     block = {"block_tokens": BLOCK_TOKENS, "clip": clip, "shift": False} if objective == "block" else {}
+    name = f"speed-{objective}"
     tree = {
-        "name": f"speed-{objective}",
+        "name": name,
         "model": {"architecture": shape.architecture.model_dump()},
         "data": {"sources": [{"path": "none"}]},
         "objective": {"name": objective, **block},
@@ -85,7 +86,7 @@ def training_recipe(shape: Shape, objective: str) -> Recipe:
             "precision": "bf16" if torch.cuda.is_available() else "fp32",
         },
     }
-    return validate(tree, tree["name"])
+    return validate(tree, name)
 
 
 def network_of(recipe: Recipe, vocab_size: int) -> setup.Network:

@@ -142,17 +142,16 @@ def search_clips(base: str, data: str, out: Path, num_sequences: int = 64, num_d
     for size in SEARCHED_SIZES:
         folder = out / f"clips_{size}"
         if not (folder / "clip_search.json").exists():
-            found = clip_search.search(model, data, size, num_sequences=num_sequences, num_draws=num_draws)
+            candidates = clip_search.search(model, data, size, num_sequences=num_sequences, num_draws=num_draws)
             about = {
                 "checkpoint": "the base of the study block_size",
                 "block_tokens": size,
                 "rows": num_sequences,
                 "draws": num_draws,
             }
-            clip_search.write(found, folder, about)
-        candidates = json.loads((folder / "clip_search.json").read_text())["candidates"]
-        best = candidates[0]
-        full_range = next(one for one in candidates if one["omega"] - one["beta"] > 0.95)
+            clip_search.write(candidates, folder, about)
+        fields = json.loads((folder / "clip_search.json").read_text())["candidates"]
+        best, full_range = fields[0], next(one for one in fields if one["omega"] - one["beta"] > 0.95)
         middles.append((best["beta"] + best["omega"]) / 2)
         lines.append(
             f"Clip search on the base, blocks of {size}: [{best['beta']:g}, {best['omega']:g}], variance "

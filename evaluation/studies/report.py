@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +26,29 @@ def write_report(study: Study, records: Sequence[Record], out: Path, hardware: s
         notes: paragraphs for the reader.
     """
     out.mkdir(parents=True, exist_ok=True)
-    comparisons, verdicts = compare(study, records), judge_orderings(study, records)
+    content = _Content(study, records, compare(study, records), judge_orderings(study, records), hardware, notes)
     table, figure, numbers = (out / f"{study.name}.{suffix}" for suffix in ("md", "svg", "json"))
-    table.write_text(_markdown(study, records, comparisons, verdicts, hardware, notes))
+    table.write_text(_markdown(content))
     _figure(study, records).savefig(figure, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
-    fields = _numbers(study, records, comparisons, verdicts) | {"hardware": hardware, "notes": list(notes)}
-    numbers.write_text(json.dumps(fields, indent=1) + "\n")
+    numbers.write_text(json.dumps(_numbers(content), indent=1) + "\n")
     return [table, figure, numbers]
 
 
-def _numbers(
-    study: Study, records: Sequence[Record], comparisons: Sequence[Comparison], verdicts: Sequence[Verdict]
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Content:
+    """What the table and the numbers are made of."""
+
+    study: Study
+    records: Sequence[Record]
+    comparisons: Sequence[Comparison]
+    verdicts: Sequence[Verdict]
+    hardware: str
+    notes: Sequence[str]
+
+
+def _numbers(content: _Content) -> dict[str, Any]:
     """Return the fields of the JSON file; runs are without their values per document."""
+    study, records = content.study, content.records
     return {
         "study": study.name,
         "question": study.question,
@@ -47,38 +57,34 @@ def _numbers(
         "seeds": list(study.seeds),
         "baseline": study.baseline,
         "published": {arm.name: arm.published for arm in study.arms},
-        "hardware": "",
+        "hardware": content.hardware,
         "dates": _dates(records),
-        "comparisons": [asdict(comparison) for comparison in comparisons],
-        "orderings": [asdict(verdict) for verdict in verdicts],
+        "comparisons": [asdict(comparison) for comparison in content.comparisons],
+        "orderings": [asdict(verdict) for verdict in content.verdicts],
         "runs": [
             {key: value for key, value in asdict(record).items() if key not in ("documents", "weights")}
             for record in records
         ],
+        "notes": list(content.notes),
     }
 
 
-def _markdown(
-    study: Study,
-    records: Sequence[Record],
-    comparisons: Sequence[Comparison],
-    verdicts: Sequence[Verdict],
-    hardware: str,
-    notes: Sequence[str],
-) -> str:
+def _markdown(content: _Content) -> str:
+    """Return the text of the Markdown file."""
+    study, records = content.study, content.records
     seeds = ", ".join(map(str, study.seeds))
     sections = [
         f"# Study `{study.name}`",
         study.question,
-        f"{_dates(records)}; {hardware}; seeds {seeds}; baseline {study.baseline}. Lower is better.",
-        _arms_table(study, records, comparisons),
+        f"{_dates(records)}; {content.hardware}; seeds {seeds}; baseline {study.baseline}. Lower is better.",
+        _arms_table(study, records, content.comparisons),
         "Differences are arm minus baseline with 95 % intervals. p values are Holm-corrected, separately over "
         "training seeds (paired t test) and over documents (sign flips, given these trained models). MDE is the "
         "minimum detectable effect: the difference that this n and spread detect with power 0.8.",
         f"![{study.unit} by arm]({study.name}.svg)",
     ]
-    if verdicts:
-        sections += ["## Published orderings at this size", _verdicts_table(verdicts)]
+    if content.verdicts:
+        sections += ["## Published orderings at this size", _verdicts_table(content.verdicts)]
     failed = [record for record in records if record.error is not None]
     if failed:
         reasons = [f"{record.arm}, seed {record.seed}: {' '.join((record.error or '').split())}" for record in failed]
@@ -87,14 +93,14 @@ def _markdown(
     missing = [f"{a.name}, seed {seed}" for a in study.arms for seed in study.seeds if (a.name, seed) not in known]
     if missing:
         sections += ["## Missing runs", _bullets(missing)]
-    sections += ["## Notes", _bullets(notes)]
+    sections += ["## Notes", _bullets(content.notes)]
     return "\n\n".join(sections) + "\n"
 
 
 def _arms_table(study: Study, records: Sequence[Record], comparisons: Sequence[Comparison]) -> str:
     """Return the table with one row per arm."""
     metrics = sorted({name for record in records for name in record.metrics} - {study.metric})
-    columns = [f"{metric} / {study.baseline}" if metric in study.ratios else metric for metric in metrics]
+    columns = [f"{metric} (ratio to {study.baseline})" if metric in study.ratios else metric for metric in metrics]
     header = [
         "arm",
         "seeds",

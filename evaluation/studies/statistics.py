@@ -45,7 +45,7 @@ def t_interval(values: Sequence[float]) -> tuple[float, float | None, float | No
     mean = float(np.mean(values))
     if len(values) < 2:
         return mean, None, None
-    half = t_quantile(0.975, len(values) - 1) * _standard_error(values)
+    half = t_quantile(0.975, len(values) - 1) * _deviation(values) / math.sqrt(len(values))
     return mean, mean - half, mean + half
 
 
@@ -53,7 +53,7 @@ def t_test_p(differences: Sequence[float]) -> float | None:
     """Return the two-sided p value of a paired t test; None for a single pair."""
     if len(differences) < 2:
         return None
-    error, mean = _standard_error(differences), float(np.mean(differences))
+    error, mean = _deviation(differences) / math.sqrt(len(differences)), float(np.mean(differences))
     if error == 0:
         return 1.0 if mean == 0 else 0.0
     return t_tail(mean / error, len(differences) - 1)
@@ -125,12 +125,12 @@ def minimum_detectable_effect(differences: Sequence[float], power: float = 0.8, 
     for _ in range(50):
         middle = (low + high) / 2
         low, high = (middle, high) if _power(middle, critical, n - 1) < power else (low, middle)
-    return high * _standard_error(differences)
+    return high * _deviation(differences) / math.sqrt(n)
 
 
-def _standard_error(values: Sequence[float]) -> float:
-    """Return the standard error of the mean of at least two values."""
-    return float(np.std(values, ddof=1)) / math.sqrt(len(values))
+def _deviation(values: Sequence[float]) -> float:
+    """Return the standard deviation of the population that at least two values are sampled from."""
+    return float(np.std(values, ddof=1))
 
 
 def _power(shift: float, critical: float, dof: int) -> float:

@@ -123,7 +123,7 @@ def _block_losses(
 ) -> Iterator[np.ndarray]:
     """Yield the mean weighted losses of the blocks with text, batch by batch, for draw `number` of sequences [N, L]."""
     num_sequences, length = x_0.shape
-    size = getattr(objective, "block_tokens", length)
+    size: int = getattr(objective, "block_tokens", None) or length
     for first in range(0, num_sequences, _BATCH_SIZE):
         part = slice(first, first + _BATCH_SIZE)
         maskable = maskable_positions(document_ids[part])

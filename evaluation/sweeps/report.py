@@ -131,10 +131,10 @@ def _explanation(sweep: Sweep) -> str:
     return (
         f"Ranked by {_TITLES[sweep.metric]}{groups}. All trials are scored on the same {sweep.measure.sequences} "
         f"held-out sequences with the same {sweep.measure.draws_per_sequence} draws each, over all of t, whatever "
-        "they were trained on. A `tied` trial cannot be distinguished from the best of its group: the paired 95 % "
+        "they were trained on. A trial called tied cannot be distinguished from the best of its group: the paired 95 % "
         "interval covers 0. With one document, or with a metric that has no pairs, there is no interval, and "
         "whether a trial is tied is unknown. Stopped trials saw fewer tokens and are not ranked. Each trial has "
-        "one training seed unless `seed` is in the table: intervals are not over training seeds."
+        "one training seed unless the table has a seed: intervals are not over training seeds."
     )
 
 
@@ -163,7 +163,7 @@ def _heat_maps(sweep: Sweep, ranking: Sequence[Ranked]) -> list[Block]:
         for entry in ranking:
             clip = entry.trial.settings.get("objective.clip", "")
             value = entry.trial.measured.get(sweep.metric)
-            if entry.trial.group(sweep.rank_by) == group and clip != "" and is_number(value):
+            if entry.trial.group(sweep.rank_by) == group and clip != "" and value is not None and is_number(value):
                 # Trials of one clip may differ in other settings; the first is the best.
                 cells.setdefault((clip["beta"], clip["omega"]) if clip else (0.0, 1.0), value)
         if len(cells) > 1:

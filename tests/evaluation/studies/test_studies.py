@@ -183,7 +183,7 @@ def test_the_report_lists_published_values_and_is_reproducible(tmp_path):
         "| better below base | table 1 |",
     ):
         assert part in text, part
-    assert "speed / base" in text and "| other unit | 4 | none |  |  | 2 |" in text
+    assert "speed (ratio to base)" in text and "| other unit | 4 | none |  |  | 2 |" in text
     again = write_report(STUDY, records, tmp_path / "two", "two cores", ["a note"])
     assert all(one.read_bytes() == two.read_bytes() for one, two in zip(paths, again, strict=True))
     numbers = json.loads(paths[2].read_text())
