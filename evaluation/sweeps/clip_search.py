@@ -70,7 +70,7 @@ def search(
     assert size is not None, "checked"
     sequences = read_split(data, split, num_sequences)
     if not sequences:
-        raise UserError(f"split {split!r} of {data} has no sequences; build the data with a larger --held-out")
+        raise UserError(f"split {split!r} of {data} has no sequences; build the data with a larger `held_out`")
     objective, clips = Block(block_tokens=size), clip_search.candidates(enforce)
     num_batches = -(-len(sequences) * num_draws // micro_batch_size)
     num_steps = num_batches + (len(clips) if num_gradients else 0)
@@ -144,18 +144,17 @@ def _check(model: TextModel, data: str, block_tokens: int | None) -> None:
     index = load_index(data)
     allowed = [number for number in range(2, index.sequence_length + 1) if index.sequence_length % number == 0]
     if block_tokens not in allowed:
-        message = (
-            f"--block-tokens {block_tokens} for sequences of {index.sequence_length} tokens; allowed are "
-            f"{', '.join(map(str, allowed))}"
+        numbers = ", ".join(map(str, allowed))
+        fix = "train blocks of 1 with objective.mask_sampler=count, which leaves them no variance"
+        raise UserError.of(
+            "block_tokens",
+            block_tokens,
+            f"must be one of {numbers} for sequences of {index.sequence_length} tokens",
+            fix if block_tokens == 1 else "",
         )
-        if block_tokens == 1:
-            message += (
-                "; blocks of 1 have no variance if they are masked, so train them with objective.mask_sampler=count"
-            )
-        raise UserError(message)
     tokenizer = model.tokenizer_identity
     if index.tokenizer.sha256 != tokenizer.sha256:
         raise UserError(
             f"{data} was built with tokenizer {index.tokenizer.name} ({index.tokenizer.sha256[:12]}) and the "
-            f"checkpoint with {tokenizer.name} ({tokenizer.sha256[:12]}); give another --data"
+            f"checkpoint with {tokenizer.name} ({tokenizer.sha256[:12]}); give another `data` folder"
         )

@@ -42,8 +42,8 @@ def test_gradient_variances_are_measured_for_every_candidate(checkpoint, data_fo
 @pytest.mark.parametrize(
     ("block_tokens", "message"),
     [
-        (5, "--block-tokens 5 for sequences of 32 tokens; allowed are 2, 4, 8, 16, 32"),
-        (1, "train them with objective.mask_sampler=count"),
+        (5, "block_tokens=5: must be one of 2, 4, 8, 16, 32 for sequences of 32 tokens"),
+        (1, "train blocks of 1 with objective.mask_sampler=count"),
     ],
 )
 def test_block_sizes_that_cannot_be_searched_are_refused(checkpoint, data_folder, block_tokens, message):
