@@ -20,9 +20,9 @@ quickstart: setup
 test: setup
 	$(BIN)/python -m pytest $(ARGS)
 
-# The edit loop: the tests that start no Ray cluster.
+# The edit loop: no Ray, no processes, no long runs.
 test-fast: setup
-	$(BIN)/python -m pytest -m 'not ray and not slow and not faults' $(ARGS)
+	$(BIN)/python -m pytest -m 'not ray and not slow and not faults and not long' $(ARGS)
 
 # The slow tests, too: minutes each.
 check: setup

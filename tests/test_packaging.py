@@ -11,6 +11,9 @@ from pathlib import Path
 
 import dlm_ray.configs
 import dlm_ray.evaluation
+import pytest
+
+pytestmark = pytest.mark.long
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

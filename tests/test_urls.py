@@ -22,6 +22,8 @@ from dlm_ray.serving.pinning import pinned
 from dlm_ray.serving.worker import EngineWorker
 from dlm_ray.training import loop, setup
 
+pytestmark = pytest.mark.long
+
 LOCAL = "is read and written on a local disk only, not at a URL; give a local"
 ELSEWHERE = "allowed are a local folder, s3://BUCKET/... and gs://BUCKET/..."
 

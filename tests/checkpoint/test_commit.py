@@ -392,6 +392,7 @@ def test_s3_holds_the_same_checkpoints(s3):
     assert listing.prune(f"{s3}/run", 1) == [5] and listing.committed_steps(f"{s3}/run") == [6]
 
 
+@pytest.mark.long
 def test_a_missing_bucket_and_a_dead_endpoint_fail_within_seconds(s3, monkeypatch):
     with pytest.raises(UserError, match="storage does not answer"):
         commit.save("s3://nobody/run/step_00000001", {"a": torch.ones(2)}, FIELDS)
@@ -461,6 +462,7 @@ def rank_saves_and_loads(rank, folder):
     dist.destroy_process_group()
 
 
+@pytest.mark.long
 def test_two_ranks_save_what_one_loads_and_the_other_way_round(tmp_path):
     expected = {name: parameter.detach() for name, parameter in two_linear_layers().named_parameters()}
     expected |= {"replicated": torch.arange(5.0), "empty": torch.zeros(0, 4), "one row": torch.ones(1, 4)}

@@ -76,6 +76,7 @@ def test_json_is_one_object_on_stdout():
     assert json.loads(dlm_ray("doctor", "--json").stdout)["cores"] >= 1
 
 
+@pytest.mark.long
 def test_python_m_dlm_ray_is_the_command(tmp_path):
     code, _, stderr = ForkedModule(tmp_path, "dlm_ray", "trian").wait()
     assert code == 2 and "No such command" in stderr

@@ -85,6 +85,7 @@ def test_ranks_together_take_the_same_global_batches(world_size):
         assert max(len(rank[step]) for rank in taken) - min(len(rank[step]) for rank in taken) <= 1
 
 
+@pytest.mark.long
 def test_thirty_million_rows_are_sought_in_two_seconds_and_little_memory():
     big = index(*[3000] * 10_000)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

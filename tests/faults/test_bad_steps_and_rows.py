@@ -24,6 +24,8 @@ from dlm_ray.training import loop
 from dlm_ray.training.ema import Ema
 from dlm_ray.training.faults import LossAlarm
 
+pytestmark = pytest.mark.long
+
 BAD_STEPS = set()
 
 

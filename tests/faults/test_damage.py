@@ -12,6 +12,8 @@ from helpers.victim import group
 from dlm_ray.checkpoint import commit, listing
 from dlm_ray.config.errors import DamageError
 
+pytestmark = pytest.mark.long
+
 KINDS = ("flip", "flip", "truncate", "delete")
 
 

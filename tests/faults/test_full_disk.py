@@ -12,6 +12,8 @@ from dlm_ray.checkpoint import commit, listing
 from dlm_ray.config.errors import DamageError
 from dlm_ray.training import loop
 
+pytestmark = pytest.mark.long
+
 FIELDS = {"step": 3, "recipe": {}, "tokenizer": {}, "model": {}, "capabilities": {}, "cursor": {}, "extra": {}}
 
 

@@ -9,6 +9,8 @@ from helpers.victim import MOMENTS, group, seeded
 
 from dlm_ray.checkpoint import commit, listing
 
+pytestmark = pytest.mark.long
+
 STEPS, EVERY = 16, 4
 
 

@@ -21,6 +21,8 @@ from dlm_ray.data.order import Cursor, Order
 from dlm_ray.data.reading import ShardReader
 from dlm_ray.training import guards, loop
 
+pytestmark = pytest.mark.long
+
 
 def test_sigterm_to_one_rank_commits_on_all_and_the_run_that_goes_on_is_the_run_that_was_not_asked(
     data_folder, tmp_path

@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import pytest
 import torch
 
 from dlm_ray.config.recipe import Architecture
@@ -14,6 +15,8 @@ from dlm_ray.diffusion.samplers.whole_canvas import sample
 from dlm_ray.diffusion.schedules import Polynomial
 from dlm_ray.diffusion.visibility import Visibility
 from dlm_ray.models import families, parallel
+
+pytestmark = pytest.mark.long
 
 SIDE, LEVELS = 8, 4
 FULL = Visibility("bidirectional")

@@ -347,6 +347,7 @@ def _refusing(push, stops):
     return refuse
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("batch_invariant", [False, True])
 @pytest.mark.parametrize("name", ["ar", "block8", "whole"])
 def test_a_call_that_fails_once_changes_no_text_whichever_call_it_is(runs, monkeypatch, name, batch_invariant):

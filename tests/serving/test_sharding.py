@@ -19,6 +19,8 @@ from dlm_ray.serving import sharding
 from dlm_ray.serving.engine import Engine
 from dlm_ray.serving.worker import EngineWorker
 
+pytestmark = pytest.mark.long
+
 CPU = torch.device("cpu")
 
 

@@ -20,6 +20,8 @@ from dlm_ray.config.server import Server
 from dlm_ray.serving.http.protocol import Chat, Completion, Infill, Score
 from dlm_ray.serving.worker import EngineWorker
 
+pytestmark = pytest.mark.long
+
 KINDS = ("ar", "whole", "block8", "block32", "sedd", "genmd4")
 BLOCK = 8
 PARTS = {
@@ -296,7 +298,7 @@ def test_a_sample_of_requests_at_the_extremes_changes_nothing_for_those_beside_t
     put(
         runs,
         kind,
-        lambda cases: itertools.chain(cases.one_by_one()[:100], itertools.islice(cases.mixed(), 60)),
+        lambda cases: itertools.chain(cases.one_by_one()[:60], itertools.islice(cases.mixed(), 30)),
         seed=KINDS.index(kind),
     )
 

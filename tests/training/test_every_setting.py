@@ -19,6 +19,8 @@ from dlm_ray.models import families, parallel
 from dlm_ray.training import clip_search, curriculum, optimizer, run, setup
 from dlm_ray.training.step import TrainModule, micro_batches, train_step
 
+pytestmark = pytest.mark.long
+
 LENGTH, ROWS, VOCAB, K = 8, 3, 11, 4  # an odd number of rows; none of what is asked for divides it
 CPU = torch.device("cpu")
 

@@ -13,6 +13,8 @@ from dlm_ray.config.errors import UserError
 from dlm_ray.data.tokenizer import load_tokenizer
 from dlm_ray.training import loop
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):

@@ -20,6 +20,8 @@ from dlm_ray.diffusion.objectives import Masked
 from dlm_ray.generation.loading import load
 from dlm_ray.training import loop, setup
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):

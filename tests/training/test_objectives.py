@@ -26,6 +26,8 @@ from dlm_ray.serving.engine import Engine
 from dlm_ray.serving.planner import Planner
 from dlm_ray.training import loop, teacher
 
+pytestmark = pytest.mark.long
+
 OBJECTIVES = {
     "masked-cosine": {"objective__schedule": {"name": "cosine"}},
     "masked-count": {"objective__mask_sampler": "count"},
@@ -178,7 +180,14 @@ def test_alignment_pulls_the_states_towards_the_frozen_model(data_folder, tmp_pa
     assert line["loss"] == pytest.approx(line["bound"] + line["alignment"], rel=1e-5)
 
 
-@pytest.fixture(scope="module", params=OBJECTIVES)
+# Options of an objective that change no code of a run; their numbers are tested in tests/diffusion.
+VARIANTS = {"masked-cosine", "masked-discrete", "masked-clipped", "masked-context", "genmd4-scalar", "tauldr-all"}
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=[pytest.mark.slow] if name in VARIANTS else []) for name in OBJECTIVES],
+)
 def trained(request, data_folder, tmp_path_factory):
     """Return the recipe, the folder and the metrics of a run of 12 steps with a checkpoint at 6."""
     recipe = tiny_recipe(

@@ -24,6 +24,8 @@ from dlm_ray.training.curriculum import annealing_ratio
 from dlm_ray.training.setup import with_precision
 from dlm_ray.training.step import micro_batches, num_micro_steps
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def base(data_folder, tmp_path_factory):

@@ -2,11 +2,14 @@
 
 import threading
 
+import pytest
 from helpers.recipes import tiny_recipe
 from helpers.runs import assert_equal_tensors, checkpoint_tensors, metrics
 
 from dlm_ray.checkpoint import commit, listing
 from dlm_ray.training import loop
+
+pytestmark = pytest.mark.long
 
 
 def test_training_goes_on_while_a_checkpoint_is_written_which_holds_its_own_step(data_folder, tmp_path, monkeypatch):

@@ -17,6 +17,8 @@ from dlm_ray.generation.loading import load
 from dlm_ray.serving.planner import Planner
 from dlm_ray.training import loop
 
+pytestmark = pytest.mark.long
+
 ROWS, DRAWS = 24, 4
 SHIFTED = {"epsilon_0": 0.2, "epsilon_1": 0.3}
 

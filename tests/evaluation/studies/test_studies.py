@@ -294,6 +294,7 @@ def with_arms(study, names):
     )
 
 
+@pytest.mark.long
 @some_or_all("AR", "MD4", "SSD-LM")
 def test_arms_of_the_objectives_study_run_from_training_to_the_table(names, text8_folder, tmp_path, monkeypatch):
     """Each arm takes two steps on four sequences; the rest is the committed study."""
@@ -346,6 +347,7 @@ def test_a_bound_in_T_steps_is_evaluated_at_its_own_times():
     assert np.array_equal(draw.is_masked.numpy(), maskable) and (draw.weight[: draw.num_scored] == 1).all()
 
 
+@pytest.mark.long
 @some_or_all("row (128)", "4", "1, linear", "1, all masked", "4, from scratch", "AR, from scratch")
 def test_arms_of_the_block_size_study_run_from_training_to_the_table(names, tmp_path, monkeypatch):
     few = {"BATCH_SIZE": 2, "BASE_STEPS": 2, "HELD_OUT_SEQUENCES": 4, "DRAWS_PER_SEQUENCE": 2, **FEW}
@@ -388,6 +390,7 @@ def test_the_clip_search_reports_whether_smaller_blocks_chose_heavier_masking(mo
     assert verdict in block_size.clip_verdict(middles)
 
 
+@pytest.mark.long
 def test_every_arm_of_the_annealing_study_ends_at_whole_sequences(data_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(annealing, "HELD_OUT_SEQUENCES", 8)
     monkeypatch.setattr(annealing, "GROWING_SIZES", (4, 8, 16))
@@ -426,6 +429,7 @@ def test_a_record_is_restored_from_its_line():
     assert Record(**json.loads(json.dumps(vars(record)))) == record
 
 
+@pytest.mark.long
 def test_every_arm_of_the_draws_study_is_measured_on_trained_models(text8_folder, tmp_path, monkeypatch):
     for name, value in {"BATCH_SIZE": 4, **FEW}.items():
         monkeypatch.setattr(draws, name, value)

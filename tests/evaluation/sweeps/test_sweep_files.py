@@ -21,6 +21,8 @@ from dlm_ray.generation.loading import load
 from dlm_ray.report import figures
 from dlm_ray.training import loop
 
+pytestmark = pytest.mark.long
+
 SETTINGS = Measure(
     sequences=12, draws_per_sequence=2, variance_draws=3, variance_sequences=12, gradient_draws=2, gradient_sequences=4
 )

@@ -602,6 +602,7 @@ def nonsense(schema, document, chance):
     )
 
 
+@pytest.mark.long
 def test_a_thousand_malformed_requests_are_never_a_500_and_never_a_hang(runs):
     limits = {"output_tokens": 24, "steps": 32, "choices": 4, "score_draws": 8}
     with hosted(runs / "whole", engine={"deadline_seconds": 5.0, "block_tokens": [8]}, limits=limits) as (host, app):

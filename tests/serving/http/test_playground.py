@@ -2,9 +2,12 @@
 
 import threading
 
+import pytest
 from helpers.browser import opened
 from helpers.processes import until
 from helpers.service import hosted, listening
+
+pytestmark = pytest.mark.long
 
 CONTROL = 2
 
