@@ -1,7 +1,8 @@
-"""Which clip [beta, omega] a block size should be trained with: BD3-LM's data-driven search (arXiv 2503.09573, section 5.2).
+"""Searches the clip [beta, omega] to train a block size with, as BD3-LM does (arXiv 2503.09573, section 5.2).
 
-Every candidate scores the same rows with the same random numbers, after one pass over x_0 that all share; the one whose blocks' bound
-varies least is taken. The statistic is the paper's: the variance over blocks of the mean weighted loss of a block's tokens, with weight 1/p.
+Every candidate scores the same sequences with the same random numbers, after one shared pass over x_0. The candidate
+with the lowest variance wins. The statistic is the paper's: the variance over blocks of the mean weighted loss of a
+block's tokens, with weight 1/p.
 """
 
 from __future__ import annotations
@@ -27,28 +28,31 @@ FULL_RANGE = (1e-3, 1.0)
 
 @dataclass(frozen=True)
 class Measured:
-    """One candidate on all rows and draws."""
+    """The statistics of one candidate over all sequences and draws."""
 
     beta: float
     omega: float
     variance: float
-    """Of the mean weighted loss of a block, over blocks, in nats a token squared."""
+    """Variance over blocks of the mean weighted loss of a block, in (nats per token) squared."""
     mean: float
-    """That loss; between clips it does not compare, because each is over its own range."""
+    """Mean of that loss in nats per token; not comparable between clips, whose ranges differ."""
     masked_tokens: float
-    """Per block and draw: what a smaller variance may be due to alone."""
+    """Masked tokens per block and draw; more of them lower the variance by themselves."""
     gradient_variance: float | None = None
-    """Sum over parameters of the variance of the batch's gradient (Eq. 10); None if it was not measured."""
+    """Sum over parameters of the variance of the batch's gradient (Eq. 10); None if not measured."""
 
 
 def candidates(enforce: Literal["none", "counts"] = "none") -> list[Clip]:
-    """The paper's 36 intervals: the full range, and widths 0.5 to 0.9 at starts 0.05 apart. For blocks of 2 or more, each can be enforced."""
-    found = [Clip(*FULL_RANGE, "paper", enforce)]
+    """Return the paper's 36 intervals: the full range, and widths 0.5 to 0.9 at starts 0.05 apart.
+
+    For blocks of two or more tokens, `enforce` can enforce each interval.
+    """
+    clips = [Clip(*FULL_RANGE, "paper", enforce)]
     for width in WIDTHS:
         for number in range(round((1 - width) / STEP) + 1):
             beta = round(number * STEP, 2)
-            found.append(Clip(beta or FULL_RANGE[0], round(beta + width, 2), "paper", enforce))
-    return found
+            clips.append(Clip(beta or FULL_RANGE[0], round(beta + width, 2), "paper", enforce))
+    return clips
 
 
 def sums(
@@ -67,38 +71,43 @@ def sums(
     world_size: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """[clips, 4] float64: blocks, sum and sum of squares of their mean loss, and masked tokens, over this rank's share of rows and draws.
+    """Return sums [clips, 4] float64 over this rank's share of sequences and draws.
+
+    The columns are: blocks, sum and sum of squares of the blocks' mean loss, and masked tokens.
 
     Args:
-        score: a batch and draws of its rows -> the nats [R] of each draw (`Block.nll_of_draws`); every rank calls it equally often.
-        objective: a `Block`; its process makes the draws.
+        score: takes a batch and draws of its sequences, returns the nats [R] of each draw (`Block.nll_of_draws`); every
+            rank calls it the same number of times.
+        objective: a `Block`, whose process makes the draws.
         clips: the candidates.
-        x_0, document_ids: [N, L] of all rows.
-        visibility_of: from the [B, L] document ids of a batch.
-        device: of the network.
-        num_draws: of every row.
-        seed: of the draws, which all candidates share.
-        micro_batch_size: of a batch.
-        rank, world_size: of the ranks that share the work.
+        x_0, document_ids: [N, L] of all sequences.
+        visibility_of: returns the visibility of a batch, given its document ids [B, L].
+        device: device of the network.
+        num_draws: draws of every sequence.
+        seed: seed of the draws, which all candidates share.
+        micro_batch_size: sequences of a batch.
+        rank, world_size: rank and number of the processes that share the work.
         progress: called with (batches done, batches).
     """
     assert not objective.process.complementary, "a clip has no complement: its masked shares are within the interval"
     total = torch.zeros(len(clips), 4, dtype=torch.float64, device=device)
     pairs = [(number, row) for number in range(num_draws) for row in range(len(x_0))]
-    mine = np.array_split(np.arange(len(pairs)), world_size)[rank]
+    rank_pairs = np.array_split(np.arange(len(pairs)), world_size)[rank]
     num_batches = math.ceil(math.ceil(len(pairs) / world_size) / micro_batch_size)
-    for done, part in enumerate(np.array_split(mine, num_batches)):
-        chosen = [pairs[i] for i in part] or [pairs[0]]
-        rows = [row for _, row in chosen]
+    for done, part in enumerate(np.array_split(rank_pairs, num_batches)):
+        batch_pairs = [pairs[i] for i in part] or [pairs[0]]
+        rows = [row for _, row in batch_pairs]
         maskable = maskable_positions(document_ids[rows]) & (len(part) > 0)
-        # The number of the draw and the row together stand for the row, so that draws of one row differ.
-        key = DrawKey(seed, 0, [number * len(x_0) + row for number, row in chosen], len(pairs), objective.block_tokens)
+        # The key combines draw number and sequence, so that draws of one sequence differ.
+        key = DrawKey(
+            seed, 0, [number * len(x_0) + row for number, row in batch_pairs], len(pairs), objective.block_tokens
+        )
         draws = [replace(objective.process, clip=clip, weight="elbo").draw(key, maskable).to(device) for clip in clips]
         batch = Batch(torch.from_numpy(x_0[rows]).to(device), draws[0], visibility_of(document_ids[rows]))
         open_blocks = torch.from_numpy(maskable.reshape(-1, objective.block_tokens).any(1)).to(device)
         for i, (draw, nll) in enumerate(zip(draws, score(batch, draws), strict=True)):
             by_block = torch.zeros(len(open_blocks), dtype=torch.float64, device=device)
-            count = draw.num_scored  # behind them is padding
+            count = draw.num_scored  # the rest is padding
             by_block.index_add_(0, draw.scored[:count] // objective.block_tokens, (draw.weight * nll)[:count].double())
             mean = by_block[open_blocks] / objective.block_tokens
             masked = torch.tensor(float(draw.num_scored), dtype=torch.float64, device=device)
@@ -109,9 +118,9 @@ def sums(
 
 
 def measured(clips: Sequence[Clip], totals: Tensor) -> list[Measured]:
-    """The candidates with their statistics from the sums of all ranks, the least variance first."""
-    found = []
+    """Return the statistics of all candidates from the sums of all ranks, sorted by variance."""
+    results = []
     for clip, (count, total, squares, masked) in zip(clips, totals.tolist(), strict=True):
         variance = (squares - total**2 / count) / max(1.0, count - 1)
-        found.append(Measured(clip.beta, clip.omega, variance, total / count, masked / count))
-    return sorted(found, key=lambda one: one.variance)
+        results.append(Measured(clip.beta, clip.omega, variance, total / count, masked / count))
+    return sorted(results, key=lambda result: result.variance)

@@ -14,7 +14,7 @@ from dlm_ray.data.chat import encode_chat
 from dlm_ray.data.tokenizer import TokenizerIdentity, encode_text
 from dlm_ray.diffusion import likelihood
 from dlm_ray.diffusion.samplers.adjust import banned, chained, forced
-from dlm_ray.diffusion.samplers.blocks import write
+from dlm_ray.diffusion.samplers.generate import generate_blocks
 from dlm_ray.diffusion.samplers.requests import LOWEST_ENTROPY_NATS, Request, Stops
 from dlm_ray.diffusion.samplers.rules import Rule, SelectionRule
 from dlm_ray.diffusion.samplers.simplex import sample_blocks
@@ -278,7 +278,7 @@ class TextModel:
             return self._texts(denoised, len(prompt), length)
         assert isinstance(rule, SelectionRule), "`resolve_sampling` refuses other rules"
         requests = [self._request(prompt, length, number, params, options) for number in range(params.num_samples)]
-        batch = write(
+        batch = generate_blocks(
             self.denoiser,
             requests,
             rule,

@@ -1,1 +1,1 @@
-"""An AR checkpoint becomes a Denoiser. The only folder that imports transformers' models."""
+"""Turns AR checkpoints into Denoisers; the only package that imports transformers' models."""

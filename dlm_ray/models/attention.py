@@ -1,8 +1,8 @@
-"""The attention function that is registered with transformers: it computes the visibility it is handed, and nothing that the model assumes.
+"""The attention function registered with transformers, which computes the given visibility and ignores the model's own.
 
-A Denoiser prepares a Visibility once a micro-batch and hands it through the model's keyword arguments. No mask function is
-registered under the same name, so transformers makes no mask of its own (and does not look for packed sequences in the position
-ids).
+A Denoiser prepares a Visibility once per micro-batch and passes it through the model's keyword arguments. No mask
+function is registered under the same name, so transformers builds no mask (and does not look for packed sequences in
+the position ids).
 """
 
 from __future__ import annotations
@@ -25,35 +25,36 @@ NAME = "dlm_ray"
 
 @dataclass(frozen=True)
 class Prepared:
-    """A visibility in the form that one kernel takes."""
+    """A visibility in the form that a kernel takes."""
 
     kernel: Literal["sdpa", "flex", "flash"]
     is_causal: bool = False
     mask: Any = None
-    """[B or 1, 1, queries, keys] bool for sdpa, a BlockMask for flex, None where the kernel needs none."""
+    """[B or 1, 1, queries, keys] bool for sdpa, a BlockMask for flex, None if the kernel needs no mask."""
     kv: KeyValueSource | None = None
-    """Keys and values of other passes that this one sees."""
+    """Keys and values of other passes that this pass attends to."""
 
 
 def prepare(visibility: Visibility, attention: str, num_queries: int, num_keys: int, device: torch.device) -> Prepared:
-    """Chooses the kernel and builds its mask, once for all layers; a mask that every step needs is built once for all steps.
+    """Select the kernel and build its mask, once for all layers; a static mask is built once for all steps.
 
     Args:
-        visibility: of the micro-batch.
-        attention: `model.attention` of the recipe.
-        num_queries, num_keys: of one layer's attention.
-        device: of the network.
+        visibility: the visibility of the micro-batch.
+        attention: the recipe's `model.attention`.
+        num_queries, num_keys: lengths in one layer's attention.
+        device: device of the network.
 
     Raises:
-        UserError: if flash is asked for a visibility that it cannot compute.
+        UserError: if `attention` is flash, which cannot compute this visibility.
     """
     fused = visibility.fused(num_queries, num_keys)
     if fused is not None:
         return Prepared("flash" if attention == "flash" else "sdpa", is_causal=fused == "causal")
     if attention == "flash":
         raise UserError(
-            "model.attention=flash computes plain causal and bidirectional attention only, and this run anneals, masks documents or attends in "
-            "blocks; set model.attention=auto, or curriculum.annealing.pattern=none and data.document_mask=false"
+            "model.attention=flash computes only plain causal and bidirectional attention, but this run anneals, masks "
+            "documents or attends in blocks; set model.attention=auto, or curriculum.annealing.pattern=none "
+            "and data.document_mask=false"
         )
     is_flex = visibility.offsets is None and (attention == "flex" or (attention == "auto" and device.type == "cuda"))
     if visibility.is_static:
@@ -71,7 +72,7 @@ _kept = lru_cache(maxsize=8)(_masked)
 
 
 def forget_masks() -> None:
-    """Drops the masks that are kept between steps; the next step builds its own."""
+    """Drop the masks cached between steps; the next step builds them again."""
     _kept.cache_clear()
 
 
@@ -85,8 +86,8 @@ def attend(
     visibility: Prepared | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """[B, H, L, D/H] queries, [B, H or fewer, L, D/H] keys and values -> [B, L, H, D/H]."""
-    assert visibility is not None, f"{type(module).__name__} does not hand the visibility through to its attention"
+    """Return the attention output [B, L, H, D/H] for queries [B, H, L, D/H] and keys and values [B, H or fewer, L, D/H]."""
+    assert visibility is not None, f"{type(module).__name__} does not pass the visibility on to its attention"
     if visibility.kv is not None:
         layer: Any = module.layer_idx
         key, value = visibility.kv.extend(layer, key, value)
@@ -121,7 +122,7 @@ def attend(
 
 @cache
 def _flex(device_type: str) -> Any:
-    """FlexAttention, compiled where there is a GPU to compile it for (uncompiled it stores the scores)."""
+    """Return FlexAttention, compiled if there is a GPU (uncompiled it stores the scores)."""
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention) if device_type == "cuda" else flex_attention

@@ -1,4 +1,4 @@
-"""A Hugging Face causal LM as a denoiser: hidden states under any visibility, only the logits that somebody asks for, the shift, the mask token."""
+"""A Hugging Face causal LM as a denoiser: hidden states under any visibility, logits on demand, shift and mask token."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from dlm_ray.diffusion.visibility import Visibility
 from dlm_ray.models import attention
 from dlm_ray.models.kv_cache import KeyValueCache, KeyValues
 
-# Logits of at most so many elements exist at once (float32: 128 MiB); a call with fewer keeps them for its backward pass.
+# The maximum number of logits in memory (float32: 128 MiB); a call with fewer keeps them for its backward pass.
 CHUNK_ELEMENTS = 2**25
 
 
 class HuggingFaceDenoiser(nn.Module):
-    """Implements `diffusion.denoiser.Denoiser` over a network of one of the supported families.
+    """Implements `diffusion.denoiser.Denoiser` with a network of one of the supported families.
 
     Args:
-        config: with a row of the embedding for the mask token, if `mask_id` is not None.
-        mask_id: id of the mask token; None for a network that is autoregressive only.
-        shift: position i is predicted by hidden row i-1, as in the AR model (DiffuLLaMA); else by row i.
-        attention_kernel: `model.attention` of the recipe.
+        config: the configuration; its vocabulary has an embedding row for the mask token, unless `mask_id` is None.
+        mask_id: id of the mask token; None for a network that is only autoregressive.
+        shift: whether hidden state i-1 predicts position i, as in the AR model (DiffuLLaMA); otherwise hidden state i does.
+        attention_kernel: the recipe's `model.attention`.
     """
 
     def __init__(self, config: PreTrainedConfig, mask_id: int | None, shift: bool, attention_kernel: str = "auto"):
         super().__init__()
-        # transformers writes the attention implementation into the configuration that it is given: ours stays as it is.
-        own = copy.deepcopy(config)
+        # transformers writes the attention implementation into its configuration, so it gets a copy.
+        network_config = copy.deepcopy(config)
         self.network: PreTrainedModel = AutoModelForCausalLM.from_config(
-            own, attn_implementation=attention.NAME, dtype=torch.float32
+            network_config, attn_implementation=attention.NAME, dtype=torch.float32
         )
         self.mask_id = mask_id
         self.shift = shift
@@ -50,45 +50,46 @@ class HuggingFaceDenoiser(nn.Module):
 
     @property
     def embedding(self) -> Tensor:
-        """[rows, D] the input embedding."""
+        """The input embedding matrix [rows, D]."""
         weight: Tensor = self.network.get_input_embeddings().weight  # type: ignore[assignment]
         return weight
 
     @property
     def vocab_size(self) -> int:
-        """V: tokens that a logit is computed for; a mask row at the end has none."""
+        """V, the number of tokens with a logit; a mask token in the last embedding row has none."""
         rows: int = self.network.config.vocab_size
         return rows - (self.mask_id == rows - 1)
 
     def vocabulary_names(self) -> set[str]:
-        """Names (within `network`) of the tensors that have a row for every token: the embedding, and the head unless it is tied."""
+        """Return the names of the tensors in `network` with a row per token: the embedding, and the head unless it is tied."""
         rows = (self.network.get_input_embeddings().weight, self.network.get_output_embeddings().weight)
         return {name for name, parameter in self.network.named_parameters() if any(parameter is row for row in rows)}
 
     def hidden(self, inputs: Tensor, visibility: Visibility, kv: Any = None) -> Tensor:
-        """[B, L] int64 ids, or [B, L, D] embeddings -> [B, L, D]: the states after the final norm. Positions run on over packed documents.
+        """Return the hidden states [B, L, D] after the final norm, of ids [B, L] int64 or embeddings [B, L, D].
 
-        `memory` is a cache of `new_cache`, whose slots the rows go on, or a recording of `record`, which the rows see.
+        Position ids continue across packed documents. `kv` is a cache from `new_cache`, whose slots the inputs continue,
+        or keys and values from `forward_with_kv`, which the inputs attend to.
         """
         return self._run(inputs, visibility, kv).last_hidden_state
 
     def states(self, inputs: Tensor, visibility: Visibility) -> tuple[Tensor, ...]:
-        """The same, with the embeddings and the states after every block; the last is after the final norm."""
+        """Return the embeddings and the hidden states after every layer; the last is after the final norm."""
         return self._run(inputs, visibility, output_hidden_states=True).hidden_states
 
     def embed(self, input_ids: Tensor) -> Tensor:
-        """[B, L] ids -> [B, L, D] embeddings, as the network makes them from ids."""
+        """Return the embeddings [B, L, D] of ids [B, L]."""
         return self.network.get_input_embeddings()(input_ids)
 
     def new_cache(self, num_slots: int, capacity_tokens: int, *, fixed_shapes: bool = False) -> KeyValueCache:
-        """An empty cache for this network, on its device and in its precision."""
-        own = self.embedding
+        """Return an empty cache for this network, on its device and in its precision."""
+        weight = self.embedding
         return KeyValueCache(
-            self.network.config, num_slots, capacity_tokens, own.device, own.dtype, fixed_shapes=fixed_shapes
+            self.network.config, num_slots, capacity_tokens, weight.device, weight.dtype, fixed_shapes=fixed_shapes
         )
 
     def forward_with_kv(self, inputs: Tensor, visibility: Visibility) -> tuple[Tensor, KeyValues]:
-        """`hidden`, and the keys and values that it was made from, for later passes to see."""
+        """Return the hidden states, and the keys and values of this pass, which later passes can attend to."""
         kv = KeyValues()
         hidden = self.hidden(inputs, visibility, kv)
         kv.finish()
@@ -112,22 +113,23 @@ class HuggingFaceDenoiser(nn.Module):
         )
 
     def rows_for(self, positions: Tensor) -> Tensor:
-        """Flat positions (never the first of a row) -> the flat hidden rows that predict them."""
+        """Return the flat indices of the hidden states that predict flat `positions` (never the first of a row)."""
         return positions - 1 if self.shift else positions
 
     def reduce_logits(self, rows: Tensor, fn: Callable[..., Any], *row_arguments: Tensor) -> Any:
-        """Fn over the logits of `rows` [N, D], in chunks that are computed again in the backward pass: [N, V] never exists.
+        """Apply `fn` to the logits of `rows` [N, D] in chunks, which the backward pass recomputes, so [N, V] never exists.
 
         Args:
-            rows: [N, D] hidden states.
-            fn: takes logits [n, V] float32 and a chunk of each row argument; returns a tensor of n rows, or a tuple of them.
-            row_arguments: tensors of N rows each.
+            rows: hidden states [N, D].
+            fn: takes logits [n, V] float32 and a chunk of each row argument; returns a tensor with n rows, or a tuple of
+                such tensors.
+            row_arguments: tensors with N rows each.
         """
         chunk = max(1, CHUNK_ELEMENTS // self.network.config.vocab_size)
         if len(rows) <= chunk:
             return fn(self._logits(rows), *row_arguments)
         reduced = [
-            checkpoint(lambda part, *given: fn(self._logits(part), *given), *chunks, use_reentrant=False)
+            checkpoint(lambda part, *arguments: fn(self._logits(part), *arguments), *chunks, use_reentrant=False)
             for chunks in zip(rows.split(chunk), *(argument.split(chunk) for argument in row_arguments), strict=True)
         ]
         if isinstance(reduced[0], tuple):
@@ -135,7 +137,10 @@ class HuggingFaceDenoiser(nn.Module):
         return torch.cat(reduced)
 
     def _logits(self, rows: Tensor) -> Tensor:
-        """[n, D] -> [n, V] float32; the mask token's logit is left out (its row is the last) or -inf (it is another token's)."""
+        """Return logits [n, V] float32 of hidden states [n, D].
+
+        The mask token's logit is left out if its embedding row is the last, and -inf otherwise.
+        """
         head = self.network.get_output_embeddings()
         num_rows = head.weight.shape[0]
         if self.mask_id == num_rows - 1:

@@ -1,4 +1,4 @@
-"""The Hugging Face families that are supported, and their configurations: from scratch, from a folder, and made fit for any visibility."""
+"""Configurations of the supported Hugging Face families: from scratch, from a folder, adapted to any visibility."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from dlm_ray.config.recipe import FAMILIES, Architecture
 
 
 def scratch_config(architecture: Architecture, vocab_size: int, start_id: int, end_id: int) -> PreTrainedConfig:
-    """The configuration of a network from scratch.
+    """Return the configuration of a network from scratch.
 
     Args:
-        architecture: of the recipe.
-        vocab_size: rows of the embedding, the mask token's included.
-        start_id, end_id: written into the configuration for generation elsewhere.
+        architecture: the recipe's architecture.
+        vocab_size: embedding rows, including the mask token's.
+        start_id, end_id: written into the configuration for generation with other tools.
     """
     shared: dict[str, Any] = {
         "vocab_size": vocab_size,
@@ -38,7 +38,7 @@ def scratch_config(architecture: Architecture, vocab_size: int, start_id: int, e
             "num_hidden_layers": architecture.num_layers,
             "num_attention_heads": architecture.num_heads,
             "num_key_value_heads": architecture.num_key_value_heads or architecture.num_heads,
-            # Two thirds of 4 D, as these families' gated layers have, rounded up to a multiple of 64.
+            # Two thirds of 4 D, as is usual for gated layers, rounded up to a multiple of 64.
             "intermediate_size": architecture.intermediate or -(-8 * architecture.width // 3 // 64) * 64,
             "max_position_embeddings": architecture.max_positions,
             "head_dim": architecture.width // architecture.num_heads,
@@ -47,22 +47,23 @@ def scratch_config(architecture: Architecture, vocab_size: int, start_id: int, e
 
 
 def read_config(fields: dict[str, Any]) -> PreTrainedConfig:
-    """The configuration whose `to_dict()` is `fields` (a config.json, or a manifest's `model.config`).
+    """Return the configuration whose `to_dict()` is `fields` (a config.json, or a manifest's `model.config`).
 
     Raises:
-        UserError: for a family that is not supported.
+        UserError: if the family is not supported.
     """
     fields = dict(fields)
     family = fields.pop("model_type", None)
     if family not in FAMILIES:
         raise UserError(
-            f"model_type={family!r} is not supported; supported families are {', '.join(FAMILIES)}; choose another model.base"
+            f"model_type={family!r} is not supported; supported families are {', '.join(FAMILIES)}; "
+            "choose another model.base"
         )
     return adaptable(AutoConfig.for_model(family, **fields))
 
 
 def architecture_of(config: PreTrainedConfig) -> Architecture:
-    """The architecture of a configuration: the same network from scratch."""
+    """Return the architecture that builds the network of a configuration from scratch."""
     return Architecture(
         family=cast(Any, config.model_type),  # checked when the configuration was read
         width=config.hidden_size,
@@ -76,7 +77,7 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
 
 
 def adaptable(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The same configuration with nothing in it that would limit or disturb what the visibility says: no sliding window, no dropout."""
+    """Remove everything from a configuration that would change the visibility or add noise: sliding window and dropout."""
     if getattr(config, "sliding_window", None) is not None:
         config.sliding_window = None
     if hasattr(config, "use_sliding_window"):

@@ -61,13 +61,13 @@ _KNOWN = {
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor as the file has it: quantised, in llama.cpp's order of rows."""
+    """A tensor as stored in the file: quantised, with rows in llama.cpp's order."""
 
     name: str
     shape: tuple[int, ...]
     quantisation: Any
     data: np.ndarray
-    """A view of the mapped file: values, or a row of bytes for every row."""
+    """A view of the mapped file: values, or one row of bytes per row."""
 
 
 @dataclass(frozen=True)
@@ -77,28 +77,28 @@ class GGUFFile:
     path: str
     metadata: Mapping[str, Any]
     tensors: Mapping[str, StoredTensor]
-    """By Hugging Face name."""
+    """The tensors by Hugging Face name."""
     rope_factors: np.ndarray | None
-    """Divisors of the rotary frequencies, as files of Llama 3.1 and later carry them."""
+    """Divisors of the rotary frequencies, which files of Llama 3.1 and later contain."""
 
     @property
     def architecture(self) -> str:
-        """`general.architecture`."""
+        """The value of `general.architecture`."""
         return str(self.metadata["general.architecture"])
 
     def config(self) -> dict[str, Any]:
-        """The content of a Hugging Face config.json.
+        """Return the content of a Hugging Face config.json.
 
         Raises:
-            UserError: if the file says something of the network that the family's configuration cannot say.
+            UserError: if the file describes a network that the family's configuration cannot express.
         """
         self._refuse_unknown_keys()
         heads, width = self._integer("attention.head_count"), self._integer("embedding_length")
         head_dim = self._integer("attention.key_length", width // heads)
         for key in ("attention.value_length", "rope.dimension_count"):
             if self._integer(key, head_dim) != head_dim:
-                said = f"{self.architecture}.{key}={self._integer(key)}"
-                raise self._refused(f"{said} where heads have {head_dim} dimensions")
+                setting = f"{self.architecture}.{key}={self._integer(key)}"
+                raise self._refused(f"{setting} where heads have {head_dim} dimensions")
         family = FAMILIES[self.architecture]
         fields: dict[str, Any] = {
             "model_type": family,
@@ -117,7 +117,7 @@ class GGUFFile:
             "rope_parameters": self._rope(head_dim),
             "tie_word_embeddings": "lm_head.weight" not in self.tensors,
         }
-        if family != "qwen2":  # whose queries, keys and values always have a bias
+        if family != "qwen2":  # its queries, keys and values always have a bias
             fields["attention_bias"] = "model.layers.0.self_attn.q_proj.bias" in self.tensors
         if family == "llama":
             fields["mlp_bias"] = "model.layers.0.mlp.gate_proj.bias" in self.tensors
@@ -127,13 +127,13 @@ class GGUFFile:
         return fields
 
     def read(self, name: str, region: tuple[slice, ...] | None = None) -> Tensor:
-        """Return a tensor by its Hugging Face name, or a region of it, as float32; only the region's rows are dequantised."""
+        """Return a tensor by its Hugging Face name, or a region of it, as float32; dequantise only the region's rows."""
         import gguf
 
         stored = self.tensors[name]
         index: Any = region[0] if region else slice(None)
-        if self.architecture == "llama" and (found := re.search(r"\.([qk])_proj\.", name)):
-            key = "attention.head_count" if found[1] == "q" else "attention.head_count_kv"
+        if self.architecture == "llama" and (match := re.search(r"\.([qk])_proj\.", name)):
+            key = "attention.head_count" if match[1] == "q" else "attention.head_count_kv"
             index = _unpermuted_rows(stored.shape[0], self._integer(key, self._integer("attention.head_count")))[index]
         is_vector = len(stored.shape) == 1  # its quantised blocks, if it has any, run along its only dimension
         values = gguf.dequantize(stored.data if is_vector else stored.data[index], stored.quantisation)
@@ -141,7 +141,7 @@ class GGUFFile:
         return torch.from_numpy(np.require(values, np.float32, ["C_CONTIGUOUS", "WRITEABLE"]))
 
     def quantisations(self) -> dict[str, int]:
-        """How many tensors the file has of each quantisation."""
+        """Return the number of tensors of each quantisation."""
         return dict(Counter(stored.quantisation.name for stored in self.tensors.values()))
 
     def _rope(self, head_dim: int) -> dict[str, Any]:
@@ -164,8 +164,8 @@ class GGUFFile:
         raise self._refused(f"{self.architecture}.rope.scaling.type={kind!r}; supported are none, linear and yarn")
 
     def _llama3_scaling(self, theta: float, head_dim: int) -> dict[str, Any]:
-        """Llama 3.1's settings, of which the file has only the result: accepted if they give that very result."""
-        assert self.rope_factors is not None, "the caller has looked"
+        """Return Llama 3.1's rotary settings if they produce the factors in the file, which does not store the settings."""
+        assert self.rope_factors is not None, "the caller has checked for factors"
         scaling = {
             "rope_type": "llama3",
             "factor": float(self.rope_factors.max()),
@@ -175,7 +175,7 @@ class GGUFFile:
         }
         expected = _llama3_factors(scaling, theta, head_dim)
         if self.rope_factors.shape != expected.shape or not np.allclose(self.rope_factors, expected, rtol=1e-4):
-            raise self._refused(f"{_ROPE_FACTORS}, which is not what Llama 3.1's rotary scaling gives")
+            raise self._refused(f"{_ROPE_FACTORS}, which differs from Llama 3.1's rotary scaling")
         return scaling
 
     def _refuse_unknown_keys(self) -> None:
@@ -199,7 +199,7 @@ class GGUFFile:
         return int(value)
 
     def _float(self, key: str, default: float | None = None) -> float:
-        """The shortest decimal of the stored float32: 1e-05 and not 9.999999747378752e-06."""
+        """Return a value as the shortest decimal of its float32: 1e-05, not 9.999999747378752e-06."""
         return float(str(np.float32(self._value(key, default))))
 
     def _refused(self, what: str) -> UserError:
@@ -209,22 +209,22 @@ class GGUFFile:
 
 
 def is_gguf(path: str) -> bool:
-    """Whether `path` means a GGUF file: by its ending, or by its first bytes."""
+    """Return whether `path` is a GGUF file, by its extension or its first bytes."""
     if path.lower().endswith(".gguf"):
         return not Path(path).is_dir()
     try:
         with open(path, "rb") as stream:
             return stream.read(len(MAGIC)) == MAGIC
-    except OSError:  # a folder, a name on the hub, an address
+    except OSError:  # a folder, a name on the hub, a URL
         return False
 
 
 def open_gguf(path: str) -> GGUFFile:
-    """Opens a GGUF file and checks that all of it can be read: architecture, names, quantisations, length.
+    """Open a GGUF file and check that all of it is readable: architecture, names, quantisations, length.
 
     Raises:
-        UserError: if there is no such file, the package gguf is missing, or the file is of a kind that is not supported.
-        DamageError: if it is damaged or cut short.
+        UserError: if there is no such file, the package gguf is missing, or the kind of file is not supported.
+        DamageError: if the file is damaged or truncated.
     """
     if not Path(path).is_file():
         raise UserError(f"{path} is no file here; a GGUF file has to lie on a local disk: give its path")
@@ -239,7 +239,8 @@ def _opened(path: str, modified: int, size: int) -> GGUFFile:
         import gguf
     except ImportError as error:
         raise UserError(
-            f"{path} is a GGUF file, which needs the package gguf, which is not installed; `pip install 'dlm-ray[gguf]'`"
+            f"{path} is a GGUF file, which needs the package gguf, which is not installed; "
+            "`pip install 'dlm-ray[gguf]'`"
         ) from error
     with open(path, "rb") as stream:
         begins = stream.read(len(MAGIC))
@@ -254,7 +255,8 @@ def _opened(path: str, modified: int, size: int) -> GGUFFile:
         if gguf.GGMLQuantizationType.__name__ in str(error):
             raise UserError(
                 f"{path} has a quantisation that this version of the package gguf does not know ({error}); supported "
-                "are those that it dequantises, such as F16, BF16, Q8_0, Q4_K and Q6_K: choose such a file, or a newer gguf"
+                "are those that it dequantises, such as F16, BF16, Q8_0, Q4_K and Q6_K: choose such a file, or a newer "
+                "gguf"
             ) from error
         raise DamageError(
             f"{path} is damaged, cut short, or of an unknown version of GGUF ({error}); fetch the file again"
@@ -281,7 +283,7 @@ def _opened(path: str, modified: int, size: int) -> GGUFFile:
 
 
 def _check_kind(path: str, metadata: Mapping[str, Any]) -> None:
-    """Refuses what is no whole language model of a supported architecture."""
+    """Refuse files that are not a whole language model of a supported architecture."""
     architecture = metadata.get("general.architecture")
     if architecture not in FAMILIES:
         raise UserError(
@@ -297,7 +299,7 @@ def _check_kind(path: str, metadata: Mapping[str, Any]) -> None:
 
 
 def _check_quantisations(path: str, tensors: list[Any]) -> None:
-    """Refuses, before anything is read, quantisations that the package has no dequantisation for."""
+    """Refuse quantisations that the package gguf cannot dequantise, before any tensor is read."""
     import gguf
 
     for quantisation in {tensor.tensor_type: None for tensor in tensors}:
@@ -313,29 +315,30 @@ def _check_quantisations(path: str, tensors: list[Any]) -> None:
 
 
 def _huggingface_name(path: str, name: str) -> str:
-    """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`."""
+    """Return the Hugging Face name: `blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`."""
     stem, _, kind = name.rpartition(".")
     if stem in _TOP:
         return f"{_TOP[stem]}.{kind}"
-    found = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
-    if found is None or found[2] not in _IN_LAYER:
+    match = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
+    if match is None or match[2] not in _IN_LAYER:
         families = ", ".join(FAMILIES.values())
         raise UserError(f"{path} has the tensor {name}, which no network of {families} has; choose another file")
-    return f"model.layers.{found[1]}.{_IN_LAYER[found[2]]}.{kind}"
+    return f"model.layers.{match[1]}.{_IN_LAYER[match[2]]}.{kind}"
 
 
 def _unpermuted_rows(num_rows: int, heads: int) -> np.ndarray:
-    """Where llama.cpp put each row of a query or key projection.
+    """Return the index in llama.cpp's order of each row of a query or key projection.
 
-    Hugging Face rotates dimension i of a head with i + D/2, llama.cpp's llama 2i with 2i + 1: its converter interleaves the halves.
+    Hugging Face rotates dimension i of a head with i + D/2, llama.cpp's llama architecture rotates 2i with 2i + 1, so its
+    converter interleaves the halves.
     """
     return np.arange(num_rows).reshape(heads, num_rows // heads // 2, 2).swapaxes(1, 2).reshape(-1)
 
 
 def _llama3_factors(scaling: Mapping[str, Any], theta: float, head_dim: int) -> np.ndarray:
-    """The divisors of the rotary frequencies, as llama.cpp's converter writes them."""
+    """Return the divisors of the rotary frequencies, as llama.cpp's converter writes them."""
     frequencies = theta ** -(np.arange(0, head_dim, 2) / head_dim)
-    # Of each dimension, within the original context.
+    # Rotations of each dimension within the original context.
     turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     share = np.clip((turns - low) / (high - low), 0.0, 1.0)

@@ -1,4 +1,4 @@
-"""Rebuilds the tokenizer of a GGUF file as a fast one of Hugging Face, with the ids of the one that it was made from."""
+"""Rebuilds the tokenizer of a GGUF file as a fast Hugging Face tokenizer with the same ids as the original."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 
 @dataclass(frozen=True)
 class _Kind:
-    """What `tokenizer.ggml.pre` stands for: how text is cut before the merges, and what else these tokenizers share."""
+    """The settings that `tokenizer.ggml.pre` stands for: how text is split before the merges, and further options."""
 
     split: str | None = None
-    """A pattern whose matches are the pieces; GPT-2's own without it."""
+    """The pattern whose matches are the pieces of a text; None: GPT-2's pattern."""
     single_digits: bool = False
+    """Whether every digit is a piece."""
     normalize: bool = False
-    """To Unicode's NFC, as the original does and llama.cpp does not."""
+    """Whether to normalise to Unicode's NFC, as the original tokenizer does and llama.cpp does not."""
     ignore_merges: bool = False
-    """A piece that is a token needs no merges."""
+    """Whether a piece that is a token skips the merges."""
     add_bos: bool = False
-    """Where the file does not say it."""
+    """Whether to add the start token, if the file does not specify it."""
 
 
 _LLAMA3 = _Kind(
@@ -60,11 +61,11 @@ _KINDS = {
 
 
 def gguf_tokenizer(path: str) -> PreTrainedTokenizerFast:
-    """The tokenizer of the GGUF file at `path`, with its special and added tokens and its chat template.
+    """Return the tokenizer of the GGUF file at `path`, with its special and added tokens and its chat template.
 
     Raises:
-        UserError: if it is none of the byte-level BPEs that are supported.
-        DamageError: if its vocabulary and its merges do not go together.
+        UserError: if it is not one of the supported byte-level BPE tokenizers.
+        DamageError: if its vocabulary and its merges do not match.
     """
     file = open_gguf(path)
     metadata = file.metadata
@@ -75,7 +76,7 @@ def gguf_tokenizer(path: str) -> PreTrainedTokenizerFast:
         raise DamageError(
             f"{path} has {len(tokens)} tokens and {len(types)} kinds of tokens; fetch or convert the file again"
         )
-    # Converters fill embedding rows that no token has with such names; the original tokenizer has nothing there.
+    # Converters give embedding rows without a token such names; the original tokenizer has no token there.
     vocabulary = {
         token: number
         for number, (token, type_) in enumerate(zip(tokens, types, strict=True))
@@ -93,11 +94,11 @@ def gguf_tokenizer(path: str) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = _pre_tokenizer(kind)
     tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
     for type_, is_special in ((_CONTROL, True), (_USER_DEFINED, False)):
-        # Also those that could be spelled with the merges: added tokens are cut out of the text before anything else.
+        # This includes tokens that the merges can produce: added tokens are split off the text first.
         added = [
             AddedToken(token, special=is_special, normalized=False)
-            for token, of in zip(tokens, types, strict=True)
-            if of == type_
+            for token, token_type in zip(tokens, types, strict=True)
+            if token_type == type_
         ]
         (tokenizer.add_special_tokens if is_special else tokenizer.add_tokens)(added)
     _add_template(tokenizer, file, kind)
@@ -131,7 +132,7 @@ def _pre_tokenizer(kind: _Kind) -> Any:
 
 
 def _add_template(tokenizer: Tokenizer, file: GGUFFile, kind: _Kind) -> None:
-    """Has the tokenizer put the tokens around a text that the file says."""
+    """Make the tokenizer add the start and end tokens that the file specifies."""
     around = {}
     for name, default in (("bos", kind.add_bos), ("eos", False)):
         if file.metadata.get(f"tokenizer.ggml.add_{name}_token", default) and _special(file, name) is not None:
@@ -162,10 +163,11 @@ def _as_fast(tokenizer: Tokenizer, file: GGUFFile) -> PreTrainedTokenizerFast:
 
 
 def _special(file: GGUFFile, name: str) -> str | None:
-    """The token of a role, such as `bos`."""
+    """Return the token of a role, such as `bos`, or None."""
     number, tokens = file.metadata.get(f"tokenizer.ggml.{name}_token_id"), file.metadata["tokenizer.ggml.tokens"]
     if number is not None and number >= len(tokens):
         raise DamageError(
-            f"{file.path} says tokenizer.ggml.{name}_token_id={number} and has {len(tokens)} tokens; fetch or convert it again"
+            f"{file.path} has tokenizer.ggml.{name}_token_id={number} but only {len(tokens)} tokens; fetch or convert it "
+            "again"
         )
     return None if number is None else tokens[number]

@@ -1,6 +1,6 @@
-"""Keys and values that outlive the pass that made them: of committed blocks, a slot a request; or of one pass, for the next to see.
+"""Keys and values that outlive the pass that computed them: of committed blocks, or of one pass for later passes.
 
-Keys are kept as attention sees them, rotated to their absolute position, so nothing is computed twice.
+Keys are stored as attention uses them, rotated to their absolute position, so nothing is computed twice.
 """
 
 from __future__ import annotations
@@ -15,24 +15,25 @@ from transformers import PreTrainedConfig
 
 
 class KeyValueSource(Protocol):
-    """What attention asks for in every layer."""
+    """The keys and values that attention uses in every layer."""
 
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, H, queries, D/H] keys and values of this pass -> those that its queries may see, [B, H, keys, D/H]."""
+        """Return keys and values [B, H, keys, D/H] to attend to, given those of this pass, [B, H, queries, D/H]."""
 
 
 class KeyValueCache:
-    """Committed blocks (`diffusion.denoiser.Cache`): position n of slot b lies at [b, :, n], whatever was written when.
+    """The keys and values of committed blocks (`diffusion.denoiser.Cache`); position n of slot b is stored at [b, :, n].
 
-    A pass writes its keys behind what is committed, where no query of an earlier block looks; only `commit` makes them stay. Slots in
-    use are the first ones, so that a pass takes a view and copies nothing.
+    A pass writes its keys after the committed ones, where no query of an earlier block attends; only `commit` keeps them.
+    Slots in use are the first ones, so that a pass takes a view and copies nothing.
 
     Args:
-        config: of the network.
-        num_slots: requests at once.
-        capacity_tokens: positions of each.
-        device, dtype: of the network.
-        fixed_shapes: every pass sees as many keys, most of them hidden by its mask, so that no slot's arithmetic depends on the others' lengths.
+        config: configuration of the network.
+        num_slots: maximum number of requests at once.
+        capacity_tokens: positions of each slot.
+        device, dtype: device and precision of the network.
+        fixed_shapes: every pass has the same number of keys, most of them masked, so that a slot's arithmetic does not
+            depend on the lengths of other slots.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class KeyValueCache:
     ):
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        # With one place more than is ever filled, no pass has nothing to hide, which would be another kernel.
+        # One place more than is ever filled, so that every pass has keys to mask and uses the same kernel.
         self._fixed_keys = capacity_tokens + 1 if fixed_shapes else None
         places = self._fixed_keys or capacity_tokens
         self._pairs = [
@@ -61,7 +62,7 @@ class KeyValueCache:
         self._end = 0
 
     def part(self, first: int, count: int) -> KeyValueCache:
-        """The slots from `first` on, for one pass over them alone; what it wrote is committed here, where it lies."""
+        """Return a view of `count` slots from `first` on, for one pass over only them; they share the memory."""
         part = copy.copy(self)
         part._pairs = [pair[:, first : first + count] for pair in self._pairs]
         part.lengths = self.lengths[first : first + count]
@@ -69,7 +70,7 @@ class KeyValueCache:
         return part
 
     def begin(self, offsets: tuple[int, ...], num_queries: int) -> int:
-        """Makes ready for a pass of so many positions in the first len(offsets) slots; returns how many keys its queries see."""
+        """Prepare a pass of `num_queries` positions in the first len(offsets) slots, and return its number of keys."""
         self._end = max(offsets) + num_queries
         assert self._end <= self.capacity_tokens, f"{self._end} positions in a cache of {self.capacity_tokens}"
         if len(set(offsets)) == 1 and self._fixed_keys is None:
@@ -81,7 +82,7 @@ class KeyValueCache:
         return self._end
 
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes this pass's keys and values to their places, and gives all up to its last position."""
+        """Write the keys and values of this pass, and return all up to its last position."""
         num_rows, _, num_queries, _ = key.shape
         pair = self._pairs[layer]
         if self._places is None:
@@ -94,24 +95,30 @@ class KeyValueCache:
         return pair[0, :num_rows, :, : self._end], pair[1, :num_rows, :, : self._end]
 
     def commit(self, slot: int, num_tokens: int, last_row: Tensor) -> None:
-        """The next `num_tokens` positions of a slot, which the last pass wrote, stay; `last_row` [D] is the hidden row of the last of them."""
+        """Keep the next `num_tokens` positions of a slot, which the last pass wrote.
+
+        `last_row` [D] is the hidden state of the last of them.
+        """
         self.lengths[slot] += num_tokens
         self.last_rows[slot] = last_row
 
     def save(self, slot: int, start: int, num_tokens: int) -> Tensor:
-        """[layers, 2, H, n, D/H]: a copy of so many committed positions."""
+        """Return a copy [layers, 2, H, n, D/H] of n = `num_tokens` committed positions."""
         return torch.stack([pair[:, slot, :, start : start + num_tokens] for pair in self._pairs])
 
     def restore(self, slot: int, saved: Sequence[Tensor], last_row: Tensor) -> None:
-        """Begins an empty slot with what `save` gave, one behind the other; `last_row` [D] is the hidden row of the last position."""
+        """Fill an empty slot with the concatenated results of `save`.
+
+        `last_row` [D] is the hidden state of the last position.
+        """
         assert not self.lengths[slot], "the slot is empty"
         whole = torch.cat(list(saved), 3)
-        for pair, own in zip(self._pairs, whole, strict=True):
-            pair[:, slot, :, : own.shape[2]] = own
+        for pair, saved_pair in zip(self._pairs, whole, strict=True):
+            pair[:, slot, :, : saved_pair.shape[2]] = saved_pair
         self.commit(slot, whole.shape[3], last_row)
 
     def fork(self, source: int, target: int) -> None:
-        """Makes slot `target` a copy of slot `source`."""
+        """Copy slot `source` to slot `target`."""
         length = self.lengths[source]
         for pair in self._pairs:
             pair[:, target, :, :length] = pair[:, source, :, :length]
@@ -119,12 +126,12 @@ class KeyValueCache:
         self.last_rows[target] = self.last_rows[source]
 
     def release(self, slot: int) -> None:
-        """Empties a slot."""
+        """Mark a slot as empty."""
         self.lengths[slot] = 0
 
 
 class KeyValues:
-    """One pass's keys and values, with their gradients, which later passes see behind their own: [own ; recorded]."""
+    """The keys and values of one pass, with gradients; later passes attend to them after their own: [own ; recorded]."""
 
     def __init__(self) -> None:
         self._pairs: list[tuple[Tensor, Tensor]] = []
@@ -132,12 +139,12 @@ class KeyValues:
         self._is_complete = False
 
     def finish(self) -> None:
-        """From here on, passes see what was recorded."""
+        """End the recording; from here on, passes attend to the recorded keys and values."""
         self.num_keys = self._pairs[0][0].shape[2]
         self._is_complete = True
 
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Records in the first pass; afterwards gives [own ; recorded]."""
+        """Record the keys and values of the first pass; return [own ; recorded] in later passes."""
         if not self._is_complete:
             assert layer == len(self._pairs), "layers run in order, once"
             self._pairs.append((key, value))

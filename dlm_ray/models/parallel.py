@@ -1,8 +1,8 @@
-"""A network that is larger than one device: meta build, activation checkpointing, compile, FSDP2, in that order; then memory and numbers.
+"""Builds networks larger than one device: on meta, with activation checkpointing, compile and FSDP2; then initialises.
 
-Called by training and serving. In training the root is the module whose `forward` runs the whole objective, because FSDP2 gathers and reduces
-parameters in hooks of `forward`; embedding, final norm and head are the root's own group and stay gathered between forward and
-backward.
+Training and serving use it. In training, the root is the module whose `forward` runs the whole objective, because FSDP2
+gathers and reduces parameters in hooks of `forward`. Embedding, final norm and head form the root's group and stay
+gathered between forward and backward.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def build(
     remat: bool = False,
     compiled: bool = False,
 ) -> HuggingFaceDenoiser:
-    """A denoiser on the meta device: shapes without memory."""
+    """Return a denoiser on the meta device, which has shapes but no memory."""
     with torch.device("meta"):
         denoiser = HuggingFaceDenoiser(config, mask_id, shift, attention_kernel)
     if remat:
@@ -45,16 +45,17 @@ def build(
 def shard(
     root: nn.Module, denoiser: HuggingFaceDenoiser, mesh: DeviceMesh, precision: str, replicated: set[nn.Parameter]
 ) -> None:
-    """FSDP2 over `mesh`, a group a layer and the rest with the root; gathered weights and activations in `precision`, sums in float32.
+    """Shard with FSDP2 over `mesh`: one group per layer, and the rest with the root.
 
-    Parameters in `replicated` are left to the caller: whole on every rank, float32, their gradients not reduced.
+    Gathered weights and activations are in `precision`, sums in float32. Parameters in `replicated` are left to the
+    caller: whole on every rank, float32, without reduction of their gradients.
     """
     policy = (
         MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         if precision == "bf16"
         else MixedPrecisionPolicy()
     )
-    # What fits many times over stays gathered until the backward pass has used it: one collective less a layer and micro-batch.
+    # A small network stays gathered until its backward pass, which saves one collective per layer and micro-batch.
     is_large = sum(parameter.numel() for parameter in root.parameters()) * 4 > STAYS_GATHERED_BYTES
     for layer in denoiser.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=is_large)
@@ -62,9 +63,10 @@ def shard(
 
 
 def shard_frozen(denoiser: HuggingFaceDenoiser, mesh: DeviceMesh) -> None:
-    """FSDP2 over `mesh` of a network that is not trained: each call of `hidden` or `reduce_logits` gathers what it needs, collectively.
+    """Shard a network that is not trained with FSDP2 over `mesh`.
 
-    A layer is gathered for as long as it runs, embedding, final norm and head for as long as the call; nothing between calls.
+    Each call of `hidden` or `reduce_logits` is collective and gathers the parameters that it needs: a layer while it
+    runs; embedding, final norm and head during the call; none between calls.
     """
     for layer in denoiser.layers:
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
@@ -74,11 +76,11 @@ def shard_frozen(denoiser: HuggingFaceDenoiser, mesh: DeviceMesh) -> None:
 
 
 def materialize(denoiser: HuggingFaceDenoiser, device: torch.device) -> None:
-    """Gives meta parameters memory (their numbers are garbage) and buffers their values (rotary frequencies are in no checkpoint)."""
+    """Allocate meta parameters (with arbitrary values) and compute the buffers (checkpoints lack rotary frequencies)."""
     network = denoiser.network
     network.to_empty(device=device)
     if network.config.tie_word_embeddings:
-        # Unsharded, the two ends of a tie were given memory one by one.
+        # Without sharding, `to_empty` allocates tied weights separately.
         network.get_output_embeddings().weight = network.get_input_embeddings().weight
     for module in network.modules():
         if "RotaryEmbedding" in type(module).__name__:
@@ -87,10 +89,10 @@ def materialize(denoiser: HuggingFaceDenoiser, device: torch.device) -> None:
 
 @torch.no_grad()
 def initialize(denoiser: HuggingFaceDenoiser, seed: int, zero_head: bool = False) -> None:
-    """Numbers from scratch by the families' rule, the same on any number of workers: each tensor from (seed, its name).
+    """Initialise all parameters as the families do, with values that do not depend on the number of workers.
 
-    Matrices N(0, initializer_range^2), GPT-2's residual projections narrower by sqrt(2 layers), norms 1, biases 0; with `zero_head` an
-    untied head 0.
+    Each tensor is a function of (seed, its name): matrices N(0, initializer_range^2), GPT-2's residual projections with a
+    standard deviation smaller by sqrt(2 layers), norms 1, biases 0; with `zero_head`, an untied head is 0.
     """
     config = denoiser.network.config
     head = denoiser.network.get_output_embeddings().weight
@@ -109,19 +111,19 @@ def initialize(denoiser: HuggingFaceDenoiser, seed: int, zero_head: bool = False
 
 
 def named_generator(seed: int, name: str) -> torch.Generator:
-    """A CPU generator that depends on the seed and the name alone."""
+    """Return a CPU generator that depends only on the seed and the name."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
 
 def full(parameter: Tensor) -> Tensor:
-    """The whole of a parameter of which this rank may hold a shard; collective."""
+    """Return the whole of a parameter that may be sharded; collective."""
     whole = parameter.detach()
     return whole.full_tensor() if isinstance(whole, DTensor) else whole
 
 
 def copy_full(parameter: Tensor, full: Tensor) -> None:
-    """Copies the whole tensor `full`, which every rank has, into a parameter of which this rank may hold a shard."""
+    """Copy the whole tensor `full`, which every rank has, into a parameter that may be sharded."""
     if isinstance(parameter, DTensor):
         placed = distribute_tensor(
             full.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None

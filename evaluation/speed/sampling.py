@@ -19,7 +19,8 @@ from torch import Tensor
 
 from dlm_ray.config.recipe import Architecture
 from dlm_ray.diffusion.denoiser import Cache
-from dlm_ray.diffusion.samplers.blocks import BlockSampler, write
+from dlm_ray.diffusion.samplers.blocks import BlockSampler
+from dlm_ray.diffusion.samplers.generate import generate_blocks
 from dlm_ray.diffusion.samplers.requests import Request
 from dlm_ray.diffusion.samplers.rules import Confidence, LeftToRight, SelectionRule, Threshold
 from dlm_ray.diffusion.schedules import Polynomial
@@ -145,7 +146,7 @@ def _decoding(denoiser: HuggingFaceDenoiser, batch: int, device: torch.device) -
 def _generate(denoiser: Any, rule: SelectionRule, block_tokens: int, batch: int) -> None:
     """Generate DECODED_TOKENS tokens for each of `batch` prompts."""
     requests = [Request([0] * PROMPT_TOKENS, DECODED_TOKENS, number=number) for number in range(batch)]
-    write(
+    generate_blocks(
         denoiser,
         requests,
         rule,

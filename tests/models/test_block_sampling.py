@@ -10,7 +10,8 @@ from helpers.recomputing import Recomputing
 
 from dlm_ray.config.recipe import FAMILIES
 from dlm_ray.diffusion.draws import SAMPLING, generator
-from dlm_ray.diffusion.samplers.blocks import BlockSampler, write
+from dlm_ray.diffusion.samplers.blocks import BlockSampler
+from dlm_ray.diffusion.samplers.generate import generate_blocks
 from dlm_ray.diffusion.samplers.requests import Request, Stops, unigram_entropy_nats
 from dlm_ray.diffusion.samplers.rules import (
     Ancestral,
@@ -44,8 +45,8 @@ UNEQUAL = [(1, 9), (5, 7), (4, 8), (9, 3), (2, 17), (11, 6), (8, 1), (6, 12)]
 def test_with_the_cache_as_without_token_for_token(rule, shift):
     denoiser = denoiser_of("llama", shift)
     options = {"block_tokens": 4, "context_tokens": LENGTH, "num_steps": 3 if rule == "confidence" else 6}
-    cached = write(denoiser, requests_of(UNEQUAL), RULES[rule], **options)
-    again = write(Recomputing(denoiser), requests_of(UNEQUAL), RULES[rule], **options)
+    cached = generate_blocks(denoiser, requests_of(UNEQUAL), RULES[rule], **options)
+    again = generate_blocks(Recomputing(denoiser), requests_of(UNEQUAL), RULES[rule], **options)
     assert ids_of(cached) == ids_of(again)
     assert [len(ids) for ids in ids_of(cached)] == [length for _, length in UNEQUAL]
     assert (cached.num_denoising_calls, cached.num_cache_calls) == (again.num_denoising_calls, again.num_cache_calls)
@@ -58,8 +59,10 @@ def test_with_the_cache_as_without_in_every_family_and_block_size(family, block_
     options = {"block_tokens": block_tokens, "context_tokens": LENGTH, "num_steps": 4, "top_p": 0.9, "temperature": 0.8}
     for length in (10, 40):  # 40: beyond the context
         requests = requests_of([(3, length), (9, length - 3)])
-        cached = write(denoiser, requests, Ancestral(Polynomial()), **options)
-        assert ids_of(cached) == ids_of(write(Recomputing(denoiser), requests, Ancestral(Polynomial()), **options))
+        cached = generate_blocks(denoiser, requests, Ancestral(Polynomial()), **options)
+        assert ids_of(cached) == ids_of(
+            generate_blocks(Recomputing(denoiser), requests, Ancestral(Polynomial()), **options)
+        )
 
 
 @pytest.mark.parametrize("rule", ["first_hitting", "ancestral", "threshold"])
@@ -67,8 +70,8 @@ def test_a_batch_of_8_with_unequal_prompts_is_8_single_runs(rule):
     denoiser = denoiser_of("qwen2")
     options = {"block_tokens": 4, "context_tokens": LENGTH, "num_steps": 5}
     requests = requests_of([(n, length + 20 * (i % 2)) for i, (n, length) in enumerate(UNEQUAL)])
-    together = write(denoiser, requests, RULES[rule], **options)
-    alone = [write(denoiser, [request], RULES[rule], **options).texts[0] for request in requests]
+    together = generate_blocks(denoiser, requests, RULES[rule], **options)
+    alone = [generate_blocks(denoiser, [request], RULES[rule], **options).texts[0] for request in requests]
     assert ids_of(together) == [text.ids for text in alone]
     for one, other in zip(together.texts, alone, strict=True):
         assert (one.num_denoising_calls, one.num_cache_calls) == (other.num_denoising_calls, other.num_cache_calls)
@@ -88,7 +91,7 @@ def test_requests_may_come_while_others_are_under_way():
             sampler.add([waiting.pop(0)])
         sampler.tick()
     ids = {written.request.number: written.ids for written in sampler.finished}
-    alone = write(denoiser, requests, FirstHitting(), block_tokens=4, context_tokens=LENGTH, num_steps=1)
+    alone = generate_blocks(denoiser, requests, FirstHitting(), block_tokens=4, context_tokens=LENGTH, num_steps=1)
     assert [ids[request.number] for request in requests] == ids_of(alone)
 
 
@@ -106,7 +109,7 @@ def test_blocks_of_one_token_with_shift_are_autoregressive_decoding(mask_id):
         probs = model(torch.tensor([ids])).logits[0, -1, :num_words].softmax(-1)
         uniform = generator(seed, SAMPLING, position, number).random()
         ids.append(int((probs.cumsum(0) / probs.sum() <= uniform).sum()))
-    written = write(
+    written = generate_blocks(
         denoiser,
         [Request(ids[:3], 12, number, seed)],
         LeftToRight(),
@@ -121,7 +124,7 @@ def test_blocks_of_one_token_with_shift_are_autoregressive_decoding(mask_id):
 @pytest.mark.parametrize(("shift", "calls_a_block"), [(False, 4), (True, 3)])
 def test_first_hitting_calls_the_network_once_a_token(shift, calls_a_block):
     """L - 1 calls, as the start token is given. With shift the row before a block predicts its first position, whenever that is chosen: one less."""
-    written = write(
+    written = generate_blocks(
         denoiser_of("gpt2", shift),
         requests_of([(1, 19)]),
         FirstHitting(),
@@ -139,12 +142,12 @@ def test_caching_ancestral_calls_the_network_only_where_a_coin_falls():
     block_tokens, num_steps, num_blocks = 4, 7, 240
     requests = [Request([0] * block_tokens, block_tokens * 4, number, 1) for number in range(num_blocks // 4)]
     sampler = {"block_tokens": block_tokens, "context_tokens": LENGTH, "num_steps": num_steps}
-    written = write(denoiser_of("gpt2", shift=False), requests, Ancestral(Polynomial()), **sampler)
+    written = generate_blocks(denoiser_of("gpt2", shift=False), requests, Ancestral(Polynomial()), **sampler)
     calls = sum(text.num_denoising_calls for text in written.texts)
     p = 1 - (1 - 1 / num_steps) ** block_tokens
     # Steps exclude each other, so that the variance is below that of independent ones.
     assert abs(calls - num_blocks * num_steps * p) < 4.5 * math.sqrt(num_blocks * num_steps * p * (1 - p))
-    many = write(
+    many = generate_blocks(
         denoiser_of("gpt2", shift=False), requests[:1], Ancestral(Polynomial()), **{**sampler, "num_steps": 3000}
     )
     assert (
@@ -155,12 +158,12 @@ def test_caching_ancestral_calls_the_network_only_where_a_coin_falls():
 def test_threshold_1_is_confidence_with_one_token_a_call():
     denoiser = denoiser_of("mistral")
     options = {"block_tokens": 8, "context_tokens": LENGTH, "num_steps": 8, "temperature": 0.0}
-    one = write(denoiser, requests_of([(8, 16)]), Threshold(1.0), **options)
-    other = write(denoiser, requests_of([(8, 16)]), Confidence(Polynomial()), **options)
+    one = generate_blocks(denoiser, requests_of([(8, 16)]), Threshold(1.0), **options)
+    other = generate_blocks(denoiser, requests_of([(8, 16)]), Confidence(Polynomial()), **options)
     assert ids_of(one) == ids_of(other) and one.num_denoising_calls == other.num_denoising_calls
     # 16 tokens, of which two stand first in their block: when they are all that is masked, the row before predicts them without a call.
     assert 14 <= one.num_denoising_calls <= 16
-    quick = write(denoiser, requests_of([(8, 16)]), Threshold(0.05), **options)
+    quick = generate_blocks(denoiser, requests_of([(8, 16)]), Threshold(0.05), **options)
     assert quick.num_denoising_calls < one.num_denoising_calls
 
 
@@ -168,7 +171,7 @@ def test_the_rest_of_a_prompt_stays_and_blocks_lie_at_multiples_of_their_size():
     seen = []
     request = requests_of([(6, 7)])
     options = {"block_tokens": 4, "context_tokens": LENGTH, "num_steps": 4}
-    write(
+    generate_blocks(
         denoiser_of("llama"),
         request,
         Threshold(1.0),
@@ -190,7 +193,7 @@ def test_beyond_the_context_the_last_half_is_encoded_again_behind_a_start_token(
         lambda ids, *others: passes.append((ids.tolist(), others[1].lengths[:1])) or run(ids, *others),
     )
     options = {"block_tokens": 8, "context_tokens": LENGTH, "num_steps": 1}
-    [text] = write(denoiser, [Request([9, 1, 2], 5 * LENGTH, 0, 1)], FirstHitting(), **options).texts
+    [text] = generate_blocks(denoiser, [Request([9, 1, 2], 5 * LENGTH, 0, 1)], FirstHitting(), **options).texts
     ids = [9, 1, 2, *text.ids]
     assert len(text.ids) == 5 * LENGTH
     clean = [(row[0], length) for row, [length] in passes if denoiser.mask_id not in row[0]]
@@ -228,15 +231,18 @@ def test_first_hitting_by_hand(shift):
             probs = denoiser.reduce_logits(row[None], lambda logits: logits.double().softmax(-1))[0]
             ids[position] = int((probs.cumsum(0) / probs.sum() <= for_tokens[position - start]).sum())
     options = {"block_tokens": block, "context_tokens": LENGTH, "num_steps": 1}
-    assert write(denoiser, [Request(ids[:2], 14, number, seed)], FirstHitting(), **options).texts[0].ids == ids[2:]
+    assert (
+        generate_blocks(denoiser, [Request(ids[:2], 14, number, seed)], FirstHitting(), **options).texts[0].ids
+        == ids[2:]
+    )
 
 
 def test_stop_rules_look_at_each_text_alone_and_are_off_by_default():
     denoiser = denoiser_of("llama")
     options = {"block_tokens": 4, "context_tokens": LENGTH, "num_steps": 1}
-    free = ids_of(write(denoiser, requests_of(UNEQUAL), FirstHitting(), **options))
+    free = ids_of(generate_blocks(denoiser, requests_of(UNEQUAL), FirstHitting(), **options))
     end = free[4][5]
-    stopped = write(denoiser, requests_of(UNEQUAL, stops=Stops(end_id=end)), FirstHitting(), **options)
+    stopped = generate_blocks(denoiser, requests_of(UNEQUAL, stops=Stops(end_id=end)), FirstHitting(), **options)
     for text, ids in zip(stopped.texts, free, strict=True):
         expected = ids[: ids.index(end) + 1] if end in ids else ids
         assert (text.ids, text.stopped_by) == (expected, "end" if end in ids else "length")
@@ -252,7 +258,9 @@ def test_a_text_of_low_entropy_stops_and_loses_its_last_256_tokens():
         return torch.where((rows == 1)[:, None] & (torch.arange(logits.shape[1]) > 1), float("-inf"), logits)
 
     requests = [Request([0] * 9, 300, number, 1, Stops(lowest_entropy_nats=1.0)) for number in (0, 1)]
-    varied, dull = write(denoiser, requests, FirstHitting(), **{**options, "temperature": 1.0}, adjust=few).texts
+    varied, dull = generate_blocks(
+        denoiser, requests, FirstHitting(), **{**options, "temperature": 1.0}, adjust=few
+    ).texts
     assert (dull.stopped_by, len(dull.ids)) == ("entropy", 263 - 256)  # checked at position 272 for the first time
     assert (varied.stopped_by, len(varied.ids)) == ("length", 300)
     assert unigram_entropy_nats([1, 1, 2, 2]) == pytest.approx(math.log(2))
@@ -271,10 +279,10 @@ def test_a_reward_decides_between_candidates_of_a_block():
     common = {"number": 0, "seed": 2, "candidates": 4}
     best = Request([0, 5], 14, **common, reward=even, reward_temperature=0.0)
     other = Request([0, 5], 14, number=1, seed=2)
-    written = write(denoiser, [best, other], FirstHitting(), **options)
+    written = generate_blocks(denoiser, [best, other], FirstHitting(), **options)
     assert sorted(set(seen)) == [4, 8, 12, 16] and len(seen) == 16
-    assert written.texts[1].ids == write(denoiser, [other], FirstHitting(), **options).texts[0].ids
-    alone = write(denoiser, [Request([0, 5], 14, number=0, seed=2)], FirstHitting(), **options).texts[0]
+    assert written.texts[1].ids == generate_blocks(denoiser, [other], FirstHitting(), **options).texts[0].ids
+    alone = generate_blocks(denoiser, [Request([0, 5], 14, number=0, seed=2)], FirstHitting(), **options).texts[0]
     assert even(written.texts[0].ids) > even(alone.ids)
     # One of four is kept with probability softmax(reward / temperature).
     counts = np.zeros(4)
@@ -289,8 +297,8 @@ def test_candidates_with_the_cache_are_candidates_without():
     denoiser = denoiser_of("gpt2")
     options = {"block_tokens": 4, "context_tokens": LENGTH, "num_steps": 6}
     requests = requests_of([(3, 30), (6, 9)], candidates=3, reward=lambda ids: float(sum(ids)), reward_temperature=50.0)
-    one = write(denoiser, requests, Ancestral(Polynomial()), **options)
-    other = write(Recomputing(denoiser), requests, Ancestral(Polynomial()), **options)
+    one = generate_blocks(denoiser, requests, Ancestral(Polynomial()), **options)
+    other = generate_blocks(Recomputing(denoiser), requests, Ancestral(Polynomial()), **options)
     assert ids_of(one) == ids_of(other)
 
 

@@ -29,7 +29,7 @@ def write(sampler, requests):
     """Requests that come when there is room, several at a time."""
     waiting = list(requests)
     while waiting or sampler.num_active:
-        free = len(sampler._ids) - sampler.num_active
+        free = len(sampler._tensors) - sampler.num_active
         if waiting and free:
             sampler.add(waiting[:free])
             del waiting[:free]
@@ -65,8 +65,8 @@ def test_a_shared_prompt_costs_one_call_for_everybody():
     assert sampler.num_cache_calls == 1
     sampler.add([Request(SHARED[:12], 4, 3)])
     assert sampler.num_cache_calls == 1
-    assert [slot.text.num_cached_tokens for slot in sampler._slots] == [0, 12, 12, 12]
-    assert [slot.text.num_cache_calls for slot in sampler._slots] == [1, 0, 0, 0]
+    assert [slot.sequence.num_cached_tokens for slot in sampler._slots] == [0, 12, 12, 12]
+    assert [slot.sequence.num_cache_calls for slot in sampler._slots] == [1, 0, 0, 0]
 
 
 @torch.no_grad()
@@ -79,7 +79,7 @@ def test_with_fixed_shapes_keys_and_values_have_the_bits_of_a_slot_that_found_no
         used.add([Request(prompt, 3, number)])
     fresh.add([Request([0, 5, 6], 3, 2)])
     fresh.add([Request(longer, 3, 1)])
-    assert used._slots[1].text.num_cached_tokens == 12
+    assert used._slots[1].sequence.num_cached_tokens == 12
     assert torch.equal(used.cache.save(1, 0, 20), fresh.cache.save(1, 0, 20))
     assert torch.equal(used.cache.last_rows[1], fresh.cache.last_rows[1])
     for sampler in (fresh, used):

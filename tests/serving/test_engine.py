@@ -332,10 +332,10 @@ def test_a_job_that_fails_fails_alone_and_the_others_texts_go_on_as_if_it_had_ne
 class BrokenRule(LeftToRight):
     """Works until 5 positions are left."""
 
-    def chosen(self, canvas, wanted, *rest):
+    def selected(self, canvas, wanted, *rest):
         if int((canvas.is_masked & canvas.is_open).sum()) <= 5:
             raise IndexError("a rule fails")
-        return super().chosen(canvas, wanted, *rest)
+        return super().selected(canvas, wanted, *rest)
 
 
 def _refusing(push, stops):

@@ -1,1 +1,1 @@
-"""Rules (what one denoising step reveals) over the whole row at once, or block by block over a KV cache."""
+"""Samplers: rules that select what a denoising step reveals, on a whole canvas or block by block over a KV cache."""

@@ -1,6 +1,6 @@
-"""Control over what is drawn: functions that change the logits before a token is drawn from them, on either canvas.
+"""Adjustments of the logits before tokens are sampled from them, on a whole canvas and in blocks.
 
-Temperature, nucleus and confidence see the adjusted logits. -inf is never drawn.
+Temperature, nucleus and confidence are computed from the adjusted logits. A token with logit -inf is never sampled.
 """
 
 from __future__ import annotations
@@ -11,23 +11,24 @@ import torch
 from torch import Tensor
 
 Adjust = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(logits [n, V], rows [n], positions [n]) -> logits [n, V]: of which row (or request) and absolute position of its text each one is."""
+"""(logits [n, V], rows [n], positions [n]) -> logits [n, V]; `rows` has the row or request number of each, `positions`
+its absolute position in the sequence."""
 
 
 def banned(ids: Iterable[int]) -> Adjust:
-    """These tokens are never drawn."""
-    never = torch.tensor(sorted(ids), dtype=torch.long)
+    """Return an adjustment that never samples the tokens `ids`."""
+    banned_ids = torch.tensor(sorted(ids), dtype=torch.long)
 
     def adjust(logits: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
-        return logits.index_fill(1, never.to(logits.device), float("-inf"))
+        return logits.index_fill(1, banned_ids.to(logits.device), float("-inf"))
 
     return adjust
 
 
 def forced(tokens: Mapping[int, int]) -> Adjust:
-    """The token at each of these positions, whatever the model and other adjustments say; apply it last."""
+    """Return an adjustment that fixes the token at each position in `tokens`; apply it after all other adjustments."""
     last = max(tokens, default=0)
-    table = torch.full((last + 2,), -1)  # its last entry is that of all positions behind
+    table = torch.full((last + 2,), -1)  # the last entry is for all later positions
     for position, token in tokens.items():
         table[position] = token
 
@@ -40,21 +41,21 @@ def forced(tokens: Mapping[int, int]) -> Adjust:
 
 
 def pattern(allowed: Mapping[int, Iterable[int]]) -> Adjust:
-    """At each of these positions, only its own set of tokens.
+    """Return an adjustment that allows only the given set of tokens at each position in `allowed`.
 
     Raises:
-        ValueError: if a position has no token left.
+        ValueError: if the set of a position is empty.
     """
-    positions_of = sorted(allowed)
-    sets = [torch.tensor(sorted(allowed[position]), dtype=torch.long) for position in positions_of]
-    for position, ids in zip(positions_of, sets, strict=True):
+    pattern_positions = sorted(allowed)
+    sets = [torch.tensor(sorted(allowed[position]), dtype=torch.long) for position in pattern_positions]
+    for position, ids in zip(pattern_positions, sets, strict=True):
         if not len(ids):
             raise ValueError(
                 f"the pattern allows no token at position {position}; give it one, or leave the position out"
             )
 
     def adjust(logits: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
-        for position, ids in zip(positions_of, sets, strict=True):
+        for position, ids in zip(pattern_positions, sets, strict=True):
             only = torch.full(logits.shape[1:], float("-inf"), device=logits.device).index_fill(
                 0, ids.to(logits.device), 0.0
             )
@@ -65,14 +66,14 @@ def pattern(allowed: Mapping[int, Iterable[int]]) -> Adjust:
 
 
 def chained(*adjusts: Adjust | None) -> Adjust | None:
-    """One after the other; None if there is none."""
+    """Return an adjustment that applies all of `adjusts` in order, or None if all are None."""
     present = [adjust for adjust in adjusts if adjust is not None]
     if not present:
         return None
 
     def adjust(logits: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
-        for each in present:
-            logits = each(logits, rows, positions)
+        for apply in present:
+            logits = apply(logits, rows, positions)
         return logits
 
     return adjust

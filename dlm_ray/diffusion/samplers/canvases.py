@@ -1,7 +1,8 @@
-"""Whole canvases in slots: texts of different lengths, each at its own step, denoised by one network call a tick; they join and leave between ticks.
+"""Samples whole canvases in slots: sequences of different lengths and steps share one network call per tick.
 
-A text is what `whole_canvas.sample` writes with the same seed and number. A: texts in slots; L: positions of the longest; what is behind
-a shorter one's end is kept apart from it, as another document of a packed row.
+Sequences join and leave between ticks. The output equals that of `whole_canvas.sample` with the same seed and number.
+A: slots in use; L: positions of the longest canvas. Padding after a shorter canvas is masked from it, like another
+document of a packed sequence.
 """
 
 from __future__ import annotations
@@ -24,40 +25,43 @@ from dlm_ray.diffusion.visibility import Visibility
 
 @dataclass(frozen=True, eq=False)
 class CanvasRequest:
-    """One text: [prompt, what is to be written, suffix]."""
+    """A request for one sequence: [prompt, generated tokens, suffix]."""
 
     prompt: Sequence[int]
-    """Ids, the start token first."""
+    """Token ids, the start token first."""
     length_tokens: int
+    """Number of tokens to generate."""
     suffix: Sequence[int]
+    """Token ids after the generated tokens."""
     rule: Rule
+    """Selects the positions that a step reveals."""
     num_steps: int
-    """T, for rules with times."""
+    """T, the number of steps, for rules with times."""
     grid: str = "uniform"
     temperature: float = 1.0
     top_p: float = 1.0
     number: int = 0
-    """The row that the same text is of a batch of `whole_canvas.sample`; with the seed it decides the random numbers."""
+    """Determines the random numbers, together with the seed: the sequence's row in a batch of `whole_canvas.sample`."""
     seed: int = 0
     adjust: Adjust | None = None
     end_id: int | None = None
-    """A text is finished when all up to this token is."""
+    """Id of the end token; a sequence is finished when it is revealed up to this token."""
     stream_canvas: bool = False
-    """Whether the model's probability of every token is wanted, for people to see."""
+    """Whether to compute the model's log-probability of every token, for display."""
 
 
 @dataclass(eq=False)
-class CanvasText:
-    """A request under way, and when it is finished."""
+class CanvasState:
+    """The state of a request, running or finished."""
 
     request: CanvasRequest
     canvas: Canvas
-    """[1, L]."""
+    """The canvas [1, L], from prompt to suffix."""
     confidence: Tensor
-    """[L] float64: the model's log-probability of every token that is written, if it is shown."""
+    """[L] float64: the model's log-probability of every revealed token, if the request streams its canvas."""
     step: int = 0
     uniform: Tensor | None = None
-    """[2, 1, L] of the step."""
+    """[2, 1, L] random numbers of the current step, for tokens and for positions."""
     num_denoising_calls: int = 0
     num_cache_calls: int = field(default=0, init=False)
     num_cached_tokens: int = field(default=0, init=False)
@@ -65,12 +69,15 @@ class CanvasText:
 
     @property
     def span(self) -> slice:
-        """What is to be written."""
+        """The positions to generate."""
         return slice(len(self.request.prompt), len(self.request.prompt) + self.request.length_tokens)
 
     @property
     def ids(self) -> list[int]:
-        """What is written for good: up to the first mask, with the end-of-text token that ends it; nothing while it may be masked again."""
+        """The final generated ids: those before the first mask, up to and including the end token.
+
+        Empty while revealed tokens may be masked again.
+        """
         rule = self.request.rule
         if rule.remasks and self.stopped_by is None:
             return []
@@ -82,14 +89,16 @@ class CanvasText:
 
 
 class CanvasSampler:
-    """Slots of whole canvases; the interface of `blocks.BlockSampler`.
+    """Samples whole canvases in slots, with the interface of `blocks.BlockSampler`.
 
     Args:
         denoiser: the network.
-        pattern: who sees whom.
-        capacity_tokens: positions of the longest canvas.
-        num_slots: texts at once.
-        fixed_shapes: every call has all slots and all positions, so that a text has the same bits alone and in company.
+        pattern: which positions attend to which.
+        capacity_tokens: maximum number of positions of a canvas.
+        num_slots: maximum number of requests at once.
+        device: device of the network.
+        fixed_shapes: every call has all slots and all positions, so that a sequence has the same bits whether it is
+            sampled with or without others.
     """
 
     def __init__(
@@ -104,17 +113,17 @@ class CanvasSampler:
     ):
         self.denoiser, self.pattern, self.device = denoiser, pattern, device
         self.capacity_tokens, self.num_slots, self.fixed_shapes = capacity_tokens, num_slots, fixed_shapes
-        self.finished: list[CanvasText] = []
+        self.finished: list[CanvasState] = []
         self.num_denoising_calls = self.num_cache_calls = 0
-        self._texts: list[CanvasText] = []
+        self._sequences: list[CanvasState] = []
 
     @property
     def num_active(self) -> int:
-        """A."""
-        return len(self._texts)
+        """A, the number of slots in use."""
+        return len(self._sequences)
 
     def add(self, requests: Sequence[CanvasRequest]) -> None:
-        """Takes requests into free slots."""
+        """Put requests into free slots."""
         for request in requests:
             ids = torch.tensor([[*request.prompt, *[0] * request.length_tokens, *request.suffix]], device=self.device)
             assert ids.shape[1] <= self.capacity_tokens, (
@@ -123,118 +132,124 @@ class CanvasSampler:
             is_masked = torch.zeros_like(ids, dtype=torch.bool)
             is_masked[0, len(request.prompt) : len(request.prompt) + request.length_tokens] = True
             confidence = torch.zeros(ids.shape[1], dtype=torch.float64, device=self.device)
-            self._texts.append(CanvasText(request, Canvas(ids, is_masked), confidence))
+            self._sequences.append(CanvasState(request, Canvas(ids, is_masked), confidence))
         assert self.num_active <= self.num_slots, f"{self.num_active} requests in {self.num_slots} slots"
 
     def remove(self, request: CanvasRequest) -> None:
-        """Gives back the slot of a request that nobody waits for any more; it is never in `finished`."""
-        self._texts = [text for text in self._texts if text.request is not request]
+        """Free the slot of a cancelled request, which will not be in `finished`."""
+        self._sequences = [sequence for sequence in self._sequences if sequence.request is not request]
 
-    def running(self) -> Iterator[tuple[CanvasText, Tensor, Tensor, Tensor]]:
-        """Every text in a slot; and ids [N], where they are masked [N] and the log-probability of the others [N] of what it is to write."""
-        for text in self._texts:
-            span = text.span
-            yield text, text.canvas.ids[0, span], text.canvas.is_masked[0, span], text.confidence[span]
+    def running(self) -> Iterator[tuple[CanvasState, Tensor, Tensor, Tensor]]:
+        """Iterate over the sequences in slots.
+
+        Yields:
+            The sequence; and for its N positions to generate the ids [N], where they are masked [N], and the
+            log-probability [N] of the rest.
+        """
+        for sequence in self._sequences:
+            span = sequence.span
+            yield sequence, sequence.canvas.ids[0, span], sequence.canvas.is_masked[0, span], sequence.confidence[span]
 
     @torch.no_grad()
     def tick(self, only: Collection[CanvasRequest] | None = None) -> None:
-        """One network call over all slots in use, and a step of each.
+        """Call the network once over all slots in use, and take one step of each.
 
-        A tick that raises leaves every text before or behind a step, never within one: it may be repeated, with the same texts or others.
+        A tick that raises leaves every sequence before or after a step, never within one. It may be repeated, with the
+        same requests or others.
 
         Args:
-            only: requests whose texts take part, all if None; the others stand still.
+            only: the requests that take part, all if None; the others do not advance.
         """
-        texts = [text for text in self._texts if only is None or text.request in only]
-        for text in texts:
-            self._look(text)
-        texts = [text for text in texts if text.stopped_by is None]
-        if not texts:
+        sequences = [sequence for sequence in self._sequences if only is None or sequence.request in only]
+        for sequence in sequences:
+            self._advance(sequence)
+        sequences = [sequence for sequence in sequences if sequence.stopped_by is None]
+        if not sequences:
             return
-        hidden = self._hidden(texts)
+        hidden = self._hidden(sequences)
         self.num_denoising_calls += 1
-        for slot, text in enumerate(texts):
-            self._step(text, hidden[slot : slot + 1, : text.canvas.ids.shape[1]])
+        for slot, sequence in enumerate(sequences):
+            self._step(sequence, hidden[slot : slot + 1, : sequence.canvas.ids.shape[1]])
 
-    def _look(self, text: CanvasText) -> None:
-        """To the next step that needs the network, over those that want nothing."""
-        rule = text.request.rule
-        while not self._leaves(text):
-            numbers = generator(text.request.seed, SAMPLING, text.step, text.request.number).random(
-                (2, text.canvas.ids.shape[1])
+    def _advance(self, sequence: CanvasState) -> None:
+        """Move a sequence to its next step that needs the network, over steps that want no proposals."""
+        rule = sequence.request.rule
+        while not self._leave_if_finished(sequence):
+            numbers = generator(sequence.request.seed, SAMPLING, sequence.step, sequence.request.number).random(
+                (2, sequence.canvas.ids.shape[1])
             )
-            text.uniform = torch.from_numpy(np.expand_dims(numbers, 1)).to(self.device)
-            t, s = _times(text)
+            sequence.uniform = torch.from_numpy(np.expand_dims(numbers, 1)).to(self.device)
+            t, s = _times(sequence)
             if not isinstance(rule, SelectionRule):
                 return
             now, then = (torch.tensor([time], dtype=torch.float64, device=self.device) for time in (t, s))
-            if bool(rule.wanted(text.canvas, now, then, text.uniform[1]).any()):
+            if bool(rule.wanted(sequence.canvas, now, then, sequence.uniform[1]).any()):
                 return
-            text.canvas = rule.step(text.canvas, _nothing, t, s, text.uniform[1])  # type: ignore[arg-type]
-            text.step += 1
+            sequence.canvas = rule.step(sequence.canvas, _refuse_proposals, t, s, sequence.uniform[1])  # type: ignore[arg-type]
+            sequence.step += 1
 
-    def _hidden(self, texts: list[CanvasText]) -> Tensor:
-        """[slots, L, D] of one call."""
-        lengths = [text.canvas.ids.shape[1] for text in texts]
+    def _hidden(self, sequences: list[CanvasState]) -> Tensor:
+        """Return the hidden states [slots, L, D] of one call."""
+        lengths = [sequence.canvas.ids.shape[1] for sequence in sequences]
         shape = (self.num_slots, self.capacity_tokens) if self.fixed_shapes else (len(lengths), max(lengths))
         x_t = torch.zeros(shape, dtype=torch.int64, device=self.device)
         documents = torch.full(shape, -1, dtype=torch.int32, device=self.device)
         mask_id = self.denoiser.mask_id
-        for slot, (text, length) in enumerate(zip(texts, lengths, strict=True)):
-            ids = text.canvas.ids[0]
-            x_t[slot, :length] = ids if mask_id is None else ids.masked_fill(text.canvas.is_masked[0], mask_id)
+        for slot, (sequence, length) in enumerate(zip(sequences, lengths, strict=True)):
+            ids = sequence.canvas.ids[0]
+            x_t[slot, :length] = ids if mask_id is None else ids.masked_fill(sequence.canvas.is_masked[0], mask_id)
             documents[slot, :length] = 0
         is_padded = self.fixed_shapes or min(lengths) < max(lengths)
         return self.denoiser.hidden(x_t, Visibility(self.pattern, document_ids=documents if is_padded else None))
 
-    def _step(self, text: CanvasText, hidden: Tensor) -> None:
-        own, before = text.request, text.canvas
-        assert text.uniform is not None, "the row has looked"
+    def _step(self, sequence: CanvasState, hidden: Tensor) -> None:
+        request, before = sequence.request, sequence.canvas
+        assert sequence.uniform is not None, "`_advance` has set the random numbers"
         proposals = Proposals(
             self.denoiser,
             before,
             Visibility(self.pattern),
-            text.uniform[0].flatten(),
-            own.temperature,
-            own.top_p,
-            own.adjust,
+            sequence.uniform[0].flatten(),
+            request.temperature,
+            request.top_p,
+            request.adjust,
             "float64",
-            (own.seed, text.step),
+            (request.seed, sequence.step),
             hidden=hidden,
-            stream_canvas=own.stream_canvas,
+            stream_canvas=request.stream_canvas,
         )
-        text.canvas = own.rule.step(before, proposals, *_times(text), text.uniform[1])
-        if proposals.seen is not None:
-            positions, log_p = proposals.seen
-            text.confidence[positions] = log_p
-        text.num_denoising_calls += 1
-        text.step += 1
-        self._leaves(text)
+        sequence.canvas = request.rule.step(before, proposals, *_times(sequence), sequence.uniform[1])
+        if proposals.last_log_p is not None:
+            positions, log_p = proposals.last_log_p
+            sequence.confidence[positions] = log_p
+        sequence.num_denoising_calls += 1
+        sequence.step += 1
+        self._leave_if_finished(sequence)
 
-    def _leaves(self, text: CanvasText) -> bool:
-        """Whether the text is finished; then it goes."""
-        rule, num_masked = text.request.rule, int(text.canvas.is_masked.sum())
-        is_last = rule.is_timed and text.step == text.request.num_steps
-        if not rule.remasks and text.request.end_id is not None and text.ids[-1:] == [text.request.end_id]:
-            text.stopped_by = "end"
+    def _leave_if_finished(self, sequence: CanvasState) -> bool:
+        """Return whether a sequence is finished; a finished one leaves its slot."""
+        rule, num_masked = sequence.request.rule, int(sequence.canvas.is_masked.sum())
+        is_last = rule.is_timed and sequence.step == sequence.request.num_steps
+        if not rule.remasks and sequence.request.end_id is not None and sequence.ids[-1:] == [sequence.request.end_id]:
+            sequence.stopped_by = "end"
         elif is_last or (not num_masked and not rule.remasks):
             assert not num_masked, "a rule reveals every position by time 0"
-            text.stopped_by = "length"
-            if text.ids[-1:] == [text.request.end_id]:
-                text.stopped_by = "end"
-        if text.stopped_by is None:
+            sequence.stopped_by = "length"
+            if sequence.ids[-1:] == [sequence.request.end_id]:
+                sequence.stopped_by = "end"
+        if sequence.stopped_by is None:
             return False
-        self._texts.remove(text)
-        self.finished.append(text)
+        self._sequences.remove(sequence)
+        self.finished.append(sequence)
         return True
 
 
-def _times(text: CanvasText) -> tuple[float, float]:
-    if not text.request.rule.is_timed:
+def _times(sequence: CanvasState) -> tuple[float, float]:
+    if not sequence.request.rule.is_timed:
         return 1.0, 0.0
-    times = grid_times(text.request.grid, text.request.num_steps)
-    return times[text.step], times[text.step + 1]
+    times = grid_times(sequence.request.grid, sequence.request.num_steps)
+    return times[sequence.step], times[sequence.step + 1]
 
 
-def _nothing(positions: Tensor, confidence: object) -> tuple[Tensor, None]:
-    raise AssertionError("a step that wants nothing asks for nothing")
+def _refuse_proposals(positions: Tensor, confidence: object) -> tuple[Tensor, None]:
+    raise AssertionError("a step without wanted positions makes no proposals")

@@ -1,7 +1,8 @@
-"""Tokens from logits: temperature, nucleus, one uniform number a token, and how sure the model is. Float64 throughout.
+"""Samples tokens from logits with temperature, nucleus and one uniform number per token, and computes confidence.
 
-Tokens are drawn by inverting the cumulative distribution in float64. That is the law of float64 Gumbel-max, without the truncated tails that
-float32 Gumbel noise gives, which lower the entropy and flatter the text.
+Tokens are sampled in float64 by inverting the cumulative distribution. The distribution is that of float64 Gumbel-max,
+without the truncated tails of float32 Gumbel noise, which lower the entropy and make generated text look better than it
+is.
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ import torch
 from torch import Tensor
 
 Ranking = Literal["probability", "margin", "entropy"]
-"""Of a proposal, under the model at temperature 1: log p of the drawn token; p_1 - p_2 of the two most probable; -H of the distribution."""
+"""The confidence of a proposal under the model at temperature 1: log p of the sampled token, p_1 - p_2 of the two most
+probable tokens, or -H of the distribution."""
 
 
 def probabilities(logits: Tensor, temperature: float, top_p: float) -> Tensor:
-    """[n, V] logits -> [n, V] float64 probabilities at this temperature within the nucleus, of a sum of 1; NaN where no token may be drawn.
+    """Return the float64 probabilities [n, V] of logits [n, V] at this temperature, within the nucleus.
 
-    The row's maximum is subtracted before the division, so that no temperature, however small, overflows.
+    Each row sums to 1; it is NaN if no token is allowed. The maximum of the row is subtracted before the division, so
+    that even a very small temperature does not overflow.
     """
     logits = logits.double()
     best = logits.amax(-1, keepdim=True)
@@ -33,13 +36,14 @@ def probabilities(logits: Tensor, temperature: float, top_p: float) -> Tensor:
 
 
 def draw_or_stay(becomes: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """[n, V] probabilities of a sum of at most 1, [n] uniform numbers -> tokens [n], and whether one was drawn [n] (else: stays masked).
+    """Sample a token, or the outcome that the position stays masked, from probabilities [n, V] that sum to at most 1.
 
-    A row of NaN has no token that may be drawn: its token is -1, and it does not stay.
+    Returns the tokens [n] and whether one was sampled [n]. A row of NaN allows no token: its token is -1, and it counts
+    as sampled.
     """
     cumulative = becomes.cumsum(-1)
     total = cumulative[:, -1]
-    # Rounding may leave a sum of 1 below it; then nothing stays.
+    # Rounding may leave a sum of 1 slightly below 1; then no position stays masked.
     target = torch.where(total > 1 - 1e-9, uniform * total, uniform)
     tokens = torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
     is_impossible = total.isnan()
@@ -50,22 +54,23 @@ def draw_or_stay(becomes: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
 def draw_tokens(
     logits: Tensor, uniform: Tensor, temperature: float, top_p: float, confidence: Ranking | None = "probability"
 ) -> tuple[Tensor, Tensor]:
-    """One token a row of logits, and the model's confidence in it.
+    """Sample one token per row of logits, and compute the model's confidence in it.
 
     Args:
-        logits: [n, V]; -inf for what may not be drawn.
+        logits: [n, V]; -inf for tokens that are not allowed.
         uniform: [n] float64 in [0, 1).
         temperature: divides the logits; 0 takes the most probable token.
         top_p: keeps the smallest set of tokens with at least this probability (nucleus).
-        confidence: which; None computes none.
+        confidence: the kind of confidence; None computes none.
 
     Returns:
-        tokens [n] int64, -1 where no token may be drawn; and the confidence [n] float64 at temperature 1, 0 if none is asked for.
+        tokens [n] int64, -1 where no token is allowed; and the confidence [n] float64 at temperature 1, 0 if
+        `confidence` is None.
     """
-    model = None  # the probabilities at temperature 1, made at most once
+    model = None  # the probabilities at temperature 1, computed at most once
     if temperature == 0:
         best, tokens = logits.max(-1)
-        tokens = torch.where(best > float("-inf"), tokens, -1)  # NaN is not above it
+        tokens = torch.where(best > float("-inf"), tokens, -1)  # a NaN is not greater than -inf
     else:
         probs = probabilities(logits, temperature, top_p)
         tokens = draw_or_stay(probs, uniform)[0]
@@ -77,7 +82,10 @@ def draw_tokens(
 
 
 def confidence_in(tokens: Tensor, probs: Tensor, ranking: Ranking) -> Tensor:
-    """[n] float64: how sure a model of these probabilities [n, V] is of tokens [n], the higher the surer; finite, so that none ranks below nothing."""
+    """Return the confidence [n] float64 of a model with probabilities [n, V] in tokens [n].
+
+    A higher value means more confidence. Values are finite, so that every proposal ranks above positions without one (-inf).
+    """
     if ranking == "probability":
         smallest = torch.finfo(probs.dtype).tiny
         return probs.gather(1, tokens.clamp(min=0)[:, None])[:, 0].clamp(min=smallest).log()
@@ -88,19 +96,22 @@ def confidence_in(tokens: Tensor, probs: Tensor, ranking: Ranking) -> Tensor:
 
 
 def log_probability(tokens: Tensor, logits: Tensor) -> Tensor:
-    """[n] float64: the model's log-probability of tokens [n] at temperature 1, for people to see, whatever a rule ranks by."""
+    """Return the model's log-probability [n] float64 of tokens [n] at temperature 1, for display."""
     return confidence_in(tokens, probabilities(logits, 1.0, 1.0), "probability")
 
 
 def nothing_allowed(position: int | None) -> str:
-    """What is wrong where `draw_tokens` drew -1; a position is named where something adjusts the logits."""
+    """Return the error message for a token of -1 from `draw_tokens`; pass the position if an `adjust` is in use."""
     if position is None:
-        return "no token can be drawn: the network's logits are not finite; check the weights"
-    return f"adjust allows no token at position {position}: every logit is -inf; leave at least one (or the network's logits are not finite)"
+        return "no token can be sampled: the network's logits are not finite; check the weights"
+    return (
+        f"adjust allows no token at position {position}: every logit is -inf; leave at least one "
+        "(or the network's logits are not finite)"
+    )
 
 
 def nucleus(probs: Tensor, top_p: float) -> Tensor:
-    """[n, V] -> the smallest set of largest probabilities that reaches top_p, the rest 0 (not normalised)."""
+    """Keep the smallest set of largest probabilities of each row [n, V] that reaches top_p; set the rest to 0."""
     ordered, order = probs.sort(-1, descending=True)
-    before = ordered.cumsum(-1) - ordered  # the mass of the tokens in front; the first token is always kept
+    before = ordered.cumsum(-1) - ordered  # the mass of more probable tokens; the first token is always kept
     return torch.zeros_like(probs).scatter(-1, order, torch.where(before < top_p, ordered, 0.0))

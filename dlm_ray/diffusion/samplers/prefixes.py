@@ -1,6 +1,7 @@
-"""Beginnings of prompts that stay when their request is gone, as a tree of pieces: what begins alike is computed once.
+"""A cache of prompt prefixes that outlives requests, as a tree of pieces, so that equal prefixes are computed once.
 
-A piece is known by its tokens and by the piece before it, so whatever is found was computed behind the same tokens, by the network of this cache.
+The key of a piece is its tokens and the piece before it. A piece that is found was therefore computed after the same
+tokens, by the network of this cache.
 """
 
 from __future__ import annotations
@@ -14,32 +15,33 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """Some blocks of a beginning."""
+    """The keys and values of some blocks of a prefix."""
 
     number: int
+    """Identifies the piece; unique within the cache."""
     pairs: Tensor
-    """Keys and values, as `Cache.save` gives them."""
+    """Keys and values, as `Cache.save` returns them."""
     last_row: Tensor
-    """[D]: the hidden row of its last position."""
+    """[D]: the hidden state of its last position."""
 
     @property
     def num_bytes(self) -> int:
-        """Of memory."""
+        """The memory that the piece occupies."""
         return self.pairs.nbytes + self.last_row.nbytes
 
 
 class Prefixes:
-    """What is kept, the least recently used to go first.
+    """A cache of pieces that evicts the least recently used one first.
 
     Args:
-        piece_tokens: of every piece, whole blocks.
-        capacity_bytes: of all pieces; 0 keeps nothing.
+        piece_tokens: number of tokens of every piece, a multiple of the block size.
+        capacity_bytes: memory for all pieces; 0 keeps none.
     """
 
     def __init__(self, piece_tokens: int, capacity_bytes: int):
         self.piece_tokens, self.capacity_bytes = piece_tokens, capacity_bytes
         self.num_bytes = 0
-        # The least recently used first; a piece is always used after those behind it, so the first of all has none behind it.
+        # The least recently used first. A piece is always used after its successors, so the first one has none.
         self._pieces: OrderedDict[tuple[int, tuple[int, ...]], Piece] = OrderedDict()
         self._num_made = 0
 
@@ -47,7 +49,7 @@ class Prefixes:
         return len(self._pieces)
 
     def find(self, ids: Sequence[int]) -> list[Piece]:
-        """The pieces that `ids` begins with, as far as they are kept; they are used now."""
+        """Return the cached pieces that `ids` begins with, and mark them as used."""
         found: list[Piece] = []
         keys = []
         for key in self._keys(ids, found):
@@ -61,22 +63,23 @@ class Prefixes:
         return found
 
     def keep(self, ids: Sequence[int], make: Callable[[int], tuple[Tensor, Tensor] | None]) -> None:
-        """Adds what `ids` begins with and is not kept yet, as far as it is at hand and there is room.
+        """Add the pieces that `ids` begins with and the cache lacks, while they are available and there is room.
 
         Args:
-            ids: of the beginning.
-            make: the pairs and the last row of the piece from this position on; None if they are not at hand.
+            ids: token ids of the prompt.
+            make: returns the pairs and the last hidden state of the piece that begins at a position, or None if they are
+                not available.
         """
-        self.find(ids)  # what is there already is not what goes
+        self.find(ids)  # marks the pieces as used, so that they are not evicted for their successors
         chain: list[Piece] = []
         for key in self._keys(ids, chain):
             piece = self._pieces.get(key)
             if piece is None:
-                made = make(len(chain) * self.piece_tokens)
-                if made is None:
+                values = make(len(chain) * self.piece_tokens)
+                if values is None:
                     break
                 self._num_made += 1
-                piece = Piece(self._num_made, *made)
+                piece = Piece(self._num_made, *values)
                 if not self._has_room(piece.num_bytes, chain):
                     break
                 self._pieces[key] = piece
@@ -85,13 +88,13 @@ class Prefixes:
         self.find(ids)
 
     def _keys(self, ids: Sequence[int], chain: list[Piece]) -> Iterable[tuple[int, tuple[int, ...]]]:
-        """Of every whole piece of `ids`, in order; `chain` has those before it by then."""
+        """Iterate over the keys of the pieces of `ids`; the caller appends each piece to `chain` before the next."""
         for start in range(0, len(ids) - self.piece_tokens + 1, self.piece_tokens):
             yield chain[-1].number if chain else 0, tuple(ids[start : start + self.piece_tokens])
 
-    def _has_room(self, num_bytes: int, own: Sequence[Piece]) -> bool:
-        """Whether there is room for so much, after others than `own` have gone for it."""
-        numbers = {piece.number for piece in own}
+    def _has_room(self, num_bytes: int, chain: Sequence[Piece]) -> bool:
+        """Evict pieces outside `chain` until `num_bytes` fit, and return whether they do."""
+        numbers = {piece.number for piece in chain}
         while self.num_bytes + num_bytes > self.capacity_bytes:
             oldest = next(iter(self._pieces.values()), None)
             if oldest is None or oldest.number in numbers:

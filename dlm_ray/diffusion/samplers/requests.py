@@ -1,4 +1,4 @@
-"""A text that is asked for, block by block: what it starts from, when it stops, how its candidates are weighed, and what it cost."""
+"""Requests for block sampling: prompt, stop conditions, candidates, and the state and output of each request."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dlm_ray.diffusion.samplers.rules import SelectionRule
 
 ENTROPY_WINDOW_TOKENS = 256
 LOWEST_ENTROPY_NATS = 4.0
-# Numbers of candidates are above those of any row.
+# A candidate's number is stored in the bits above those of any request number.
 _CANDIDATE_BIT = 32
 
 StoppedBy = Literal["length", "end", "entropy"]
@@ -22,108 +22,116 @@ StoppedBy = Literal["length", "end", "entropy"]
 
 @dataclass(frozen=True)
 class Stops:
-    """When a text ends before its length (BD3-LM, section 6.2, and its code): both rules look at this text alone, and are off by default."""
+    """Conditions that end a sequence before its length (BD3-LM, section 6.2, and its code).
+
+    Both look at this sequence only, and both are off by default.
+    """
 
     end_id: int | None = None
-    """After the first generated token that is this one, which is kept."""
+    """Stop after the first generated token with this id, which is kept; None turns the condition off."""
     lowest_entropy_nats: float | None = None
-    """When the unigram entropy of the last 256 generated tokens is below (4.0 in the paper); those 256 are dropped."""
+    """Stop when the unigram entropy of the last 256 generated tokens is below this value in nats (4.0 in the paper).
+
+    Those 256 tokens are dropped. None turns the condition off.
+    """
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How a text is denoised; texts of different ways share network calls."""
+    """How a sequence is denoised; sequences with different parameters share network calls."""
 
     rule: SelectionRule
-    """What a step reveals."""
+    """Selects the positions that a step reveals."""
     num_steps: int
-    """T of a block, for rules with times."""
+    """T, the steps of a block, for rules with times."""
     grid: str = "uniform"
-    """As in `whole_canvas.sample`."""
+    """Spacing of the times, `uniform` or `cosine`, as in `whole_canvas.sample`."""
     temperature: float = 1.0
+    """Divides the logits; 0 takes the most probable token."""
     top_p: float = 1.0
+    """Probability of the nucleus that tokens are sampled from; 1 keeps all tokens."""
     stream_canvas: bool = False
-    """Whether the model's probability of every token is wanted, for people to see."""
+    """Whether to compute the model's log-probability of every token, for display."""
 
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """One text."""
+    """A request for one sequence."""
 
     prompt: Sequence[int]
-    """Ids, the start token first."""
+    """Token ids, the start token first."""
     length_tokens: int
-    """To write at most."""
+    """Maximum number of tokens to generate."""
     number: int = 0
-    """With the seed it decides the random numbers; neighbours and slots do not."""
+    """Determines the random numbers, together with the seed; other requests and slots have no influence."""
     seed: int = 0
     stops: Stops = Stops()
     candidates: int = 1
-    """So many of every block, in as many slots; one of them is kept."""
+    """Number of candidates for every block, each in its own slot; one of them is kept."""
     reward: Callable[[list[int]], float] | None = None
-    """Of the ids of prompt and text up to and with the block."""
+    """Returns the reward of a candidate, given the ids from prompt to block end; None keeps the first candidate."""
     reward_temperature: float = 1.0
     """A candidate is kept with probability softmax(reward / temperature); 0 keeps the best."""
     params: SamplingParams | None = None
-    """The sampler's own if not said."""
+    """The sampling parameters; None takes the sampler's."""
 
     def random(self, block: int, candidate: int) -> np.random.Generator:
-        """The numbers of a block's steps, one after the other; a block counts from the start of the text, wherever its keys lie."""
+        """Return the generator of a block's random numbers; blocks are counted from the start of the sequence."""
         return generator(self.seed, SAMPLING, block, self.number + (candidate << _CANDIDATE_BIT))
 
-    def choose(self, block: int, texts: Sequence[list[int]]) -> int:
-        """Which of the candidates stays."""
-        if len(texts) == 1 or self.reward is None:
+    def choose(self, block: int, candidates: Sequence[list[int]]) -> int:
+        """Return the index of the candidate to keep."""
+        if len(candidates) == 1 or self.reward is None:
             return 0
-        rewards = np.array([self.reward(text) for text in texts], dtype=np.float64)
+        rewards = np.array([self.reward(ids) for ids in candidates], dtype=np.float64)
         if self.reward_temperature == 0:
             return int(rewards.argmax())
         odds = np.exp((rewards - rewards.max()) / self.reward_temperature).cumsum()
-        uniform = self.random(block, len(texts)).random()
-        return int(np.searchsorted(odds, uniform * odds[-1], side="right").clip(max=len(texts) - 1))
+        uniform = self.random(block, len(candidates)).random()
+        return int(np.searchsorted(odds, uniform * odds[-1], side="right").clip(max=len(candidates) - 1))
 
 
 @dataclass(frozen=True)
 class GenerationOutput:
-    """A finished request."""
+    """The output of a finished request."""
 
     request: Request
     ids: list[int]
-    """What was written, without the prompt."""
+    """Generated token ids, without the prompt."""
     stopped_by: StoppedBy
     num_denoising_calls: int
-    """Network calls in which at least one of its blocks was denoised."""
+    """Network calls that denoised at least one of its blocks."""
     num_cache_calls: int
-    """Others that it took part in: its prompt, its finished blocks, and what was encoded again beyond the context."""
+    """Network calls that only filled the cache: with its prompt, its finished blocks, and context encoded again."""
     num_cached_tokens: int = 0
-    """Of its prompt, the start token included, that was in the cache already."""
+    """Prompt tokens, the start token included, that were in the cache already."""
 
 
 @dataclass(eq=False)
 class SequenceState:
-    """A request under way."""
+    """The state of a running request."""
 
     request: Request
     ids: list[int]
-    """Prompt and text."""
+    """Token ids of the prompt and of the finished blocks."""
     num_encoded: int = 0
-    """Ids whose keys are or were in the cache; the current block begins behind them."""
+    """Number of ids whose keys are or were in the cache; the current block begins after them."""
     num_denoising_calls: int = 0
     num_cache_calls: int = 0
     num_cached_tokens: int = 0
     stopped_by: StoppedBy | None = None
     num_dropped: int = field(default=0)
-    """Of the end of the text, when it is finished."""
+    """Number of tokens dropped from the end of a finished sequence."""
 
-    def take(self, ids: Sequence[int]) -> None:
-        """Adds a finished block, or what the prompt did not give of it, and says whether the text ends with it."""
+    def append(self, ids: Sequence[int]) -> None:
+        """Append the generated part of a finished block, and set `stopped_by` if the sequence ends with it."""
         first = len(self.ids)
         self.ids.extend(ids)
         end = len(self.request.prompt) + self.request.length_tokens
         stops = self.request.stops
-        written = self.ids[first:end]
-        if stops.end_id is not None and stops.end_id in written:
-            self._finish("end", len(self.ids) - first - written.index(stops.end_id) - 1)
+        new_ids = self.ids[first:end]
+        if stops.end_id is not None and stops.end_id in new_ids:
+            self._finish("end", len(self.ids) - first - new_ids.index(stops.end_id) - 1)
             return
         if (
             stops.lowest_entropy_nats is not None
@@ -136,11 +144,11 @@ class SequenceState:
         if len(self.ids) >= end:
             self._finish("length", len(self.ids) - end)
 
-    def _finish(self, why: StoppedBy, num_dropped: int) -> None:
-        self.stopped_by, self.num_dropped = why, num_dropped
+    def _finish(self, stopped_by: StoppedBy, num_dropped: int) -> None:
+        self.stopped_by, self.num_dropped = stopped_by, num_dropped
 
-    def written(self) -> GenerationOutput:
-        """The result."""
+    def output(self) -> GenerationOutput:
+        """Return the output of the finished request."""
         assert self.stopped_by is not None, "the request is finished"
         ids = self.ids[len(self.request.prompt) : len(self.ids) - self.num_dropped]
         return GenerationOutput(
@@ -149,6 +157,6 @@ class SequenceState:
 
 
 def unigram_entropy_nats(ids: Sequence[int]) -> float:
-    """Entropy of the frequencies of tokens in a text."""
+    """Return the entropy, in nats, of the token frequencies of a sequence."""
     counts = np.unique(np.asarray(ids), return_counts=True)[1]
     return math.log(len(ids)) - float((counts * np.log(counts)).sum()) / len(ids)

@@ -1,7 +1,8 @@
-"""SSD-LM's decoding: block after block, each from Gaussian noise on a simplex, steered by a classifier if somebody wants (section 3.3).
+"""SSD-LM's decoding (section 3.3): block after block, each from Gaussian noise on a simplex, optionally with guidance.
 
-From w_1 ~ K N(0, I), for t = 1, 1 - 1/T, .. 1/T: logits from the network; moved along the gradient of the classifier; projected to a corner
-of the simplex; noised again to t - 1/T. Revealed blocks are context for the next.
+A block starts from w_1 ~ K N(0, I). For t = 1, 1 - 1/T, .. 1/T, the sampler computes logits, moves them along the
+gradient of a classifier if there is one, projects them to a corner of the simplex, and adds noise for t - 1/T. Finished
+blocks are the context of later ones.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,7 +24,7 @@ from dlm_ray.diffusion.visibility import Visibility
 
 Projection = Literal["greedy", "sampled", "multi_hot"]
 Control = Callable[[Tensor], Tensor]
-"""[B, K, V] probabilities -> [B] log f(y | text): a classifier that takes mixtures of embeddings; its gradient steers."""
+"""[B, K, V] probabilities -> [B] log f(y | text): a classifier of mixtures of embeddings that guides sampling."""
 
 
 @torch.no_grad()
@@ -41,23 +43,24 @@ def sample_blocks(
     seed: int = 0,
     on_step: Callable[[int, int, Canvas], None] | None = None,
 ) -> SamplingTarget:
-    """Writes the masked tail of `canvas` in blocks of the trained length, `num_steps` network calls each.
+    """Generate the masked tail of `canvas` in blocks of the trained length, with `num_steps` network calls each.
 
     Args:
-        denoiser, objective: the network, and the noise and embeddings that it was trained with.
+        denoiser, objective: the network, and the objective that it was trained with, which defines noise and embeddings.
         canvas: clean context, then masked positions to the end, the same number in every row.
-        num_steps: T of decoding, a block; training's may be larger.
-        projection: `greedy` argmax; `sampled` a token from the nucleus; `multi_hot` all tokens of the nucleus at once.
+        num_steps: T, the steps of a block; training may use more.
+        projection: `greedy` takes the argmax; `sampled` takes a token from the nucleus; `multi_hot` takes all tokens of
+            the nucleus at once.
         temperature, top_p: as in `drawing.draw_tokens`.
-        banned_ids: tokens that are never drawn.
+        banned_ids: tokens that are never sampled.
         control, control_weight: logits += weight * gradient of control(softmax(logits)).
-        seed: of the randomness; a row's numbers do not depend on its neighbours.
+        seed: seed of the random numbers; those of a row do not depend on other rows.
         on_step: called after each step with (steps done, steps, canvas).
     """
     num_rows, num_positions = canvas.ids.shape
     first = int((~canvas.is_masked[0]).sum())
     assert bool((canvas.is_masked == (torch.arange(num_positions, device=canvas.ids.device) >= first)).all()), (
-        "the tail is what is masked"
+        "the masked positions are the tail"
     )
     num_blocks = -(-(num_positions - first) // objective.block_tokens)
     device, num_calls = canvas.ids.device, 0
@@ -65,7 +68,7 @@ def sample_blocks(
     for block in range(num_blocks):
         start = first + block * objective.block_tokens
         length = min(objective.block_tokens, num_positions - start)
-        # The last block may be cut: the network sees it whole, as it was trained to, and what is too much is dropped.
+        # The network sees the last block at full length, as in training; tokens beyond the canvas are dropped.
         random = [generator(seed, SAMPLING, block, row) for row in range(num_rows)]
         context = denoiser.embed(canvas.ids[:, :start])
         w = objective.scale * _normal(random, objective, device)  # [B, K, V]
@@ -85,7 +88,7 @@ def sample_blocks(
                 logits = steered(logits, control, control_weight)
             if banned_ids is not None:
                 logits = logits.index_fill(2, banned_ids, float("-inf"))
-            uniform = torch.stack([torch.from_numpy(own.random(objective.block_tokens)) for own in random]).to(device)
+            uniform = torch.stack([torch.from_numpy(each.random(objective.block_tokens)) for each in random]).to(device)
             tokens, corner = project(objective, logits, projection, uniform, temperature, top_p)
             then = alpha_bar(t - 1 / num_steps)[:, None, None].clamp(0, 1)
             w = then.sqrt() * corner
@@ -93,11 +96,11 @@ def sample_blocks(
                 w = w + (1 - then).sqrt() * objective.scale * _normal(random, objective, device)
             if on_step is not None:
                 on_step(block * num_steps + num_steps - step + 1, num_blocks * num_steps, canvas)
-        written = (
+        filled = (
             torch.arange(start, start + length, device=device)
             + num_positions * torch.arange(num_rows, device=device)[:, None]
         )
-        canvas = canvas.revealed(written.flatten(), tokens[:, :length].flatten())
+        canvas = canvas.revealed(filled.flatten(), tokens[:, :length].flatten())
     return SamplingTarget(canvas.ids, num_calls)
 
 
@@ -109,9 +112,9 @@ def project(
     temperature: float = 1.0,
     top_p: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """[B, K, V] logits -> [B, K] tokens, and the corner [B, K, V] of the simplex: +K at what the projection takes, -K elsewhere.
+    """Return tokens [B, K] and the corner [B, K, V] of the simplex.
 
-    `uniform` [B, K] float64 decides what `sampled` draws.
+    The corner is +K at the tokens that the projection takes, and -K elsewhere. `uniform` [B, K] float64 are the random numbers of `sampled`.
     """
     flat = logits.flatten(0, 1)
     drawn = draw_tokens(flat, uniform.flatten(), 0.0 if projection != "sampled" else temperature, top_p, None)[0]
@@ -125,17 +128,17 @@ def project(
 
 
 def steered(logits: Tensor, control: Control, weight: float) -> Tensor:
-    """[B, K, V] logits + weight * d control(softmax(logits)) / d logits."""
+    """Return logits + weight * d control(softmax(logits)) / d logits, [B, K, V]."""
     with torch.enable_grad():
         free = logits.detach().requires_grad_()
         (gradient,) = torch.autograd.grad(control(free.softmax(-1)).sum(), free)
     return logits + weight * gradient
 
 
-def _normal(random: list, objective: SsdLm, device: torch.device) -> Tensor:
-    """[B, K, V] standard normal numbers, each row's its own."""
+def _normal(random: list[np.random.Generator], objective: SsdLm, device: torch.device) -> Tensor:
+    """Return standard normal numbers [B, K, V], each row from its own generator."""
     numbers = [
-        torch.from_numpy(own.standard_normal((objective.block_tokens, objective.vocab_size), dtype="float32"))
-        for own in random
+        torch.from_numpy(each.standard_normal((objective.block_tokens, objective.vocab_size), dtype=np.float32))
+        for each in random
     ]
     return torch.stack(numbers).to(device, objective.time_slope.dtype)

@@ -1,4 +1,4 @@
-"""A slot of block sampling: whose text it holds, by which way, and what its next network call is for; and the steps of a way."""
+"""A slot of block sampling, its states, and the steps that its sampling parameters define."""
 
 from __future__ import annotations
 
@@ -11,79 +11,87 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dlm_ray.diffusion.samplers.drawing import draw_tokens, log_probability
 from dlm_ray.diffusion.samplers.requests import SamplingParams, SequenceState
 from dlm_ray.diffusion.samplers.whole_canvas import grid_times
 
-# Steps of a block whose random numbers are made at once, and which are looked through at once for one that wants something.
+# Number of steps of a block whose random numbers are generated together, and which are searched together for the next
+# step that has an effect.
 LOOK_AHEAD_STEPS = 128
 
 
 class SlotState(enum.Enum):
-    """What a slot waits for."""
+    """The state of a slot, which says what the slot waits for.
 
-    ADVANCING = "its next step is not known yet"
-    NEEDS_FORWARD = "wants proposals that need a network call"
-    CLEAN = "its block is finished; other candidates for it are not"
-    COMMITTING = "its block is finished and belongs into the cache"
-    FULL = "its cache has no room for another block: its last half context is to be encoded again"
-    LEAVING = "its text is finished"
+    ::
+
+             add, or the block before is committed
+                            |
+                            v
+        +-------------> ADVANCING ----------------+
+        |                   | the next step       | no steps are left,
+        | masks are left,   | wants proposals     | nothing is masked
+        | or steps that     v                     |
+        +-- may remask -- NEEDS_FORWARD           |
+                            | the last mask       |
+                            | is revealed         |
+                            v                     |
+                          CLEAN <-----------------+
+                            | all candidates for this block are clean, one is kept
+                 +----------+-------------+
+                 | the sequence continues | the sequence stops
+                 v                        v
+             COMMITTING                LEAVING ---> the slot is free
+                 | a network call writes the block into the cache
+                 +---------------------+
+                 | the cache has room  | the cache is full
+                 v                     v
+             ADVANCING               FULL ---> the last half context is encoded again ---> ADVANCING
+
+    `BlockSampler.remove` takes a slot from any state to LEAVING.
+    """
+
+    ADVANCING = "the next step that has an effect is not known yet"
+    NEEDS_FORWARD = "the next step wants proposals of the network"
+    CLEAN = "the block is finished, but other candidates for it are not"
+    COMMITTING = "the block is finished and has to be written into the cache"
+    FULL = "the cache has no room for another block, so the last half context has to be encoded again"
+    LEAVING = "the sequence is finished or was removed"
 
 
 @dataclass(eq=False)
 class Slot:
-    """One candidate of one text."""
+    """One candidate of one sequence."""
 
-    text: SequenceState
+    sequence: SequenceState
     candidate: int
     random: np.random.Generator
-    """Of the current block."""
+    """The random number generator of the current block."""
     params: SamplingParams
     state: SlotState = SlotState.ADVANCING
 
 
 def by_params(slots: Sequence[Slot]) -> list[tuple[SamplingParams, list[int]]]:
-    """The ways of some slots, each with its places among them: a rule serves its slots in one batch."""
-    places: dict[SamplingParams, list[int]] = {}
-    for place, slot in enumerate(slots):
-        places.setdefault(slot.params, []).append(place)
-    return list(places.items())
+    """Group slots by sampling parameters and return the indices into `slots`: a rule handles its slots as one batch."""
+    indices: dict[SamplingParams, list[int]] = {}
+    for index, slot in enumerate(slots):
+        indices.setdefault(slot.params, []).append(index)
+    return list(indices.items())
 
 
 def num_steps(params: SamplingParams, block_tokens: int) -> int:
-    """Steps of a block; a rule without times takes one a position at most."""
+    """Return the number of steps of a block; a rule without times takes at most one step per position."""
     return params.num_steps if params.rule.is_timed else block_tokens
 
 
 def window(params: SamplingParams, block_tokens: int) -> int:
-    """Steps whose random numbers lie ready."""
+    """Return the number of steps whose random numbers are generated together."""
     return min(params.num_steps, LOOK_AHEAD_STEPS) if params.rule.is_timed else block_tokens
 
 
 def times(params: SamplingParams, step: Tensor) -> tuple[Tensor, Tensor]:
-    """The times t, s [n] of steps [n]; of a rule without times, any."""
+    """Return the times t, s [n] of the steps [n]; a rule without times ignores them."""
     grid = _grid(params.grid, params.num_steps)
     return grid[step.clamp(max=params.num_steps)], grid[(step + 1).clamp(max=params.num_steps)]
-
-
-def draw_by_params(logits: Tensor, uniform: Tensor, number: Tensor, ways: Sequence[SamplingParams]) -> Tensor:
-    """Return what is drawn from logits [n, V], each row by the way of its `number` [n]: tokens, what their rule ranks by, log-probability [n, 3].
-
-    Rows of number -1 are nobody's, whatever they get. The log-probability is 0 where a way is not shown. Tokens are float64, too, which holds
-    them exactly: one tensor to bring back from the device.
-    """
-    drawn = torch.zeros(len(logits), 3, dtype=torch.float64, device=logits.device)
-    for each, params in enumerate(ways):
-        own = (
-            (number == each).nonzero()[:, 0] if len(ways) > 1 else slice(None)
-        )  # looking at `number` would wait for the device
-        ranking = params.rule.confidence
-        tokens, ranked = draw_tokens(logits[own], uniform[own], params.temperature, params.top_p, ranking)
-        shown = torch.zeros_like(ranked)
-        if params.stream_canvas:
-            shown = ranked if ranking == "probability" else log_probability(tokens, logits[own])
-        drawn[own] = torch.stack((tokens, ranked, shown), 1)
-    return drawn
 
 
 @lru_cache(maxsize=64)

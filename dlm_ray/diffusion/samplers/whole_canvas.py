@@ -1,4 +1,4 @@
-"""Denoising a whole canvas at once: every step is one network call over all rows, whatever is already revealed."""
+"""Denoises a whole canvas at once: every step is one network call over all rows and all positions."""
 
 from __future__ import annotations
 
@@ -33,17 +33,20 @@ Noise = Literal["float64", "float32_gumbel"]
 
 @dataclass(frozen=True)
 class SamplingTarget:
-    """A finished canvas, and what it cost."""
+    """A finished canvas and its number of network calls."""
 
     ids: Tensor
-    """[B, L] int64, nothing masked."""
+    """[B, L] int64, without masked positions."""
     num_network_calls: int
-    """Calls of the network on the whole batch (NFE); steps that revealed nothing cost none."""
+    """Network calls on the whole batch (NFE); steps that reveal nothing make no call."""
 
 
 @lru_cache(maxsize=64)
 def grid_times(grid: str, num_steps: int) -> tuple[float, ...]:
-    """T + 1 times from 1 to 0: `uniform` t = i/T, or `cosine` t = cos(pi/2 (1 - i/T)) (MD4, section 4), which reveals little at first."""
+    """Return T + 1 times from 1 to 0: `uniform` t = i/T, or `cosine` t = cos(pi/2 (1 - i/T)) (MD4, section 4).
+
+    The cosine grid reveals few tokens in early steps.
+    """
     steps = tuple(i / num_steps for i in range(num_steps, -1, -1))
     if grid == "uniform":
         return steps
@@ -67,25 +70,26 @@ def sample(
     seed: int = 0,
     on_step: Callable[[int, int, Canvas], None] | None = None,
 ) -> SamplingTarget:
-    """Reveals every masked position of `canvas`, in `num_steps` steps from t = 1 to 0 or in as many as an untimed rule takes.
+    """Reveal every masked position of `canvas` in `num_steps` steps from t = 1 to 0, or as many as an untimed rule needs.
 
-    A row's numbers depend on (seed, row, step) alone, never on its neighbours.
+    The random numbers of a row depend only on (seed, row, step), never on other rows.
 
     Args:
         denoiser: the network.
         canvas: ids with the masked positions marked.
-        rule: what a step reveals.
-        visibility: who sees whom.
-        num_steps: T; rules without times do not look at it.
-        grid: `uniform` or `cosine` times.
+        rule: selects what a step reveals.
+        visibility: which positions attend to which.
+        num_steps: T; rules without times ignore it.
+        grid: spacing of the times, `uniform` or `cosine`.
         temperature, top_p: as in `drawing.draw_tokens`.
-        adjust: changes the logits before tokens are drawn from them; rows are those of the canvas.
-        noise: `float32_gumbel` draws as MD4's code does, to compare with what it published.
-        seed: of the randomness.
-        on_step: called after each step with (steps done, steps, canvas); of an untimed rule with the tokens of the slowest row.
+        adjust: changes the logits before tokens are sampled; its rows are those of the canvas.
+        noise: `float32_gumbel` samples as MD4's code does, to compare with its published results.
+        seed: seed of the random numbers.
+        on_step: called after each step with (steps done, steps, canvas); for an untimed rule, both count
+            tokens of the slowest row.
 
     Raises:
-        ValueError: if `adjust` leaves no token at a position, or the network's logits there are not finite.
+        ValueError: if `adjust` allows no token at a position, or the network's logits are not finite.
     """
     shape = canvas.ids.shape
     num_calls = 0
@@ -111,28 +115,29 @@ def sample(
 
 @dataclass
 class Proposals:
-    """What the network says of one canvas (`rules.Propose`)."""
+    """The network's proposals for one canvas (implements `rules.Propose`)."""
 
     denoiser: Denoiser
     canvas: Canvas
     visibility: Visibility
     uniform: Tensor
-    """[B * L] float64, a number for every token."""
+    """[B * L] float64, one random number per position."""
     temperature: float
     top_p: float
     adjust: Adjust | None
     noise: Noise
     key: tuple[int, int]
-    """(seed, step) of Gumbel noise."""
+    """(seed, step) of the Gumbel noise."""
     num_calls: int = 0
     hidden: Tensor | None = None
-    """[B, L, D] of a call that was made already, for others too."""
-    seen: tuple[Tensor, Tensor] | None = None
-    """Positions [N] of the last tokens that were proposed, and the model's log-probabilities [N] of them; kept if `stream_canvas`."""
+    """[B, L, D] hidden states of an earlier call, which may be shared with other canvases; None makes a call."""
+    last_log_p: tuple[Tensor, Tensor] | None = None
+    """Positions [N] and log-probabilities [N] of the tokens proposed last; set if `stream_canvas`."""
     stream_canvas: bool = False
+    """Whether to compute the log-probability of every proposed token, for display."""
 
     def __call__(self, positions: Tensor, confidence: Ranking | None = "probability") -> tuple[Tensor, Tensor]:
-        """Tokens and the model's confidence in them."""
+        """Return tokens and the model's confidence in them."""
 
         def draw(logits: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
             logits = self._adjusted(logits, positions)
@@ -143,12 +148,12 @@ class Proposals:
                 ranked = confidence_in(tokens, probabilities(logits, 1.0, 1.0), confidence or "probability")
             else:
                 tokens, ranked = draw_tokens(logits, self.uniform[positions], self.temperature, self.top_p, confidence)
-            return self._with_shown(tokens, ranked, logits)
+            return self._with_log_probability(tokens, ranked, logits)
 
         return self._reduce(positions, draw)
 
     def transition(self, positions: Tensor, reveal: Reveal) -> tuple[Tensor, Tensor]:
-        """Tokens, and whether each position was revealed."""
+        """Return tokens, and whether each position was revealed."""
 
         def draw(logits: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
             adjusted = self._adjusted(logits, positions)
@@ -163,11 +168,11 @@ class Proposals:
                 is_revealed = (outcome < becomes.shape[1]) | is_impossible
             else:
                 tokens, is_revealed = draw_or_stay(becomes, self.uniform[positions])
-            return self._with_shown(tokens, is_revealed, adjusted)
+            return self._with_log_probability(tokens, is_revealed, adjusted)
 
         return self._reduce(positions, draw)
 
-    def _with_shown(self, tokens: Tensor, other: Tensor, logits: Tensor) -> tuple[Tensor, ...]:
+    def _with_log_probability(self, tokens: Tensor, other: Tensor, logits: Tensor) -> tuple[Tensor, ...]:
         return (tokens, other, log_probability(tokens, logits)) if self.stream_canvas else (tokens, other)
 
     @property
@@ -189,17 +194,17 @@ class Proposals:
             x_t = canvas.ids if mask_id is None else torch.where(canvas.is_masked, mask_id, canvas.ids)
             hidden = self.denoiser.hidden(x_t, self.visibility)
         rows = hidden.flatten(0, 1)[self.denoiser.rows_for(positions)]
-        tokens, other, *shown = self.denoiser.reduce_logits(rows, draw, positions)
+        tokens, other, *log_p = self.denoiser.reduce_logits(rows, draw, positions)
         if bool((tokens < 0).any()):
             raise ValueError(
                 nothing_allowed(None if self.adjust is None else int(positions[tokens < 0][0]) % canvas.ids.shape[1])
             )
-        if shown:
-            self.seen = positions, shown[0]
+        if log_p:
+            self.last_log_p = positions, log_p[0]
         return tokens, other
 
     def _gumbel(self, positions: Tensor, num_outcomes: int) -> Tensor:
-        """[n, outcomes] float32 Gumbel numbers, of every position its own."""
+        """Return Gumbel noise [n, outcomes] float32, generated for every position separately."""
         seed, step = self.key
         uniform = [
             generator(seed, GUMBEL, step, position).random(num_outcomes, dtype=np.float32)
@@ -210,6 +215,6 @@ class Proposals:
 
 
 def _uniform(seed: int, step: int, shape: torch.Size, device: torch.device) -> Tensor:
-    """[2, B, L] float64 in [0, 1): each row's own numbers of this step, for tokens and for positions."""
+    """Return random numbers [2, B, L] float64 in [0, 1) of a step, for tokens and for positions, by row."""
     rows = [generator(seed, SAMPLING, step, row).random((2, shape[1])) for row in range(shape[0])]
     return torch.from_numpy(np.stack(rows, axis=1)).to(device)

@@ -20,9 +20,9 @@ from helpers.toy import LENGTH, MASK, VOCAB, TableDenoiser
 
 from dlm_ray.diffusion.draws import SAMPLING, generator
 from dlm_ray.diffusion.samplers.adjust import banned, chained, forced, pattern
-from dlm_ray.diffusion.samplers.blocks import write
 from dlm_ray.diffusion.samplers.drawing import draw_or_stay, draw_tokens, probabilities
 from dlm_ray.diffusion.samplers.requests import Request
+from dlm_ray.diffusion.samplers.generate import generate_blocks
 from dlm_ray.diffusion.samplers.rules import (
     Ancestral,
     Canvas,
@@ -60,7 +60,7 @@ class OneBlock(TableDenoiser):
 
 def in_a_block(rule, num_samples, num_steps=1, seed=0, **options):
     requests = [Request([0], LENGTH, number, seed) for number in range(num_samples)]
-    written = write(
+    written = generate_blocks(
         OneBlock(1), requests, rule, block_tokens=1 + LENGTH, context_tokens=8, num_steps=num_steps, **options
     )
     return torch.tensor([[0, *text.ids] for text in written.texts])
@@ -185,11 +185,11 @@ def test_remasking_keeps_the_masked_share_and_never_touches_what_is_given(schedu
     assert sum(again) > num_rows / 2 and again[-1] == 0
 
 
-def chosen(rule, *confidence):
+def selected(rule, *confidence):
     values = torch.tensor([confidence], dtype=torch.float64)
     is_masked = values > float("-inf")
     return (
-        rule.chosen(Canvas(torch.zeros_like(is_masked).long(), is_masked), is_masked, values, NOW, THEN)[0]
+        rule.selected(Canvas(torch.zeros_like(is_masked).long(), is_masked), is_masked, values, NOW, THEN)[0]
         .int()
         .tolist()
     )
@@ -197,29 +197,29 @@ def chosen(rule, *confidence):
 
 def test_threshold_by_hand():
     log = [math.log(p) for p in (0.95, 0.5, 0.91, 0.2)]
-    assert chosen(Threshold(0.9), *log) == [1, 0, 1, 0]
-    assert chosen(Threshold(0.96), *log) == [1, 0, 0, 0]  # the best, although it is below
-    assert chosen(Threshold(0.0), *log) == [1, 1, 1, 1]
-    assert chosen(Threshold(1.0), 0.0, 0.0, log[0]) == [1, 0, 0]  # nothing exceeds 1: one token a call
-    assert chosen(Threshold(0.9), float("-inf"), log[1], log[3]) == [0, 1, 0]  # the first is not masked
+    assert selected(Threshold(0.9), *log) == [1, 0, 1, 0]
+    assert selected(Threshold(0.96), *log) == [1, 0, 0, 0]  # the best, although it is below
+    assert selected(Threshold(0.0), *log) == [1, 1, 1, 1]
+    assert selected(Threshold(1.0), 0.0, 0.0, log[0]) == [1, 0, 0]  # nothing exceeds 1: one token a call
+    assert selected(Threshold(0.9), float("-inf"), log[1], log[3]) == [0, 1, 0]  # the first is not masked
 
 
 def test_factor_by_hand():
     """(n + 1)(1 - p_n) of p = .95, .9, .8, .3: .1, .3, .8, 3.5."""
     log = [math.log(p) for p in (0.9, 0.3, 0.95, 0.8)]
-    assert chosen(Factor(1.0), *log) == [1, 0, 1, 1]
-    assert chosen(Factor(0.5), *log) == [1, 0, 1, 0]
-    assert chosen(Factor(0.05), *log) == [0, 0, 1, 0]
-    assert chosen(Factor(4.0), *log) == [1, 1, 1, 1]
+    assert selected(Factor(1.0), *log) == [1, 0, 1, 1]
+    assert selected(Factor(0.5), *log) == [1, 0, 1, 0]
+    assert selected(Factor(0.05), *log) == [0, 0, 1, 0]
+    assert selected(Factor(4.0), *log) == [1, 1, 1, 1]
 
 
 def test_entropy_bounded_by_hand():
     """Sorted .05, .06, .3, 1: the sum without the largest is 0, .05, .11, .41."""
     entropy = [-0.3, -0.05, -1.0, -0.06]
-    assert chosen(EntropyBounded(0.1), *entropy) == [0, 1, 0, 1]
-    assert chosen(EntropyBounded(0.12), *entropy) == [1, 1, 0, 1]
-    assert chosen(EntropyBounded(0.5), *entropy) == [1, 1, 1, 1]
-    assert chosen(EntropyBounded(0.0), *entropy) == [0, 1, 0, 0]
+    assert selected(EntropyBounded(0.1), *entropy) == [0, 1, 0, 1]
+    assert selected(EntropyBounded(0.12), *entropy) == [1, 1, 0, 1]
+    assert selected(EntropyBounded(0.5), *entropy) == [1, 1, 1, 1]
+    assert selected(EntropyBounded(0.0), *entropy) == [0, 1, 0, 0]
 
 
 def test_confidence_is_of_the_model_at_temperature_1():
@@ -287,7 +287,9 @@ def test_logits_that_are_not_numbers_are_an_error_and_no_token():
     with pytest.raises(ValueError, match="logits are not finite"):
         sample(Broken(), empty_canvas(2), FirstHitting(), FULL, num_steps=1)
     with pytest.raises(ValueError, match="logits are not finite"):
-        write(Broken(), [Request([0], LENGTH)], FirstHitting(), block_tokens=1 + LENGTH, context_tokens=8, num_steps=1)
+        generate_blocks(
+            Broken(), [Request([0], LENGTH)], FirstHitting(), block_tokens=1 + LENGTH, context_tokens=8, num_steps=1
+        )
 
 
 def test_margin_and_probability_rank_differently():

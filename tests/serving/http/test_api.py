@@ -444,9 +444,9 @@ def test_a_request_that_fails_is_a_500_of_its_own_and_others_are_written_to_thei
 class Failing(LeftToRight):
     """Works until 5 positions of a block are left."""
 
-    def chosen(self, canvas, wanted, *rest):
+    def selected(self, canvas, wanted, *rest):
         assert int((canvas.is_masked & canvas.is_open).sum()) > 5, "a rule fails"
-        return super().chosen(canvas, wanted, *rest)
+        return super().selected(canvas, wanted, *rest)
 
 
 def texts_of(answer):
