@@ -22,15 +22,15 @@ class Visibility:
     """The keys that every query position of a micro-batch attends to.
 
     `pattern` defines which future positions a query sees. `block_tokens` K limits the future to the query's block of K
-    positions (blocks are aligned to absolute positions). `half` L means that the sequence is [x_t ; x_0], two halves of L
-    positions with the same position ids (BD3-LM, arXiv 2503.09573, section 3.2): x_t sees its own block in x_t and all
-    earlier blocks in x_0; x_0 sees itself block by block, and never x_t.
+    positions (blocks are aligned to absolute positions). `half` L means that the sequence is [x_t ; x_0], two halves of
+    L positions with the same position ids (BD3-LM, arXiv 2503.09573, section 3.2): x_t sees its own block in x_t and
+    all earlier blocks in x_0; x_0 sees itself block by block, and never x_t.
     """
 
     pattern: Literal["causal", "bidirectional", "bernoulli", "window"]
     """`causal`: no future position; `bidirectional`: all; `bernoulli`: a random subset; `window`: the nearest ones."""
     threshold: int = 0
-    """`bernoulli`: a query sees a future key where hash < threshold, out of 2**32. `window`: number of future positions."""
+    """`bernoulli`: a query sees a future key where hash < threshold, out of 2**32. `window`: number of positions."""
     salt: int = 0
     """`bernoulli`: the step, so that each step has a different mask."""
     document_ids: Tensor | None = None
@@ -40,7 +40,7 @@ class Visibility:
     half: int | None = None
     """L, for sequences [x_t ; x_0] of 2L positions; None for ordinary sequences."""
     offsets: tuple[int, ...] | None = None
-    """The position of each row's first query, for queries after cached keys; keys count from 0. None: queries do, too."""
+    """For queries after cached keys: the position of each row's first query; keys count from 0. None: all 0."""
 
     def sees(self, row: Any, query: Any, key: Any) -> Any:
         """Return whether `query` sees `key` in batch row `row`.
@@ -135,8 +135,8 @@ def annealed(
     """Return the visibility at annealing ratio r: causal at 0, bidirectional at 1, in between a share r of the future.
 
     Args:
-        pattern: `bernoulli`: every future pair with probability r (DiffuLLaMA); `window`: the nearest r * (L - 1) future
-            positions; `none`: bidirectional.
+        pattern: `bernoulli`: every future pair with probability r (DiffuLLaMA); `window`: the nearest r * (L - 1)
+            future positions; `none`: bidirectional.
         ratio: the annealing ratio r.
         step: the update, which has its own Bernoulli mask.
         num_positions: L, or K if blocks of K limit the future.

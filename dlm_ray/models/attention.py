@@ -86,7 +86,7 @@ def attend(
     visibility: Prepared | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Return the attention output [B, L, H, D/H] for queries [B, H, L, D/H] and keys and values [B, H or fewer, L, D/H]."""
+    """Return the attention output [B, L, H, D/H] of queries [B, H, L, D/H] and keys and values [B, <= H, L, D/H]."""
     assert visibility is not None, f"{type(module).__name__} does not pass the visibility on to its attention"
     if visibility.kv is not None:
         layer: Any = module.layer_idx

@@ -1,4 +1,4 @@
-"""A Hugging Face causal LM as a denoiser: hidden states under any visibility, logits on demand, shift and mask token."""
+"""A Hugging Face causal LM as a denoiser: hidden states under any visibility, logits on demand, shift, mask token."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class HuggingFaceDenoiser(nn.Module):
     Args:
         config: the configuration; its vocabulary has an embedding row for the mask token, unless `mask_id` is None.
         mask_id: id of the mask token; None for a network that is only autoregressive.
-        shift: whether hidden state i-1 predicts position i, as in the AR model (DiffuLLaMA); otherwise hidden state i does.
+        shift: whether hidden state i-1 predicts position i, as in the AR model (DiffuLLaMA); otherwise state i does.
         attention_kernel: the recipe's `model.attention`.
     """
 
@@ -61,15 +61,15 @@ class HuggingFaceDenoiser(nn.Module):
         return rows - (self.mask_id == rows - 1)
 
     def vocabulary_names(self) -> set[str]:
-        """Return the names of the tensors in `network` with a row per token: the embedding, and the head unless it is tied."""
+        """Return the names of tensors in `network` with a row per token: the embedding, and the head unless tied."""
         rows = (self.network.get_input_embeddings().weight, self.network.get_output_embeddings().weight)
         return {name for name, parameter in self.network.named_parameters() if any(parameter is row for row in rows)}
 
     def hidden(self, inputs: Tensor, visibility: Visibility, kv: Any = None) -> Tensor:
         """Return the hidden states [B, L, D] after the final norm, of ids [B, L] int64 or embeddings [B, L, D].
 
-        Position ids continue across packed documents. `kv` is a cache from `new_cache`, whose slots the inputs continue,
-        or keys and values from `forward_with_kv`, which the inputs attend to.
+        Position ids continue across packed documents. `kv` is a cache from `new_cache`, whose slots the inputs
+        continue, or keys and values from `forward_with_kv`, which the inputs attend to.
         """
         return self._run(inputs, visibility, kv).last_hidden_state
 
@@ -117,12 +117,12 @@ class HuggingFaceDenoiser(nn.Module):
         return positions - 1 if self.shift else positions
 
     def reduce_logits(self, rows: Tensor, fn: Callable[..., Any], *row_arguments: Tensor) -> Any:
-        """Apply `fn` to the logits of `rows` [N, D] in chunks, which the backward pass recomputes, so [N, V] never exists.
+        """Apply `fn` to the logits of `rows` [N, D] in chunks that the backward pass recomputes; [N, V] never exists.
 
         Args:
             rows: hidden states [N, D].
-            fn: takes logits [n, V] float32 and a chunk of each row argument; returns a tensor with n rows, or a tuple of
-                such tensors.
+            fn: takes logits [n, V] float32 and a chunk of each row argument; returns a tensor with n rows, or a
+                tuple of such tensors.
             row_arguments: tensors with N rows each.
         """
         chunk = max(1, CHUNK_ELEMENTS // self.network.config.vocab_size)

@@ -1,4 +1,7 @@
-"""Reads GGUF files (llama.cpp's format): a Hugging Face configuration, and tensors by Hugging Face name. Needs the extra `gguf`."""
+"""Reads GGUF files (llama.cpp's format) as a Hugging Face configuration and tensors by Hugging Face name.
+
+Needs the extra `gguf`.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +21,9 @@ from torch import Tensor
 from dlm_ray.config.errors import DamageError, UserError
 
 MAGIC = b"GGUF"
-# The Hugging Face family of each `general.architecture`. llama.cpp has no architecture for Mistral: its files say llama,
-# and a Llama network computes the same (Mistral differs in its sliding window only, which neither GGUF nor an adapted
-# model has).
+# The Hugging Face family of each `general.architecture`. llama.cpp has no architecture for Mistral: its files say
+# llama, and a Llama network computes the same (Mistral differs only in its sliding window, which neither GGUF nor an
+# adapted model has).
 FAMILIES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 
 _TOP = {"token_embd": "model.embed_tokens", "output": "lm_head", "output_norm": "model.norm"}
@@ -127,7 +130,10 @@ class GGUFFile:
         return fields
 
     def read(self, name: str, region: tuple[slice, ...] | None = None) -> Tensor:
-        """Return a tensor by its Hugging Face name, or a region of it, as float32; dequantise only the region's rows."""
+        """Return a tensor by its Hugging Face name, or a region of it, as float32.
+
+        Only the rows of the region are dequantised.
+        """
         import gguf
 
         stored = self.tensors[name]
@@ -164,7 +170,7 @@ class GGUFFile:
         raise self._refused(f"{self.architecture}.rope.scaling.type={kind!r}; supported are none, linear and yarn")
 
     def _llama3_scaling(self, theta: float, head_dim: int) -> dict[str, Any]:
-        """Return Llama 3.1's rotary settings if they produce the factors in the file, which does not store the settings."""
+        """Return Llama 3.1's rotary settings, which the file does not store, if they produce the file's factors."""
         assert self.rope_factors is not None, "the caller has checked for factors"
         scaling = {
             "rope_type": "llama3",
@@ -329,8 +335,8 @@ def _huggingface_name(path: str, name: str) -> str:
 def _unpermuted_rows(num_rows: int, heads: int) -> np.ndarray:
     """Return the index in llama.cpp's order of each row of a query or key projection.
 
-    Hugging Face rotates dimension i of a head with i + D/2, llama.cpp's llama architecture rotates 2i with 2i + 1, so its
-    converter interleaves the halves.
+    Hugging Face rotates dimension i of a head with i + D/2, llama.cpp's llama architecture rotates 2i with 2i + 1, so
+    its converter interleaves the halves.
     """
     return np.arange(num_rows).reshape(heads, num_rows // heads // 2, 2).swapaxes(1, 2).reshape(-1)
 

@@ -33,7 +33,8 @@ class _Kind:
 
 _LLAMA3 = _Kind(
     split=(
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     ),
     ignore_merges=True,
     add_bos=True,
@@ -45,7 +46,10 @@ _KINDS = {
     "llama3": _LLAMA3,
     "llama-v3": _LLAMA3,
     "qwen2": _Kind(
-        split=r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+        split=(
+            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+            r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+        ),
         normalize=True,
     ),
     "tekken": _Kind(
@@ -167,7 +171,7 @@ def _special(file: GGUFFile, name: str) -> str | None:
     number, tokens = file.metadata.get(f"tokenizer.ggml.{name}_token_id"), file.metadata["tokenizer.ggml.tokens"]
     if number is not None and number >= len(tokens):
         raise DamageError(
-            f"{file.path} has tokenizer.ggml.{name}_token_id={number} but only {len(tokens)} tokens; fetch or convert it "
-            "again"
+            f"{file.path} has tokenizer.ggml.{name}_token_id={number} and has {len(tokens)} tokens; "
+            "fetch or convert it again"
         )
     return None if number is None else tokens[number]

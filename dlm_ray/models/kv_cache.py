@@ -22,10 +22,10 @@ class KeyValueSource(Protocol):
 
 
 class KeyValueCache:
-    """The keys and values of committed blocks (`diffusion.denoiser.Cache`); position n of slot b is stored at [b, :, n].
+    """The keys and values of committed blocks (`diffusion.denoiser.Cache`); position n of slot b is at [b, :, n].
 
-    A pass writes its keys after the committed ones, where no query of an earlier block attends; only `commit` keeps them.
-    Slots in use are the first ones, so that a pass takes a view and copies nothing.
+    A pass writes its keys after the committed ones, where no query of an earlier block attends; only `commit` keeps
+    them. Slots in use are the first ones, so that a pass takes a view and copies nothing.
 
     Args:
         config: configuration of the network.
@@ -131,7 +131,7 @@ class KeyValueCache:
 
 
 class KeyValues:
-    """The keys and values of one pass, with gradients; later passes attend to them after their own: [own ; recorded]."""
+    """The keys and values of one pass, with gradients; later passes attend to [their own ; recorded]."""
 
     def __init__(self) -> None:
         self._pairs: list[tuple[Tensor, Tensor]] = []

@@ -76,7 +76,7 @@ def shard_frozen(denoiser: HuggingFaceDenoiser, mesh: DeviceMesh) -> None:
 
 
 def materialize(denoiser: HuggingFaceDenoiser, device: torch.device) -> None:
-    """Allocate meta parameters (with arbitrary values) and compute the buffers (checkpoints lack rotary frequencies)."""
+    """Allocate meta parameters (with arbitrary values) and compute buffers (checkpoints lack rotary frequencies)."""
     network = denoiser.network
     network.to_empty(device=device)
     if network.config.tie_word_embeddings:
@@ -91,8 +91,8 @@ def materialize(denoiser: HuggingFaceDenoiser, device: torch.device) -> None:
 def initialize(denoiser: HuggingFaceDenoiser, seed: int, zero_head: bool = False) -> None:
     """Initialise all parameters as the families do, with values that do not depend on the number of workers.
 
-    Each tensor is a function of (seed, its name): matrices N(0, initializer_range^2), GPT-2's residual projections with a
-    standard deviation smaller by sqrt(2 layers), norms 1, biases 0; with `zero_head`, an untied head is 0.
+    Each tensor is a function of (seed, its name): matrices N(0, initializer_range^2), GPT-2's residual projections with
+    a standard deviation smaller by sqrt(2 layers), norms 1, biases 0; with `zero_head`, an untied head is 0.
     """
     config = denoiser.network.config
     head = denoiser.network.get_output_embeddings().weight

@@ -1,4 +1,4 @@
-"""One predicate: its dense mask is what the definition says pair by pair, and FlexAttention computes the same attention from it."""
+"""The dense mask equals the definition pair by pair, and FlexAttention computes the same attention."""
 
 import numpy as np
 import pytest
@@ -37,7 +37,7 @@ def by_definition(visibility, row, query, key):
 @pytest.mark.parametrize(
     "visibility", VISIBILITIES, ids=lambda v: f"{v.pattern}-{'documents' if v.document_ids is not None else 'plain'}"
 )
-def test_dense_mask_is_the_definition(visibility):
+def test_the_dense_mask_equals_the_definition(visibility):
     dense = visibility.dense(LENGTH, torch.device("cpu"))
     for row in range(dense.shape[0]):
         for query in range(LENGTH):
@@ -50,7 +50,7 @@ def test_dense_mask_is_the_definition(visibility):
 @pytest.mark.parametrize(
     "visibility", VISIBILITIES, ids=lambda v: f"{v.pattern}-{'documents' if v.document_ids is not None else 'plain'}"
 )
-def test_flex_attention_computes_what_the_dense_mask_does(visibility):
+def test_flex_attention_equals_attention_with_the_dense_mask(visibility):
     torch.manual_seed(0)
     query, key, value = (torch.randn(2, 4, LENGTH, 16) for _ in range(3))
     dense = F.scaled_dot_product_attention(query, key, value, attn_mask=visibility.dense(LENGTH, query.device))
@@ -68,7 +68,7 @@ def test_annealing_starts_causal_and_ends_bidirectional():
     assert annealed("bernoulli", 0.5, 1, LENGTH, None).fused(LENGTH, LENGTH) is None
 
 
-def test_visible_share_of_the_future_is_the_ratio_and_each_step_has_its_own():
+def test_the_visible_share_of_the_future_is_the_ratio_and_masks_differ_between_steps():
     length = 256
     future = torch.ones(length, length, dtype=torch.bool).triu(1)
     masks = [
@@ -83,7 +83,7 @@ def test_visible_share_of_the_future_is_the_ratio_and_each_step_has_its_own():
     assert abs(agreement - (0.3**2 + 0.7**2)) < 4.5 * np.sqrt(0.25 / num_pairs)
 
 
-def test_annealing_has_no_stripes():
+def test_the_annealing_mask_has_no_stripes():
     """Rows and columns of the hash are as independent as coins: the spread of their sums is the binomial one."""
     length = 256
     dense = (
@@ -95,7 +95,7 @@ def test_annealing_has_no_stripes():
         assert 0.5 < sums.var() / (length / 4) < 1.7
 
 
-def test_documents_are_kept_apart_only_where_there_is_something_to_keep_apart():
+def test_documents_apart_returns_none_for_a_single_group_per_sequence():
     device = torch.device("cpu")
     one, two = np.array([[3, 3, 3]]), np.array([[3, 4, 4]])
     padded = np.array([[3, 4, -1]])

@@ -1,4 +1,4 @@
-"""The sampler with a KV cache against one that recomputes everything, against itself alone, and against autoregressive decoding by hand."""
+"""The block sampler against recomputation without a cache, single requests, and autoregressive decoding by hand."""
 
 import math
 
@@ -42,7 +42,7 @@ UNEQUAL = [(1, 9), (5, 7), (4, 8), (9, 3), (2, 17), (11, 6), (8, 1), (6, 12)]
 
 @pytest.mark.parametrize("shift", [True, False])
 @pytest.mark.parametrize("rule", RULES)
-def test_with_the_cache_as_without_token_for_token(rule, shift):
+def test_sampling_with_and_without_a_cache_gives_the_same_tokens(rule, shift):
     denoiser = denoiser_of("llama", shift)
     options = {"block_tokens": 4, "context_tokens": LENGTH, "num_steps": 3 if rule == "confidence" else 6}
     cached = generate_blocks(denoiser, requests_of(UNEQUAL), RULES[rule], **options)
@@ -54,7 +54,7 @@ def test_with_the_cache_as_without_token_for_token(rule, shift):
 
 @pytest.mark.parametrize("block_tokens", [1, 2, 8])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_with_the_cache_as_without_in_every_family_and_block_size(family, block_tokens):
+def test_every_family_and_block_size_samples_the_same_tokens_with_and_without_a_cache(family, block_tokens):
     denoiser = denoiser_of(family, shift=block_tokens != 2)
     options = {"block_tokens": block_tokens, "context_tokens": LENGTH, "num_steps": 4, "top_p": 0.9, "temperature": 0.8}
     for length in (10, 40):  # 40: beyond the context
@@ -66,7 +66,7 @@ def test_with_the_cache_as_without_in_every_family_and_block_size(family, block_
 
 
 @pytest.mark.parametrize("rule", ["first_hitting", "ancestral", "threshold"])
-def test_a_batch_of_8_with_unequal_prompts_is_8_single_runs(rule):
+def test_a_batch_of_8_unequal_prompts_equals_8_single_runs(rule):
     denoiser = denoiser_of("qwen2")
     options = {"block_tokens": 4, "context_tokens": LENGTH, "num_steps": 5}
     requests = requests_of([(n, length + 20 * (i % 2)) for i, (n, length) in enumerate(UNEQUAL)])
@@ -81,7 +81,7 @@ def test_a_batch_of_8_with_unequal_prompts_is_8_single_runs(rule):
 
 
 @torch.no_grad()
-def test_requests_may_come_while_others_are_under_way():
+def test_requests_can_be_added_while_others_run():
     denoiser = denoiser_of("mistral")
     requests = requests_of(UNEQUAL)
     sampler = BlockSampler(denoiser, FirstHitting(), block_tokens=4, capacity_tokens=LENGTH, num_slots=3, num_steps=1)
@@ -98,7 +98,7 @@ def test_requests_may_come_while_others_are_under_way():
 @torch.no_grad()
 @pytest.mark.parametrize("mask_id", [None, VOCAB])
 def test_blocks_of_one_token_with_shift_are_autoregressive_decoding(mask_id):
-    """Against stock transformers' full forward and the same uniform numbers; one call a token and the prompt, nothing else."""
+    """Equals transformers' full forward with the same uniform numbers, with one call per token and one per prompt."""
     denoiser, config = build("llama", mask_id=mask_id)
     denoiser = denoiser.double()
     model = stock(denoiser, config).double()
@@ -122,8 +122,11 @@ def test_blocks_of_one_token_with_shift_are_autoregressive_decoding(mask_id):
 
 
 @pytest.mark.parametrize(("shift", "calls_a_block"), [(False, 4), (True, 3)])
-def test_first_hitting_calls_the_network_once_a_token(shift, calls_a_block):
-    """L - 1 calls, as the start token is given. With shift the row before a block predicts its first position, whenever that is chosen: one less."""
+def test_first_hitting_calls_the_network_once_per_token(shift, calls_a_block):
+    """The start token is given, so there are L - 1 calls; with shift one less per block.
+
+    The position before a block predicts its first position without a call.
+    """
     written = generate_blocks(
         denoiser_of("gpt2", shift),
         requests_of([(1, 19)]),
@@ -137,8 +140,8 @@ def test_first_hitting_calls_the_network_once_a_token(shift, calls_a_block):
     assert text.num_cache_calls == written.num_cache_calls == 4  # the last of 5 blocks is not read by anybody
 
 
-def test_caching_ancestral_calls_the_network_only_where_a_coin_falls():
-    """In expectation T (1 - (1 - 1/T)^K) times a block: the steps, of T, that reveal one of K tokens (BD3-LM's code)."""
+def test_cached_ancestral_sampling_calls_the_network_only_for_steps_that_reveal():
+    """The expected calls per block are T (1 - (1 - 1/T)^K): the steps that reveal one of K tokens (BD3-LM's code)."""
     block_tokens, num_steps, num_blocks = 4, 7, 240
     requests = [Request([0] * block_tokens, block_tokens * 4, number, 1) for number in range(num_blocks // 4)]
     sampler = {"block_tokens": block_tokens, "context_tokens": LENGTH, "num_steps": num_steps}
@@ -155,19 +158,19 @@ def test_caching_ancestral_calls_the_network_only_where_a_coin_falls():
     )  # one token a call but for coincidences, and nothing for the other steps
 
 
-def test_threshold_1_is_confidence_with_one_token_a_call():
+def test_threshold_1_equals_confidence_with_one_token_per_call():
     denoiser = denoiser_of("mistral")
     options = {"block_tokens": 8, "context_tokens": LENGTH, "num_steps": 8, "temperature": 0.0}
     one = generate_blocks(denoiser, requests_of([(8, 16)]), Threshold(1.0), **options)
     other = generate_blocks(denoiser, requests_of([(8, 16)]), Confidence(Polynomial()), **options)
     assert ids_of(one) == ids_of(other) and one.num_denoising_calls == other.num_denoising_calls
-    # 16 tokens, of which two stand first in their block: when they are all that is masked, the row before predicts them without a call.
+    # 16 tokens, two of which are first in their block: if only those are masked, no call is needed to predict them.
     assert 14 <= one.num_denoising_calls <= 16
     quick = generate_blocks(denoiser, requests_of([(8, 16)]), Threshold(0.05), **options)
     assert quick.num_denoising_calls < one.num_denoising_calls
 
 
-def test_the_rest_of_a_prompt_stays_and_blocks_lie_at_multiples_of_their_size():
+def test_partial_prompt_blocks_are_kept_and_blocks_begin_at_multiples_of_their_size():
     seen = []
     request = requests_of([(6, 7)])
     options = {"block_tokens": 4, "context_tokens": LENGTH, "num_steps": 4}
@@ -184,7 +187,7 @@ def test_the_rest_of_a_prompt_stays_and_blocks_lie_at_multiples_of_their_size():
     assert seen[-1][:2] == (3, 3)  # 13 positions: the prompt's block, and three that are denoised
 
 
-def test_beyond_the_context_the_last_half_is_encoded_again_behind_a_start_token(monkeypatch):
+def test_beyond_the_context_the_last_half_is_encoded_again_after_a_start_token(monkeypatch):
     denoiser, passes = denoiser_of("llama"), []
     run = denoiser.hidden
     monkeypatch.setattr(
@@ -197,7 +200,7 @@ def test_beyond_the_context_the_last_half_is_encoded_again_behind_a_start_token(
     ids = [9, 1, 2, *text.ids]
     assert len(text.ids) == 5 * LENGTH
     clean = [(row[0], length) for row, [length] in passes if denoiser.mask_id not in row[0]]
-    # 24 positions: two blocks, a third that fills the context, then half of it, in whole blocks; and so on, one block each time.
+    # 24 positions: two blocks, a third that fills the context, then half of it in whole blocks, and so on.
     expected = [
         (ids[0:8], 0),
         (ids[8:16], 8),
@@ -213,8 +216,8 @@ def test_beyond_the_context_the_last_half_is_encoded_again_behind_a_start_token(
 
 @torch.no_grad()
 @pytest.mark.parametrize("shift", [True, False])
-def test_first_hitting_by_hand(shift):
-    """Block by block without a cache or a sampler: reveal the masked position with the largest number, by the row that predicts it."""
+def test_first_hitting_matches_manual_computation(shift):
+    """Reveal the masked position with the largest number, block by block, without a cache or a sampler."""
     denoiser, block, num_blocks, seed, number = denoiser_of("qwen3", shift), 4, 4, 8, 2
     visibility = Visibility("bidirectional", block_tokens=block)
     ids = [0, 3]
@@ -237,7 +240,7 @@ def test_first_hitting_by_hand(shift):
     )
 
 
-def test_stop_rules_look_at_each_text_alone_and_are_off_by_default():
+def test_stop_conditions_are_independent_per_sequence_and_off_by_default():
     denoiser = denoiser_of("llama")
     options = {"block_tokens": 4, "context_tokens": LENGTH, "num_steps": 1}
     free = ids_of(generate_blocks(denoiser, requests_of(UNEQUAL), FirstHitting(), **options))
@@ -249,7 +252,7 @@ def test_stop_rules_look_at_each_text_alone_and_are_off_by_default():
     assert {text.stopped_by for text in stopped.texts} == {"end", "length"}
 
 
-def test_a_text_of_low_entropy_stops_and_loses_its_last_256_tokens():
+def test_a_sequence_of_low_entropy_stops_and_drops_its_last_256_tokens():
     denoiser = denoiser_of("gpt2")
     options = {"block_tokens": 8, "context_tokens": LENGTH, "num_steps": 1, "temperature": 0.0}
 
@@ -267,7 +270,7 @@ def test_a_text_of_low_entropy_stops_and_loses_its_last_256_tokens():
     assert unigram_entropy_nats(list(range(256))) == pytest.approx(math.log(256))
 
 
-def test_a_reward_decides_between_candidates_of_a_block():
+def test_the_reward_selects_among_the_candidates_of_a_block():
     denoiser = denoiser_of("llama")
     options = {"block_tokens": 4, "context_tokens": LENGTH, "num_steps": 1}
     seen = []
@@ -293,7 +296,7 @@ def test_a_reward_decides_between_candidates_of_a_block():
     assert ((counts - expected) ** 2 / expected).sum() < 16.3  # chi-square, 3 degrees of freedom, 0.999
 
 
-def test_candidates_with_the_cache_are_candidates_without():
+def test_candidates_are_the_same_with_and_without_a_cache():
     denoiser = denoiser_of("gpt2")
     options = {"block_tokens": 4, "context_tokens": LENGTH, "num_steps": 6}
     requests = requests_of([(3, 30), (6, 9)], candidates=3, reward=lambda ids: float(sum(ids)), reward_temperature=50.0)
@@ -302,7 +305,7 @@ def test_candidates_with_the_cache_are_candidates_without():
     assert ids_of(one) == ids_of(other)
 
 
-def test_nothing_enters_the_cache_but_what_is_committed():
+def test_only_committed_blocks_stay_in_the_cache():
     denoiser = denoiser_of("llama")
     visibility = Visibility("bidirectional", block_tokens=4)
     ids = torch.randint(1, VOCAB, (2, 12), generator=torch.Generator().manual_seed(1))

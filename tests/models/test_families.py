@@ -33,7 +33,7 @@ def ids():
 
 
 @torch.no_grad()
-def test_position_0_sees_the_last_position_if_and_only_if_it_may(family, ids):
+def test_position_0_sees_the_last_position_only_if_the_visibility_allows_it(family, ids):
     denoiser, _ = build(family)
     other = ids.clone()
     other[:, -1] = (other[:, -1] + 1) % VOCAB
@@ -47,7 +47,7 @@ def test_position_0_sees_the_last_position_if_and_only_if_it_may(family, ids):
 
 
 @torch.no_grad()
-def test_causal_logits_are_the_untouched_models(family, ids):
+def test_causal_logits_equal_those_of_the_original_model(family, ids):
     denoiser, config = build(family)
     assert torch.equal(logits(denoiser, ids, Visibility("causal")), stock(denoiser, config)(ids).logits)
 
@@ -64,7 +64,7 @@ def test_documents_do_not_see_each_other(family, ids):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_meta_build_is_the_eager_build_buffers_included(family, tied):
+def test_a_meta_build_equals_the_eager_build_including_buffers(family, tied):
     meta, config = build(family, tied=tied)
     eager = HuggingFaceDenoiser(config, VOCAB, True)
     parallel.initialize(eager, seed=1)
@@ -83,13 +83,13 @@ def test_stock_transformers_gives_the_bidirectional_logits_of_our_configuration(
 
 
 @torch.no_grad()
-def test_clean_causal_shifted_cross_entropy_is_the_models_own_loss(family, ids):
+def test_clean_causal_shifted_cross_entropy_equals_the_models_loss(family, ids):
     denoiser, config = build(family)
     model = stock(denoiser, config)
     maskable = maskable_positions(torch.zeros(3, LENGTH, dtype=torch.int32).numpy())
     batch = Batch(ids, exact_draw(maskable), Visibility("causal"))
     loss = Autoregressive()(denoiser, batch).weighted_sum / maskable.sum()
-    # The model's own loss gives the mask token, which it does not know as such, a share of the probability; ours gives it none.
+    # The model's loss gives the mask token a share of the probability; the denoiser gives it none.
     scores = model(ids).logits[:, :-1]
     scores[..., VOCAB] = float("-inf")
     assert loss.item() == pytest.approx(F.cross_entropy(scores.flatten(0, 1), ids[:, 1:].flatten()).item(), rel=1e-6)
@@ -110,7 +110,7 @@ def test_the_mask_token_gets_no_probability(mask_id):
     assert torch.allclose(log_probs, full.log_softmax(-1)[:, : log_probs.shape[1]], atol=1e-6)
 
 
-def test_logits_in_chunks_are_the_same_numbers_and_gradients(monkeypatch):
+def test_chunked_logits_have_the_same_values_and_gradients(monkeypatch):
     results = []
     for elements in (2**25, (VOCAB + 1) * 4):
         monkeypatch.setattr("dlm_ray.models.denoiser.CHUNK_ELEMENTS", elements)
@@ -125,7 +125,7 @@ def test_logits_in_chunks_are_the_same_numbers_and_gradients(monkeypatch):
         assert torch.allclose(one, two, atol=1e-6)
 
 
-def test_rows_know_about_the_shift():
+def test_rows_for_applies_the_shift():
     positions = torch.tensor([1, 5])
     assert build("llama", shift=True)[0].rows_for(positions).tolist() == [0, 4]
     assert build("llama", shift=False)[0].rows_for(positions).tolist() == [1, 5]
@@ -144,7 +144,7 @@ def test_sliding_windows_are_overridden_and_other_families_refused():
         families.read_config(json.loads('{"model_type": "bloom"}'))
 
 
-def test_an_architecture_is_read_back_from_its_configuration(family):
+def test_architecture_of_inverts_scratch_config(family):
     config = families.scratch_config(architecture(family), VOCAB, 0, 0)
     again = families.scratch_config(families.architecture_of(config), VOCAB, 0, 0)
     assert again.to_dict() == config.to_dict()

@@ -62,7 +62,7 @@ ORIGINALS = {
 
 
 @pytest.mark.parametrize("pre", ORIGINALS)
-def test_ids_and_texts_are_those_of_the_original(pre, network, tmp_path):
+def test_ids_and_texts_equal_those_of_the_original_tokenizer(pre, network, tmp_path):
     # Merges that cross no border of any kind of pieces would hide how the text is cut: these are learned without one.
     bpe = train_bpe(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
     original = ORIGINALS[pre](*bpe)
@@ -77,7 +77,7 @@ def test_ids_and_texts_are_those_of_the_original(pre, network, tmp_path):
         assert ours.decode(expected) == original.decode(expected)
 
 
-def test_the_kinds_are_told_apart_by_these_strings(network, tmp_path):
+def test_the_test_strings_distinguish_the_kinds(network, tmp_path):
     found = set()
     for pre in ORIGINALS:
         bpe = train_bpe(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
@@ -89,7 +89,7 @@ def test_the_kinds_are_told_apart_by_these_strings(network, tmp_path):
 @pytest.mark.parametrize(
     ("pre", "is_whole"), [("llama-bpe", True), ("tekken", True), ("gpt-2", False), ("qwen2", False)]
 )
-def test_a_piece_that_is_a_token_needs_merges_in_some_kinds_only(pre, is_whole, network, tmp_path):
+def test_only_some_kinds_apply_merges_to_a_piece_that_is_a_token(pre, is_whole, network, tmp_path):
     vocabulary, merges = train_bpe()
     vocabulary |= {"qzx": len(vocabulary)}
     write_gguf(tmp_path / "tiny.gguf", network, pre=pre, bpe=(vocabulary, merges))
@@ -97,7 +97,7 @@ def test_a_piece_that_is_a_token_needs_merges_in_some_kinds_only(pre, is_whole, 
     assert tokenizer.tokenize("qzx") == (["qzx"] if is_whole else ["q", "z", "x"])
 
 
-def test_special_tokens_template_and_length_come_along_and_padding_of_the_vocabulary_does_not(network, tmp_path):
+def test_special_tokens_template_and_length_are_kept_and_vocabulary_padding_is_not(network, tmp_path):
     write_gguf(
         tmp_path / "tiny.gguf",
         network,
@@ -119,7 +119,7 @@ def test_special_tokens_template_and_length_come_along_and_padding_of_the_vocabu
     assert tokenizer.decode(tokenizer("<|im_start|>x").input_ids, skip_special_tokens=True) == "x"
 
 
-def test_tokens_that_the_user_defined_are_kept_whole_and_shown(network, tmp_path):
+def test_user_defined_tokens_are_not_split_and_are_decoded(network, tmp_path):
     vocabulary, merges = train_bpe()
     vocabulary |= {"<tool call>": len(vocabulary)}
     types = [3] * len(SPECIAL) + [1] * (len(vocabulary) - len(SPECIAL) - 1) + [4]
@@ -133,7 +133,7 @@ def test_tokens_that_the_user_defined_are_kept_whole_and_shown(network, tmp_path
     ("pre", "said", "is_added"),
     [("gpt-2", None, False), ("gpt-2", True, True), ("llama-bpe", None, True), ("llama-bpe", False, False)],
 )
-def test_the_first_token_is_added_if_the_file_says_so_or_its_kind_does(pre, said, is_added, network, tmp_path):
+def test_the_start_token_is_added_if_the_file_or_the_kind_specifies_it(pre, said, is_added, network, tmp_path):
     write_gguf(tmp_path / "tiny.gguf", network, pre=pre, metadata={"tokenizer.ggml.add_bos_token": said})
     tokenizer = load_tokenizer(str(tmp_path / "tiny.gguf"))
     plain = tokenizer("ab", add_special_tokens=False).input_ids
@@ -141,7 +141,7 @@ def test_the_first_token_is_added_if_the_file_says_so_or_its_kind_does(pre, said
     assert tokenizer("ab", "ab").input_ids == ([0] * is_added + plain) * 2
 
 
-def test_written_and_read_again_it_is_the_same_tokenizer(network, tmp_path):
+def test_a_saved_and_reloaded_tokenizer_is_the_same(network, tmp_path):
     write_gguf(tmp_path / "tiny.gguf", network, pre="qwen2")
     first = load_tokenizer(str(tmp_path / "tiny.gguf"))
     first.save_pretrained(tmp_path / "tokenizer")

@@ -35,7 +35,7 @@ def images(count, seed):
     return made.reshape(count, -1)
 
 
-def test_masked_diffusion_learns_images_and_draws_them():
+def test_masked_diffusion_learns_images_and_samples_them():
     config = families.scratch_config(
         Architecture(width=48, num_layers=2, num_heads=4, max_positions=64), LEVELS + 1, 0, 0
     )

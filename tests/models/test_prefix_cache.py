@@ -1,4 +1,4 @@
-"""Prompts that begin alike: the same texts as without what is kept, with fewer calls; with fixed shapes the same bits."""
+"""Prompts with equal prefixes: the same output with fewer calls, and the same bits with fixed shapes."""
 
 import numpy as np
 import pytest
@@ -40,7 +40,7 @@ def write(sampler, requests):
 
 @pytest.mark.parametrize("fixed_shapes", [False, True])
 @pytest.mark.parametrize(("shift", "block_tokens"), [(True, 1), (True, 4), (False, 4), (False, 2)])
-def test_texts_are_those_without_it(shift, block_tokens, fixed_shapes):
+def test_the_prefix_cache_does_not_change_the_output(shift, block_tokens, fixed_shapes):
     denoiser = denoiser_of("llama", shift)
     requests = [Request(prompt, 9, number, 3) for number, prompt in enumerate(prompts_of(24))]
     samplers = [
@@ -58,7 +58,7 @@ def test_texts_are_those_without_it(shift, block_tokens, fixed_shapes):
 
 
 @torch.no_grad()
-def test_a_shared_prompt_costs_one_call_for_everybody():
+def test_requests_with_a_shared_prompt_need_one_call_for_it():
     denoiser = denoiser_of("llama")
     sampler = sampler_of(denoiser)
     sampler.add([Request(SHARED[:12], 4, number) for number in range(3)])
@@ -70,7 +70,7 @@ def test_a_shared_prompt_costs_one_call_for_everybody():
 
 
 @torch.no_grad()
-def test_with_fixed_shapes_keys_and_values_have_the_bits_of_a_slot_that_found_nothing():
+def test_with_fixed_shapes_restored_keys_and_values_have_the_bits_of_computed_ones():
     """In float32, where another shape of a call is another rounding."""
     denoiser = build("llama", shift=True)[0].requires_grad_(False)
     longer = [*SHARED, *SHARED[1:9]]
@@ -88,7 +88,7 @@ def test_with_fixed_shapes_keys_and_values_have_the_bits_of_a_slot_that_found_no
     assert own == other
 
 
-def test_texts_beyond_the_context_and_little_room_change_nothing():
+def test_the_output_is_the_same_beyond_the_context_and_with_little_cache_memory():
     denoiser = denoiser_of("qwen2")
     requests = [Request(prompt, 30, number, 3) for number, prompt in enumerate(prompts_of(12))]
     one_piece = sampler_of(denoiser)

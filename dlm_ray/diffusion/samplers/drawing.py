@@ -84,7 +84,8 @@ def draw_tokens(
 def confidence_in(tokens: Tensor, probs: Tensor, ranking: Ranking) -> Tensor:
     """Return the confidence [n] float64 of a model with probabilities [n, V] in tokens [n].
 
-    A higher value means more confidence. Values are finite, so that every proposal ranks above positions without one (-inf).
+    A higher value means more confidence. Values are finite, so that every proposal ranks above positions
+    without one (-inf).
     """
     if ranking == "probability":
         smallest = torch.finfo(probs.dtype).tiny

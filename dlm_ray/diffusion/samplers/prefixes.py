@@ -67,8 +67,8 @@ class Prefixes:
 
         Args:
             ids: token ids of the prompt.
-            make: returns the pairs and the last hidden state of the piece that begins at a position, or None if they are
-                not available.
+            make: returns the pairs and the last hidden state of the piece that begins at a position, or None if they
+                are not available.
         """
         self.find(ids)  # marks the pieces as used, so that they are not evicted for their successors
         chain: list[Piece] = []

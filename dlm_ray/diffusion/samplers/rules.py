@@ -214,7 +214,8 @@ class Tweedie:
 class Confidence(SelectionRule):
     """Reveals the highest-ranked proposals of each row, as many as the schedule expects (DiffuLLaMA, section 3.4).
 
-    Proposals are ranked by probability, or by the `margin` between the two most probable tokens (top-k margin, arXiv 2502.06768).
+    Proposals are ranked by probability, or by the `margin` between the two most probable tokens (top-k margin,
+    arXiv 2502.06768).
     """
 
     schedule: Schedule
@@ -278,7 +279,10 @@ class _Adaptive(SelectionRule):
 
 @dataclass(frozen=True)
 class Threshold(_Adaptive):
-    """Reveals all proposals with a probability above tau, and at least the best (Fast-dLLM, arXiv 2505.22618, section 3.3)."""
+    """Reveals all proposals with a probability above tau, and at least the best.
+
+    Fast-dLLM, arXiv 2505.22618, section 3.3.
+    """
 
     tau: float = 0.9
     confidence = "probability"

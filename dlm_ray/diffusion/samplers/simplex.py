@@ -46,7 +46,7 @@ def sample_blocks(
     """Generate the masked tail of `canvas` in blocks of the trained length, with `num_steps` network calls each.
 
     Args:
-        denoiser, objective: the network, and the objective that it was trained with, which defines noise and embeddings.
+        denoiser, objective: the network, and the objective of its training, which defines noise and embeddings.
         canvas: clean context, then masked positions to the end, the same number in every row.
         num_steps: T, the steps of a block; training may use more.
         projection: `greedy` takes the argmax; `sampled` takes a token from the nucleus; `multi_hot` takes all tokens of
@@ -114,7 +114,8 @@ def project(
 ) -> tuple[Tensor, Tensor]:
     """Return tokens [B, K] and the corner [B, K, V] of the simplex.
 
-    The corner is +K at the tokens that the projection takes, and -K elsewhere. `uniform` [B, K] float64 are the random numbers of `sampled`.
+    The corner is +K at the tokens that the projection takes, and -K elsewhere. `uniform` [B, K] float64 are the
+    random numbers of `sampled`.
     """
     flat = logits.flatten(0, 1)
     drawn = draw_tokens(flat, uniform.flatten(), 0.0 if projection != "sampled" else temperature, top_p, None)[0]

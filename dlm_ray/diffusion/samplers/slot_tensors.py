@@ -46,7 +46,7 @@ class SlotTensors:
 
     def select(self, slots: Sequence[int] | Tensor) -> Canvas:
         """Return a copy of the canvas of some slots; a slot may occur several times."""
-        index = torch.as_tensor(slots)
+        index = torch.as_tensor(slots, dtype=torch.int64)
         return Canvas(self.ids[index], self.is_masked[index], self.is_open[index])
 
     def move(self, source: int, target: int) -> None:

@@ -70,7 +70,9 @@ def sample(
     seed: int = 0,
     on_step: Callable[[int, int, Canvas], None] | None = None,
 ) -> SamplingTarget:
-    """Reveal every masked position of `canvas` in `num_steps` steps from t = 1 to 0, or as many as an untimed rule needs.
+    """Reveal every masked position of `canvas`.
+
+    Takes `num_steps` steps from t = 1 to 0, or as many as an untimed rule needs.
 
     The random numbers of a row depend only on (seed, row, step), never on other rows.
 

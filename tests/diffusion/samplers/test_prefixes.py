@@ -1,4 +1,4 @@
-"""What is kept of prompts: found only behind the same tokens, never more than there is room for, and the least recently used goes first."""
+"""The prefix cache finds pieces only after the same tokens, respects its capacity, and evicts the oldest first."""
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ def found(prefixes, text):
     return 2 * len(pieces)
 
 
-def test_a_beginning_is_found_as_far_as_it_is_the_same_in_whole_pieces():
+def test_find_returns_the_whole_pieces_of_the_common_prefix():
     prefixes = Prefixes(2, 100 * PIECE_BYTES)
     keep(prefixes, "aabbccd")
     assert [found(prefixes, text) for text in ("aabbcc", "aabbccdd", "aabb", "aab", "aaccbb", "bbcc", "a", "")] == [
@@ -43,7 +43,7 @@ def test_a_beginning_is_found_as_far_as_it_is_the_same_in_whole_pieces():
     assert found(prefixes, "bbccaa") == 4 and len(prefixes) == 5
 
 
-def test_what_goes_first_was_not_used_for_longest_and_nothing_is_behind_it():
+def test_the_least_recently_used_piece_without_successors_is_evicted_first():
     prefixes = Prefixes(2, 4 * PIECE_BYTES)
     keep(prefixes, "aabb")
     keep(prefixes, "aacc")
@@ -53,7 +53,7 @@ def test_what_goes_first_was_not_used_for_longest_and_nothing_is_behind_it():
     assert prefixes.num_bytes == 4 * PIECE_BYTES
 
 
-def test_against_a_list_of_all_uses_there_is_never_a_lie_and_never_too_much():
+def test_results_agree_with_a_list_of_all_uses_and_memory_stays_within_capacity():
     random = np.random.default_rng(1)
     prefixes = Prefixes(2, 7 * PIECE_BYTES)
     for _ in range(2000):
@@ -66,7 +66,7 @@ def test_against_a_list_of_all_uses_there_is_never_a_lie_and_never_too_much():
         assert all(parent in reached for parent, _ in prefixes._pieces)  # what cannot be found does not stay
 
 
-def test_without_room_nothing_is_kept():
+def test_a_cache_without_capacity_keeps_no_pieces():
     prefixes = Prefixes(2, PIECE_BYTES - 1)
     keep(prefixes, "aabb")
     assert len(prefixes) == 0 and found(prefixes, "aabb") == 0

@@ -1,4 +1,4 @@
-"""What the rules choose, by hand; first-hitting and re-masking by exact enumeration, on the whole canvas and in a block; the hooks."""
+"""Tests of the rules: selections computed by hand, distributions by exact enumeration on canvases and blocks."""
 
 import itertools
 import math
@@ -21,8 +21,8 @@ from helpers.toy import LENGTH, MASK, VOCAB, TableDenoiser
 from dlm_ray.diffusion.draws import SAMPLING, generator
 from dlm_ray.diffusion.samplers.adjust import banned, chained, forced, pattern
 from dlm_ray.diffusion.samplers.drawing import draw_or_stay, draw_tokens, probabilities
-from dlm_ray.diffusion.samplers.requests import Request
 from dlm_ray.diffusion.samplers.generate import generate_blocks
+from dlm_ray.diffusion.samplers.requests import Request
 from dlm_ray.diffusion.samplers.rules import (
     Ancestral,
     Canvas,
@@ -89,13 +89,13 @@ def in_random_order():
 
 
 @CANVASES
-def test_first_hitting_has_the_law_of_a_random_order(draw):
+def test_first_hitting_has_the_distribution_of_a_random_order(draw):
     exact = in_random_order()
     assert sum(exact.values()) == pytest.approx(1)
     assert abs(chi_square_z(tally(draw(FirstHitting(), 5000, seed=1)), exact, 5000)) < 4
 
 
-def test_ancestral_sampling_in_a_block_has_the_exact_law_and_in_the_limit_that_of_first_hitting():
+def test_ancestral_sampling_in_a_block_has_the_exact_distribution_and_converges_to_first_hitting():
     few = exact_ancestral(TableDenoiser(1), Cosine(), 3)
     assert abs(chi_square_z(tally(in_a_block(Ancestral(Cosine()), 5000, num_steps=3, seed=2)), few, 5000)) < 4
     assert (
@@ -118,8 +118,9 @@ def test_ancestral_sampling_in_a_block_has_the_exact_law_and_in_the_limit_that_o
 
 
 @CANVASES
-def test_remasking_has_the_exact_law_of_remdm(draw):
-    """x_t masked: revealed with (a_s - (1 - sigma) a_t) / (1 - a_t); written: masked with sigma = min(eta, (1 - a_s) / a_t)."""
+def test_remasking_has_the_exact_distribution_of_remdm(draw):
+    """A masked token is revealed with probability (a_s - (1 - sigma) a_t) / (1 - a_t); a revealed one is masked again
+    with probability sigma = min(eta, (1 - a_s) / a_t)."""
     eta, num_steps, denoiser = 0.4, 4, TableDenoiser(1)
 
     def step_of(x_t, step):
@@ -141,7 +142,7 @@ def test_remasking_has_the_exact_law_of_remdm(draw):
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.6])
-def test_the_coins_of_a_block_by_hand_also_where_a_step_only_masks_again(eta):
+def test_block_steps_match_manual_computation_including_steps_that_only_remask(eta):
     """Step by step with the same numbers; some steps ask the network for nothing."""
     denoiser, num_steps, seed, only_again = TableDenoiser(1), 9, 6, 0
     written = in_a_block(Ancestral(Polynomial(), remask=eta), 60, num_steps=num_steps, seed=seed)
@@ -165,7 +166,7 @@ def test_the_coins_of_a_block_by_hand_also_where_a_step_only_masks_again(eta):
 
 
 @pytest.mark.parametrize("schedule", [Polynomial(), Cosine()], ids=str)
-def test_remasking_keeps_the_masked_share_and_never_touches_what_is_given(schedule):
+def test_remasking_preserves_the_masked_share_and_the_given_tokens(schedule):
     num_rows, num_steps, again = 4000, 8, []
     canvas = empty_canvas(num_rows)
     canvas.ids[:, 2], canvas.is_masked[:, 2] = 3, False
@@ -195,7 +196,7 @@ def selected(rule, *confidence):
     )
 
 
-def test_threshold_by_hand():
+def test_threshold_selects_proposals_above_tau_and_the_best():
     log = [math.log(p) for p in (0.95, 0.5, 0.91, 0.2)]
     assert selected(Threshold(0.9), *log) == [1, 0, 1, 0]
     assert selected(Threshold(0.96), *log) == [1, 0, 0, 0]  # the best, although it is below
@@ -204,7 +205,7 @@ def test_threshold_by_hand():
     assert selected(Threshold(0.9), float("-inf"), log[1], log[3]) == [0, 1, 0]  # the first is not masked
 
 
-def test_factor_by_hand():
+def test_factor_selects_the_largest_n_below_f():
     """(n + 1)(1 - p_n) of p = .95, .9, .8, .3: .1, .3, .8, 3.5."""
     log = [math.log(p) for p in (0.9, 0.3, 0.95, 0.8)]
     assert selected(Factor(1.0), *log) == [1, 0, 1, 1]
@@ -213,7 +214,7 @@ def test_factor_by_hand():
     assert selected(Factor(4.0), *log) == [1, 1, 1, 1]
 
 
-def test_entropy_bounded_by_hand():
+def test_entropy_bounded_selects_the_longest_run_within_gamma():
     """Sorted .05, .06, .3, 1: the sum without the largest is 0, .05, .11, .41."""
     entropy = [-0.3, -0.05, -1.0, -0.06]
     assert selected(EntropyBounded(0.1), *entropy) == [0, 1, 0, 1]
@@ -222,7 +223,7 @@ def test_entropy_bounded_by_hand():
     assert selected(EntropyBounded(0.0), *entropy) == [0, 1, 0, 0]
 
 
-def test_confidence_is_of_the_model_at_temperature_1():
+def test_confidence_is_computed_at_temperature_1():
     probs = torch.tensor([[0.5, 0.4, 0.1], [0.7, 0.2, 0.1]], dtype=torch.float64)
     uniform = torch.tensor([0.95, 0.0], dtype=torch.float64)  # tokens 2 and 0
     for temperature, top_p in ((1.0, 1.0), (1.5, 1.0), (1.0, 0.99)):
@@ -234,7 +235,7 @@ def test_confidence_is_of_the_model_at_temperature_1():
 
 
 @pytest.mark.parametrize("temperature", [5e-324, 1e-310, 2.2e-308, 1e-300])
-def test_a_temperature_near_0_takes_the_best_token_and_never_overflows(temperature):
+def test_a_temperature_near_0_samples_the_most_probable_token_without_overflow(temperature):
     logits = torch.tensor([[3.0, -2.0, 3.5, float("-inf")], [-1e30, -2e30, float("-inf"), -3e30]])
     uniform = torch.tensor([0.999, 0.0], dtype=torch.float64)
     for top_p in (1.0, 0.5, 5e-324):
@@ -242,7 +243,7 @@ def test_a_temperature_near_0_takes_the_best_token_and_never_overflows(temperatu
         assert probabilities(logits, temperature, top_p).tolist() == [[0, 0, 1, 0], [1, 0, 0, 0]]
 
 
-def test_confidence_is_finite_even_in_a_token_that_the_model_all_but_excludes():
+def test_confidence_in_a_token_of_tiny_probability_is_finite():
     """At a high temperature such a token is drawn; -inf would rank it with the positions that are not asked for."""
     logits = torch.tensor([[0.0, 2000.0]], dtype=torch.float64)
     tokens, confidence = draw_tokens(logits, torch.zeros(1, dtype=torch.float64), 1e300, 1.0)
@@ -255,7 +256,7 @@ NOT_FINITE = torch.tensor([[0.0, float("nan"), 1.0]])
 
 @pytest.mark.parametrize("logits", [NOTHING, NOT_FINITE], ids=["banned", "NaN"])
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 0.9), (0.0, 1.0)])
-def test_where_no_token_may_be_drawn_none_is_and_none_stays(logits, temperature, top_p):
+def test_a_row_without_allowed_tokens_returns_minus_1_and_does_not_stay_masked(logits, temperature, top_p):
     uniform = torch.tensor([0.3], dtype=torch.float64)
     assert draw_tokens(logits, uniform, temperature, top_p)[0].tolist() == [-1]
     probs = probabilities(logits, temperature, top_p)
@@ -270,16 +271,21 @@ def test_where_no_token_may_be_drawn_none_is_and_none_stays(logits, temperature,
     [Ancestral(Polynomial(), joint=True), Tweedie(Polynomial(), VOCAB), FirstHitting()],
     ids=["joint", "tweedie", "choosing"],
 )
-def test_a_position_where_everything_is_banned_is_an_error_by_every_way_of_drawing(rule, noise):
+def test_banning_all_tokens_of_a_position_raises_an_error(rule, noise):
     for temperature in (0.0, 1.0):
         with pytest.raises(ValueError, match="no token at position 2: every logit is -inf"):
             sample(
-                TableDenoiser(), empty_canvas(4), rule, FULL, num_steps=3, adjust=chained(pattern({2: [1]}), banned([1])),
+                TableDenoiser(),
+                empty_canvas(4),
+                rule,
+                FULL,
+                num_steps=3,
+                adjust=chained(pattern({2: [1]}), banned([1])),
                 noise=noise, temperature=temperature,
             )  # fmt: skip
 
 
-def test_logits_that_are_not_numbers_are_an_error_and_no_token():
+def test_nan_logits_raise_an_error():
     class Broken(OneBlock):
         def reduce_logits(self, rows, fn, *arguments):
             return fn(rows * float("nan"), *arguments)
@@ -323,7 +329,7 @@ def test_margin_and_probability_rank_differently():
     [FirstHitting(), Threshold(0.6), Factor(1.0), EntropyBounded(0.5), Confidence(Polynomial(), "margin")],
     ids=str,
 )
-def test_every_rule_finishes_the_canvas_and_counts_its_calls(rule):
+def test_every_rule_reveals_the_whole_canvas_and_counts_its_calls(rule):
     seen = []
     done = sample(
         TableDenoiser(1), empty_canvas(20), rule, FULL, num_steps=LENGTH, on_step=lambda *now: seen.append(now[:2])
@@ -335,7 +341,7 @@ def test_every_rule_finishes_the_canvas_and_counts_its_calls(rule):
 
 
 @CANVASES
-def test_hooks_ban_force_and_follow_a_pattern(draw):
+def test_adjustments_ban_force_and_restrict_tokens(draw):
     def only_row_1(logits, rows, positions):
         return torch.where(
             ((rows == 1) & (positions == 1))[:, None] & (torch.arange(VOCAB) != 0), float("-inf"), logits
@@ -354,7 +360,7 @@ def test_hooks_ban_force_and_follow_a_pattern(draw):
     assert chained(None) is None
 
 
-def test_a_pattern_conditions_the_law():
+def test_a_pattern_conditions_the_distribution():
     """One position: the law is the model's within the allowed set."""
     denoiser, canvas = TableDenoiser(1), empty_canvas(8000)
     canvas.is_masked[:, 1:3] = False

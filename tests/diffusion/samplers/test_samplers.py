@@ -25,7 +25,7 @@ from dlm_ray.diffusion.schedules import Cosine, Polynomial
 
 
 @pytest.mark.parametrize(("schedule", "num_steps"), [(Polynomial(), 1), (Polynomial(), 3), (Cosine(), 4)], ids=str)
-def test_ancestral_sampling_has_the_exact_law(schedule, num_steps):
+def test_ancestral_sampling_has_the_exact_distribution(schedule, num_steps):
     denoiser, num_samples = TableDenoiser(1), 20_000
     done = sample(denoiser, empty_canvas(num_samples), Ancestral(schedule), FULL, num_steps=num_steps, seed=2)
     exact = exact_ancestral(denoiser, schedule, num_steps)
@@ -33,7 +33,7 @@ def test_ancestral_sampling_has_the_exact_law(schedule, num_steps):
     assert abs(chi_square_z(tally(done.ids), exact, num_samples)) < 4
 
 
-def test_left_to_right_has_the_law_of_the_product_of_conditionals():
+def test_left_to_right_samples_the_product_of_conditionals():
     denoiser, num_samples = TableDenoiser(1), 20_000
     done = sample(denoiser, empty_canvas(num_samples), LeftToRight(), FULL, num_steps=LENGTH, seed=3)
     exact = {}
@@ -61,7 +61,7 @@ def test_confidence_at_temperature_0_reveals_the_most_certain_position_first():
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 5, 64])
-def test_confidence_follows_the_schedule_and_never_calls_the_network_for_nothing(num_steps):
+def test_confidence_follows_the_schedule_without_unneeded_network_calls(num_steps):
     canvas = empty_canvas(6)
     left = []
     rule = Confidence(Polynomial())
@@ -78,7 +78,7 @@ def test_confidence_follows_the_schedule_and_never_calls_the_network_for_nothing
     assert done.num_network_calls == min(num_steps, LENGTH)
 
 
-def test_given_tokens_are_never_touched():
+def test_given_tokens_do_not_change():
     canvas = empty_canvas(50)
     canvas.ids[:, 2], canvas.is_masked[:, 2] = 3, False
     for rule in (Ancestral(Polynomial()), Confidence(Polynomial()), LeftToRight()):
@@ -86,13 +86,13 @@ def test_given_tokens_are_never_touched():
         assert (done.ids[:, 2] == 3).all() and (done.ids[:, 0] == 0).all()
 
 
-def test_a_row_is_the_same_alone_and_in_company():
+def test_a_row_does_not_depend_on_other_rows():
     alone = sample(TableDenoiser(), empty_canvas(1), Ancestral(Polynomial()), FULL, num_steps=5, seed=9)
     company = sample(TableDenoiser(), empty_canvas(31), Ancestral(Polynomial()), FULL, num_steps=5, seed=9)
     assert torch.equal(company.ids[0], alone.ids[0])
 
 
-def test_tokens_are_drawn_with_their_probabilities_even_rare_ones():
+def test_tokens_including_rare_ones_are_sampled_with_their_probabilities():
     probabilities = torch.tensor([0.5, 0.3, 0.2 - 2e-4, 2e-4], dtype=torch.float64)
     num_samples = 200_000
     uniform = torch.from_numpy(np.random.default_rng(0).random(num_samples))
@@ -102,7 +102,7 @@ def test_tokens_are_drawn_with_their_probabilities_even_rare_ones():
     assert torch.allclose(log_probs.exp(), probabilities[tokens])
 
 
-def test_top_p_keeps_the_smallest_set_that_reaches_it():
+def test_top_p_keeps_the_smallest_set_of_that_probability():
     probabilities = torch.tensor([[0.1, 0.5, 0.15, 0.25]], dtype=torch.float64)
     uniform = torch.linspace(0, 1 - 1e-9, 1000, dtype=torch.float64)
     for top_p, kept in [(0.4, {1}), (0.5, {1}), (0.51, {1, 3}), (0.76, {1, 2, 3}), (1.0, {0, 1, 2, 3})]:
@@ -110,7 +110,7 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it():
         assert set(tokens.tolist()) == kept, top_p
 
 
-def test_temperature_0_takes_the_best_and_banned_tokens_never_come():
+def test_temperature_0_samples_the_most_probable_token_that_is_not_banned():
     logits = torch.tensor([[1.0, 3.0, 2.0]]).repeat(100, 1)
     uniform = torch.linspace(0, 0.999, 100, dtype=torch.float64)
     assert set(draw_tokens(logits, uniform, 0.0, 1.0)[0].tolist()) == {1}
@@ -131,7 +131,7 @@ def test_a_cosine_grid_on_the_linear_schedule_is_a_uniform_grid_on_the_cosine_sc
 
 
 @pytest.mark.parametrize("noise", ["float64", "float32_gumbel"])
-def test_one_draw_over_tokens_and_mask_has_the_law_of_coin_and_token(noise):
+def test_joint_sampling_has_the_distribution_of_coin_and_token(noise):
     denoiser, num_samples = TableDenoiser(1), 20_000
     done = sample(
         denoiser, empty_canvas(num_samples), Ancestral(Polynomial(), joint=True), FULL, num_steps=3, noise=noise, seed=2
@@ -140,7 +140,7 @@ def test_one_draw_over_tokens_and_mask_has_the_law_of_coin_and_token(noise):
 
 
 @pytest.mark.parametrize("grid", ["uniform", "cosine"])
-def test_the_state_dependent_step_has_the_exact_law_of_genmd4(grid):
+def test_the_state_dependent_step_has_the_exact_distribution_of_genmd4(grid):
     denoiser, num_samples, num_steps = TableDenoiser(1), 20_000, 3
     exponents = torch.tensor([0.4, 1.0, 2.5, 1.3], dtype=torch.float64)
     times = grid_times(grid, num_steps)
@@ -157,15 +157,15 @@ def test_the_state_dependent_step_has_the_exact_law_of_genmd4(grid):
     assert abs(chi_square_z(tally(done.ids), exact, num_samples)) < 4
 
 
-def test_exponents_of_1_are_mds_ancestral_step():
+def test_the_state_dependent_step_with_exponents_of_1_is_the_ancestral_step():
     one = sample(TableDenoiser(1), empty_canvas(300), StateDependent(torch.ones(VOCAB)), FULL, num_steps=4, seed=6)
     other = sample(TableDenoiser(1), empty_canvas(300), Ancestral(Polynomial(), joint=True), FULL, num_steps=4, seed=6)
     assert torch.equal(one.ids, other.ids)
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.9, -0.5])
-def test_tweedies_step_has_the_exact_law_also_where_it_is_clamped(shift):
-    """Score s_v (e^D - 1) by SEDD's own formula; where a sum exceeds 1 it is normalised, and the last step drops the mask."""
+def test_the_tweedie_step_has_the_exact_distribution_with_and_without_clamping(shift):
+    """SEDD's formula s_v (e^D - 1); a sum above 1 is normalised, and the last step drops the mask."""
 
     class Unnormalised(TableDenoiser):
         def hidden(self, input_ids, visibility):
@@ -191,7 +191,7 @@ def test_tweedies_step_has_the_exact_law_also_where_it_is_clamped(shift):
     assert any(clamped)
 
 
-def test_tweedie_with_a_normalised_score_is_mds_ancestral_step():
+def test_the_tweedie_step_with_a_normalised_score_is_the_ancestral_step():
     class Normalised(TableDenoiser):
         def reduce_logits(self, rows, fn, *arguments):
             return fn(rows.log_softmax(-1) + math.log(VOCAB), *arguments)
@@ -201,8 +201,8 @@ def test_tweedie_with_a_normalised_score_is_mds_ancestral_step():
     assert torch.equal(one.ids, other.ids)
 
 
-def test_float32_gumbel_noise_cuts_the_tail_that_float64_keeps():
-    """Two outcomes of 1e-9 and nearly 1: the inverse of the cumulative distribution draws the first, no float32 Gumbel pair can."""
+def test_float32_gumbel_noise_truncates_the_tail_that_float64_keeps():
+    """Inverting the cumulative distribution samples an outcome of probability 1e-9; float32 Gumbel noise cannot."""
     log_p = torch.tensor([1e-9, 1 - 1e-9], dtype=torch.float64).log()
     uniform = torch.linspace(0, 0.9e-9, 4, dtype=torch.float64)
     assert (draw_tokens(log_p.repeat(4, 1), uniform, 1.0, 1.0)[0] == 0).all()
