@@ -77,7 +77,9 @@ def test_ranks_together_take_the_same_global_batches(world_size):
     expected, _ = take(order, 4 * 7)
     taken = []
     for rank in range(world_size):
-        groups = rank_batches(order, Cursor.start(1), global_batch_size=7, rank=rank, world_size=world_size, num_steps=4)
+        groups = rank_batches(
+            order, Cursor.start(1), global_batch_size=7, rank=rank, world_size=world_size, num_steps=4
+        )
         taken.append([step for steps, _ in groups for step in steps])
     for step in range(4):
         together = [one for rank in range(world_size) for one in taken[rank][step]]

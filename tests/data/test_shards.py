@@ -86,7 +86,9 @@ def test_a_shard_that_is_lost_after_it_was_checked_is_damage_or_skipped(data_fol
     assert [row.input_ids.tolist() for row in readers["skip"].read(wanted)] == whole
     victim = folder / index.splits["train"].shards[0].file
     if harm == "truncate":
-        victim.write_bytes(victim.read_bytes()[: victim.stat().st_size // index.splits["train"].shards[0].sequences * 3])
+        victim.write_bytes(
+            victim.read_bytes()[: victim.stat().st_size // index.splits["train"].shards[0].sequences * 3]
+        )
     else:
         victim.unlink()
     with pytest.raises(DamageError, match=f"shard {victim} was complete when it was checked, and no longer is"):

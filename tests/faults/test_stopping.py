@@ -169,9 +169,7 @@ def holder(tmp_path):
 def test_a_run_directory_has_one_writer_who_is_named_and_a_dead_one_is_none(holder, data_folder, tmp_path):
     recipe = tiny_recipe(data_folder, "locked", training__steps=4)
     process, _ = holder
-    message = (
-        rf"belongs to a run in progress: process {process.pid} on {os.uname().nodename}, which began at 20\d\d-"
-    )
+    message = rf"belongs to a run in progress: process {process.pid} on {os.uname().nodename}, which began at 20\d\d-"
     with pytest.raises(UserError, match=message):
         loop.fit(recipe, tmp_path / "run")
     # Both of two ranks refuse, though only the first has asked.

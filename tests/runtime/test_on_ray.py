@@ -34,7 +34,9 @@ def test_ray_data_streams_the_rows_that_this_process_would_read(ray_session, dat
     index = load_index(data_folder)
     share = {"global_batch_size": 7, "rank": 1, "world_size": 2, "num_steps": 20}
     cursor = Cursor(12, (12,))
-    expected = list(iterate_sequences(ShardReader([data_folder], [index]), Order([index], [1.0], 0, 2), cursor, **share))
+    expected = list(
+        iterate_sequences(ShardReader([data_folder], [index]), Order([index], [1.0], 0, 2), cursor, **share)
+    )
     streamed = list(ray_data_stream([Source(path=data_folder)], Order([index], [1.0], 0, 2), cursor, **share))
     assert len(streamed) == 20
     for (rows, at), (expected_rows, expected_at) in zip(streamed, expected, strict=True):

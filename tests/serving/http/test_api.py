@@ -272,7 +272,12 @@ def test_what_is_not_understood_is_a_400_that_names_the_field(block8, body, para
         answer = asyncio.run(post(json.dumps(asked)))
         error = answer.json()["error"]
         assert answer.status_code == 400 and answer.headers["x-request-id"].startswith("req-")
-        assert error["param"] == param and message in error["message"] and "--" not in error["message"] and error["type"] == "invalid_request_error"
+        assert (
+            error["param"] == param
+            and message in error["message"]
+            and "--" not in error["message"]
+            and error["type"] == "invalid_request_error"
+        )
 
 
 def test_what_asks_for_nothing_is_taken(block8):
