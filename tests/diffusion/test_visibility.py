@@ -84,7 +84,7 @@ def test_the_visible_share_of_the_future_is_the_ratio_and_masks_differ_between_s
 
 
 def test_the_annealing_mask_has_no_stripes():
-    """Rows and columns of the hash are as independent as coins: the spread of their sums is the binomial one."""
+    """Rows and columns of the hash are independent: the variance of their sums is binomial."""
     length = 256
     dense = (
         annealed("bernoulli", 0.5, 3, 2 * length, None)

@@ -75,7 +75,7 @@ def test_a_batch_of_8_unequal_prompts_equals_8_single_runs(rule):
     assert ids_of(together) == [text.ids for text in alone]
     for one, other in zip(together.texts, alone, strict=True):
         assert (one.num_denoising_calls, one.num_cache_calls) == (other.num_denoising_calls, other.num_cache_calls)
-    # The batch costs what its longest texts cost, not the sum.
+    # A batch needs as many calls as its longest sequences, not the sum.
     total = together.num_denoising_calls + together.num_cache_calls
     assert total < sum(text.num_denoising_calls + text.num_cache_calls for text in alone) / 3
 
@@ -137,7 +137,7 @@ def test_first_hitting_calls_the_network_once_per_token(shift, calls_a_block):
     )
     [text] = written.texts
     assert text.num_denoising_calls == written.num_denoising_calls == 3 + 4 * calls_a_block
-    assert text.num_cache_calls == written.num_cache_calls == 4  # the last of 5 blocks is not read by anybody
+    assert text.num_cache_calls == written.num_cache_calls == 4  # the last of 5 blocks is not needed in the cache
 
 
 def test_cached_ancestral_sampling_calls_the_network_only_for_steps_that_reveal():
@@ -155,7 +155,7 @@ def test_cached_ancestral_sampling_calls_the_network_only_for_steps_that_reveal(
     )
     assert (
         15 <= many.texts[0].num_denoising_calls <= 16
-    )  # one token a call but for coincidences, and nothing for the other steps
+    )  # one token per call except for coincidences, and no calls for the other steps
 
 
 def test_threshold_1_equals_confidence_with_one_token_per_call():
@@ -257,7 +257,7 @@ def test_a_sequence_of_low_entropy_stops_and_drops_its_last_256_tokens():
     options = {"block_tokens": 8, "context_tokens": LENGTH, "num_steps": 1, "temperature": 0.0}
 
     def few(logits, rows, positions):
-        """Request 1 writes two words only; request 0 what it likes."""
+        """Restrict request 1 to two tokens; leave request 0 unchanged."""
         return torch.where((rows == 1)[:, None] & (torch.arange(logits.shape[1]) > 1), float("-inf"), logits)
 
     requests = [Request([0] * 9, 300, number, 1, Stops(lowest_entropy_nats=1.0)) for number in (0, 1)]
@@ -315,7 +315,7 @@ def test_only_committed_blocks_stay_in_the_cache():
     cache.commit(0, 4, first[0, -1])  # slot 1 has nothing committed
     assert cache.lengths == [4, 0, 0] and torch.equal(cache.last_rows[0], first[0, -1])
     mixed = torch.stack([ids[0, 4:8], ids[1, :4]])
-    for _ in range(2):  # what a pass wrote does not matter to the next
+    for _ in range(2):  # an uncommitted pass does not affect the next one
         noise = torch.full_like(mixed, VOCAB)
         denoiser.hidden(noise, visibility, cache)
         both = denoiser.hidden(mixed, visibility, cache)

@@ -1,4 +1,4 @@
-"""The gates of every supported family: leak, causal logits, meta build, export, and the base's own loss."""
+"""Checks of every supported family: leaks, causal logits, meta build, export, and the base model's loss."""
 
 import json
 

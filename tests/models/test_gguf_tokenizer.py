@@ -1,4 +1,4 @@
-"""The tokenizer of a GGUF file: the ids of the tokenizer that the file was converted from, whatever it is asked."""
+"""The tokenizer of a GGUF file returns the same ids as the tokenizer that the file was converted from."""
 
 import pytest
 from helpers.gguf_files import SHAPE, SPECIAL, TEMPLATE, random_network, train_bpe, write_gguf
@@ -63,7 +63,7 @@ ORIGINALS = {
 
 @pytest.mark.parametrize("pre", ORIGINALS)
 def test_ids_and_texts_equal_those_of_the_original_tokenizer(pre, network, tmp_path):
-    # Merges that cross no border of any kind of pieces would hide how the text is cut: these are learned without one.
+    # Merges learned within pieces would hide how the text is split, so these are learned without splitting.
     bpe = train_bpe(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
     original = ORIGINALS[pre](*bpe)
     original.add_special_tokens(

@@ -53,7 +53,7 @@ def test_masked_diffusion_learns_images_and_samples_them():
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    # 2 levels, a place and a size are 10.4 bits of 64 pixels; pixels alone are 2 bits each.
+    # 2 levels, a position and a size are 10.4 bits for 64 pixels; independent pixels are 2 bits each.
     assert 1.8 < bounds[0] < 3.0 and np.mean(bounds[-20:]) < 1.0
     num_samples = 32
     empty = Canvas(

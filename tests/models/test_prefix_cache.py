@@ -17,7 +17,7 @@ def sampler_of(denoiser, *, num_slots=4, block_tokens=4, prefix_bytes=2**20, fix
 
 
 def prompts_of(count):
-    """Beginnings in common of every length, whole prompts in common, and prompts that are alone."""
+    """Return prompts with common prefixes of every length, equal prompts, and unrelated prompts."""
     random = np.random.default_rng(8)
     for number in range(count):
         own = random.integers(1, VOCAB, number % 4).tolist()
@@ -75,7 +75,7 @@ def test_with_fixed_shapes_restored_keys_and_values_have_the_bits_of_computed_on
     denoiser = build("llama", shift=True)[0].requires_grad_(False)
     longer = [*SHARED, *SHARED[1:9]]
     fresh, used = (sampler_of(denoiser, prefix_bytes=size, fixed_shapes=True) for size in (0, 2**20))
-    for number, prompt in enumerate((SHARED, longer)):  # the second goes on behind what is kept of the first
+    for number, prompt in enumerate((SHARED, longer)):  # the second continues the cached prefix of the first
         used.add([Request(prompt, 3, number)])
     fresh.add([Request([0, 5, 6], 3, 2)])
     fresh.add([Request(longer, 3, 1)])

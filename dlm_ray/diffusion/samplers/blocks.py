@@ -242,7 +242,7 @@ class BlockSampler:
             for slot in full[:count]:
                 self.cache.release(slot)
             sequences = [self._slots[slot].sequence for slot in full[:count]]
-            rows = [[own.ids[0], *own.ids[own.num_encoded - keep + 1 : own.num_encoded]] for own in sequences]
+            rows = [[state.ids[0], *state.ids[state.num_encoded - keep + 1 : state.num_encoded]] for state in sequences]
             self._encode(full[0], rows, are_prompts=False)
             for slot in full[:count]:
                 self._begin(slot)

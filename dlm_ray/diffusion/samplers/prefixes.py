@@ -50,17 +50,17 @@ class Prefixes:
 
     def find(self, ids: Sequence[int]) -> list[Piece]:
         """Return the cached pieces that `ids` begins with, and mark them as used."""
-        found: list[Piece] = []
+        pieces: list[Piece] = []
         keys = []
-        for key in self._keys(ids, found):
+        for key in self._keys(ids, pieces):
             piece = self._pieces.get(key)
             if piece is None:
                 break
             keys.append(key)
-            found.append(piece)
+            pieces.append(piece)
         for key in reversed(keys):
             self._pieces.move_to_end(key)
-        return found
+        return pieces
 
     def keep(self, ids: Sequence[int], make: Callable[[int], tuple[Tensor, Tensor] | None]) -> None:
         """Add the pieces that `ids` begins with and the cache lacks, while they are available and there is room.

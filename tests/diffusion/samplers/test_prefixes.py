@@ -9,7 +9,7 @@ PIECE_BYTES = 4 * 4  # one row of keys and the last row, of 2 float32 each
 
 
 def keep(prefixes, text):
-    """Pieces that say what they were made of: the sum of all tokens up to their end."""
+    """Add pieces whose content is the sum of all tokens up to their end."""
 
     def make(start):
         whole = float(sum(map(ord, text[: start + prefixes.piece_tokens])))
@@ -39,7 +39,7 @@ def test_find_returns_the_whole_pieces_of_the_common_prefix():
         0,
         0,
     ]
-    keep(prefixes, "bbcc")  # the same tokens behind others are another piece
+    keep(prefixes, "bbcc")  # the same tokens after other tokens are a different piece
     assert found(prefixes, "bbccaa") == 4 and len(prefixes) == 5
 
 
@@ -60,10 +60,10 @@ def test_results_agree_with_a_list_of_all_uses_and_memory_stays_within_capacity(
         text = "".join(random.choice(list("abc"), random.integers(0, 12)))
         before = found(prefixes, text)
         keep(prefixes, text)
-        assert found(prefixes, text) >= before  # making room never takes from the text that it is for
+        assert found(prefixes, text) >= before  # eviction never removes pieces of the text that is added
         assert prefixes.num_bytes == len(prefixes) * PIECE_BYTES <= prefixes.capacity_bytes
         reached = {0} | {piece.number for piece in prefixes._pieces.values()}
-        assert all(parent in reached for parent, _ in prefixes._pieces)  # what cannot be found does not stay
+        assert all(parent in reached for parent, _ in prefixes._pieces)  # pieces that cannot be found are evicted
 
 
 def test_a_cache_without_capacity_keeps_no_pieces():

@@ -40,7 +40,7 @@ NOW, THEN = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float
 
 
 class OneBlock(TableDenoiser):
-    """The toy for the block sampler: a row is one block, so its cache stays empty."""
+    """The toy model for the block sampler: a sequence is one block, so its cache stays empty."""
 
     def hidden(self, ids, visibility, kv=None):
         return super().hidden(ids, visibility)
@@ -76,7 +76,7 @@ CANVASES = pytest.mark.parametrize("draw", [in_a_block, on_the_whole_canvas])
 
 
 def in_random_order():
-    """The law of revealing one uniformly chosen masked position after the other."""
+    """Return the distribution of revealing uniformly random masked positions one by one."""
     denoiser = TableDenoiser(1)
 
     def step_of(x_t, step):
@@ -201,7 +201,7 @@ def test_threshold_selects_proposals_above_tau_and_the_best():
     assert selected(Threshold(0.9), *log) == [1, 0, 1, 0]
     assert selected(Threshold(0.96), *log) == [1, 0, 0, 0]  # the best, although it is below
     assert selected(Threshold(0.0), *log) == [1, 1, 1, 1]
-    assert selected(Threshold(1.0), 0.0, 0.0, log[0]) == [1, 0, 0]  # nothing exceeds 1: one token a call
+    assert selected(Threshold(1.0), 0.0, 0.0, log[0]) == [1, 0, 0]  # no probability exceeds 1: one token per call
     assert selected(Threshold(0.9), float("-inf"), log[1], log[3]) == [0, 1, 0]  # the first is not masked
 
 
@@ -244,7 +244,7 @@ def test_a_temperature_near_0_samples_the_most_probable_token_without_overflow(t
 
 
 def test_confidence_in_a_token_of_tiny_probability_is_finite():
-    """At a high temperature such a token is drawn; -inf would rank it with the positions that are not asked for."""
+    """A high temperature samples such a token; -inf would rank it with the positions without a proposal."""
     logits = torch.tensor([[0.0, 2000.0]], dtype=torch.float64)
     tokens, confidence = draw_tokens(logits, torch.zeros(1, dtype=torch.float64), 1e300, 1.0)
     assert tokens.tolist() == [0] and bool(confidence.isfinite().all())
@@ -299,7 +299,7 @@ def test_nan_logits_raise_an_error():
 
 
 def test_margin_and_probability_rank_differently():
-    """Position 1 is sure of two tokens, position 2 less sure of one."""
+    """Position 1 has two probable tokens, position 2 a single, less probable one."""
 
     class Two(TableDenoiser):
         def hidden(self, ids, visibility):
@@ -351,7 +351,7 @@ def test_adjustments_ban_force_and_restrict_tokens(draw):
     for rule in (FirstHitting(), Threshold(0.7), Ancestral(Polynomial())):
         ids = draw(rule, 300, num_steps=2, adjust=adjust)
         assert set(ids[:, 1].tolist()) == {0, 3} and ids[1, 1] == 0
-        assert set(ids[:, 2].tolist()) == {1}  # the pattern less what is banned
+        assert set(ids[:, 2].tolist()) == {1}  # the pattern without the banned tokens
         assert set(ids[:, 3].tolist()) == {2}  # forced, although banned
     with pytest.raises(ValueError, match="no token at position 2: every logit is -inf"):
         draw(FirstHitting(), 5, adjust=chained(banned([2]), pattern({2: [2]})))

@@ -1,4 +1,4 @@
-"""Every rule against the exact distribution of a 3-token toy model, and what it must leave alone."""
+"""Every rule against the exact distribution of a 3-token toy model, and the tokens that it must not change."""
 
 import itertools
 import math
