@@ -1,4 +1,4 @@
-"""A TextModel from a checkpoint of ours, from a Hugging Face folder or a GGUF file, or from an AR model that was never adapted."""
+"""Load a TextModel from a dlm_ray checkpoint, a Hugging Face folder, a hub name or a GGUF file."""
 
 from __future__ import annotations
 
@@ -30,13 +30,18 @@ from dlm_ray.models.device import pick_device
 def load(
     path: str | Path, weights_kind: str | None = None, *, device: str = "auto", mesh: DeviceMesh | None = None
 ) -> TextModel:
-    """A TextModel from a step directory of ours, a run directory (its last step), a Hugging Face folder, a hub name or a GGUF file.
+    """Load a TextModel from a checkpoint.
 
     Args:
-        path: the checkpoint.
-        weights_kind: `ema`, `raw`, or None: the average if the run kept one.
-        device: auto, cpu or cuda.
-        mesh: of the processes that hold the network together (`serving.sharding`), each of which loads its part; None for this one alone.
+        path: a step directory, a run directory (its last step), a Hugging Face folder, a hub name or a GGUF file.
+        weights_kind: `ema` or `raw`; None loads the EMA if the run kept one.
+        device: `auto`, `cpu` or `cuda`.
+        mesh: the processes that share the network (`serving.sharding`), each of which loads its shard; None if this
+            process holds the whole network.
+
+    Raises:
+        UserError: if the path is no model, or its objective cannot be restored.
+        DamageError: if a file of the checkpoint is damaged.
     """
     checkpoint = weights.our_checkpoint(str(path))
     denoiser = load_network(checkpoint or path, weights_kind, device=device, mesh=mesh)
@@ -49,8 +54,8 @@ def load(
     stored = {name.removeprefix("objective.") for name in manifest.arrays if name.startswith("objective.")}
     if stored != parameters.keys():
         raise UserError(
-            f"{checkpoint} holds the parameters {sorted(stored)} of objective.name={description.objective}, and the class "
-            f"has {sorted(parameters)}; restore the class that it was trained with"
+            f"{checkpoint} stores the parameters {sorted(stored)} of objective.name={description.objective}, but the "
+            f"class has {sorted(parameters)}; restore the class that it was trained with"
         )
     weights.load_objective(checkpoint, parameters, weights_kind)
     folder = storage.join(checkpoint.rstrip("/").rpartition("/")[0] or ".", "tokenizer")
@@ -60,34 +65,34 @@ def load(
 def load_network(
     path: str | Path, weights_kind: str | None = None, *, device: str = "auto", mesh: DeviceMesh | None = None
 ) -> HuggingFaceDenoiser:
-    """The network alone, or this process's part of it, as `load` takes it."""
-    on, checkpoint = pick_device(device), weights.our_checkpoint(str(path))
+    """Load only the network, or this process's shard of it; the arguments are those of `load`."""
+    target, checkpoint = pick_device(device), weights.our_checkpoint(str(path))
     if checkpoint is not None:
         model = read_manifest(checkpoint).model
-        denoiser = _network(model["config"], model["mask_id"], model["shift"], on, mesh)
+        denoiser = _network(model["config"], model["mask_id"], model["shift"], target, mesh)
         weights.load_weights(checkpoint, dict(denoiser.network.named_parameters()), weights=weights_kind)
         return denoiser
     if weights_kind is not None:
         raise UserError(
-            f"--weights {weights_kind} chooses between the weights of a checkpoint of ours, and {path} is none; leave it out"
+            f"weights={weights_kind} selects weights of a dlm_ray checkpoint, and {path} is not one; omit it"
         )
     files = open_pretrained(str(path))
     fields = files.config()
-    denoiser = _network(fields, fields.get("mask_token_id"), fields.get("shift", True), on, mesh)
+    denoiser = _network(fields, fields.get("mask_token_id"), fields.get("shift", True), target, mesh)
     files.load(dict(denoiser.network.named_parameters()))
     return denoiser
 
 
 def as_unadapted(base: TextModel, pattern: Literal["causal", "bidirectional"], *, seed: int = 0) -> TextModel:
-    """An autoregressive model as the denoiser that adaptation starts from: with a new mask row and the shift, and no training.
+    """Return an autoregressive model as the untrained denoiser that adaptation starts from.
 
-    The baseline that says what adaptation itself is worth, seeing only the past (as it was trained to) or everything.
+    It has a new mask row and the shift, and attends causally or bidirectionally. Its bound is the baseline that shows
+    what adaptation adds.
     """
-    own = base.denoiser
-    fields = own.network.config.to_dict()
+    fields = base.denoiser.network.config.to_dict()
     mask_id = fields["vocab_size"]
     denoiser = _network({**fields, "vocab_size": mask_id + 1}, mask_id, True, base.device)
-    weights_of = dict(own.network.named_parameters())
+    weights_of = dict(base.denoiser.network.named_parameters())
     for name, parameter in denoiser.network.named_parameters():
         if name in denoiser.vocabulary_names():
             fill_with_extra_row(parameter, weights_of[name], name, seed)
@@ -105,7 +110,7 @@ def as_unadapted(base: TextModel, pattern: Literal["causal", "bidirectional"], *
 
 
 def _pretrained_model(files: ModelFiles, denoiser: HuggingFaceDenoiser) -> TextModel:
-    """What an export of ours says of itself, or an autoregressive model of the whole context."""
+    """Return the model of an export as its config.json describes it, or else an autoregressive model."""
     folder = files.path
     fields, tokenizer = files.config(), load_tokenizer(str(folder))
     description = Description.of_config(fields, str(folder))
@@ -115,8 +120,9 @@ def _pretrained_model(files: ModelFiles, denoiser: HuggingFaceDenoiser) -> TextM
         return _text_model(description, denoiser, objective, tokenizer, str(folder))
     if fields.get("is_causal", True) is False:
         raise UserError(
-            f"{folder} is a diffusion model (is_causal is false in its config.json) that does not say how it was trained: it has no key {KEY!r}, which "
-            "`dlm-ray export` writes; export the checkpoint again with this version"
+            f"{folder} is a diffusion model (is_causal is false in its config.json) that does not describe its "
+            f"objective: the key {KEY!r}, which `dlm-ray export` writes, is missing; export the checkpoint again with "
+            "this version"
         )
     return TextModel(
         denoiser,
@@ -131,16 +137,16 @@ def _pretrained_model(files: ModelFiles, denoiser: HuggingFaceDenoiser) -> TextM
 def _text_model(
     description: Description, denoiser: HuggingFaceDenoiser, objective: Objective, tokenizer: Any, where: str
 ) -> TextModel:
-    """The same from a checkpoint and from its export.
+    """Return the TextModel of a checkpoint or of its export, which are equal.
 
     Raises:
         UserError: if the tokenizer is not the one that the model was trained with.
     """
-    trained, found = TokenizerIdentity(**description.tokenizer), identity(tokenizer)
-    if found.sha256 != trained.sha256:
+    trained, stored = TokenizerIdentity(**description.tokenizer), identity(tokenizer)
+    if stored.sha256 != trained.sha256:
         raise UserError(
-            f"{where} was trained with tokenizer {trained.name} (sha256 {trained.sha256[:12]}), and the one that lies with it is another "
-            f"({found.sha256[:12]}); put the first one back"
+            f"{where} was trained with tokenizer {trained.name} (sha256 {trained.sha256[:12]}), but its folder holds "
+            f"another one ({stored.sha256[:12]}); restore the first"
         )
     return TextModel(
         denoiser,
@@ -155,7 +161,7 @@ def _text_model(
 
 
 def _objective(description: Description, denoiser: HuggingFaceDenoiser, where: str) -> Objective:
-    """Return the objective that scores the model's text and says how it is sampled, its own parameters not yet loaded.
+    """Return the objective for scoring and sampling; its own parameters are not loaded yet.
 
     Raises:
         UserError: if a custom class cannot be imported or restored.

@@ -11,7 +11,7 @@ from dlm_ray.diffusion.likelihood import block_tokens_of
 
 
 def capabilities(recipe: Recipe, objective: Objective, sequence_length: int) -> dict[str, Any]:
-    """Return likelihood, infilling, canvas, block size, sampling rules, context, and whether documents were separate."""
+    """Return the likelihood kind, infilling, canvas, block size, rules, context length and document mask of a run."""
     is_simplex = objective.canvas == "simplex"
     block_tokens = sequence_length
     if objective.is_causal:

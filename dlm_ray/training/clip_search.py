@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import cast
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from dlm_ray.config.recipe import Recipe
 from dlm_ray.data.reading import DataSequence
 from dlm_ray.diffusion import clip_search
-from dlm_ray.diffusion.absorbing import Clip
+from dlm_ray.diffusion.absorbing import Absorbing, Clip
 from dlm_ray.diffusion.clip_search import Measured
 from dlm_ray.diffusion.objectives import Block
 from dlm_ray.training import curriculum
@@ -75,6 +76,6 @@ def apply(recipe: Recipe, objective: Block, interval: Sequence[float]) -> tuple[
     beta, omega = interval
     weight = clip_config.weight if clip_config else "unbiased"
     clip = Clip(beta, omega, weight, clip_config.enforce if clip_config else "none")
-    objective.process = replace(objective.process, clip=clip)
+    objective.process = replace(cast("Absorbing", objective.process), clip=clip)
     log.info("clip [%g, %g] from here on", beta, omega)
     return beta, omega

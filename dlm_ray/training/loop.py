@@ -13,6 +13,7 @@ from dlm_ray.config.paths import local_path
 from dlm_ray.config.recipe import Recipe
 from dlm_ray.data.order import Cursor
 from dlm_ray.data.reading import DataSequence, check_ids, held_out_sequences
+from dlm_ray.diffusion.objectives import Block
 from dlm_ray.training import clip_search, curriculum, guards
 from dlm_ray.training import optimizer as optimization
 from dlm_ray.training.faults import LossAlarm, bad_sequences, write_bad_step
@@ -216,6 +217,7 @@ class TrainingLoop:
         run = self.run
         if not self._search_sequences or not clip_search.is_due(self.recipe, run.step) or self._is_last:
             return
+        assert isinstance(run.objective, Block), "only block objectives search a clip"
         with self._evaluation():
             candidates = clip_search.search(
                 self.recipe, run.root, run.objective, self._search_sequences, run.rank, run.world_size, run.device

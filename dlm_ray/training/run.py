@@ -22,7 +22,7 @@ from dlm_ray.config.recipe import Recipe
 from dlm_ray.data.index import load_data_tokenizer
 from dlm_ray.data.order import Cursor, Order
 from dlm_ray.data.reading import open_sources
-from dlm_ray.diffusion.objectives import Masked
+from dlm_ray.diffusion.objectives import Block, Masked
 from dlm_ray.models.device import pick_device
 from dlm_ray.training import clip_search, guards, setup, state, teacher
 from dlm_ray.training import optimizer as optimization
@@ -122,6 +122,7 @@ class Run:
         optimization.set_step(self.optimizer, manifest.step - self.faults.skipped_steps)
         self.step, self.cursor = manifest.step, Cursor.from_dict(manifest.cursor)
         if manifest.extra.get("clip"):
+            assert isinstance(self.objective, Block), "only block objectives search a clip"
             self.clip = clip_search.apply(self.recipe, self.objective, manifest.extra["clip"])
         log.info("resumed from %s", checkpoint)
 

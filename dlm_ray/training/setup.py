@@ -1,4 +1,4 @@
-"""Where a run starts from: which network the recipe means, and the numbers it begins with."""
+"""Set up a run: resolve the recipe's network, build it with its objective, and load or initialize the weights."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Network:
-    """What network a run trains, and what a checkpoint's manifest says of it."""
+    """The network of a run, and its entry in a checkpoint's manifest."""
 
     config: dict[str, Any]
     """The Hugging Face configuration, the mask token's embedding row included."""
@@ -42,57 +42,59 @@ class Network:
 
     @property
     def vocab_size(self) -> int:
-        """V: tokens that a logit is computed for; a mask row at the end has none."""
+        """Vocabulary size V: the number of logits. A mask token appended at the end has no logit."""
         rows: int = self.config["vocab_size"]
         return rows - (self.mask_id == rows - 1)
 
     @property
     def width(self) -> int:
-        """D."""
+        """Width D of the hidden states."""
         return int(self.config.get("hidden_size") or self.config["n_embd"])
 
     def as_manifest(self) -> dict[str, Any]:
-        """The part of it that a checkpoint keeps."""
+        """Return the fields that a checkpoint's manifest stores."""
         return {"config": self.config, "mask_id": self.mask_id, "shift": self.shift, "is_causal": self.is_causal}
 
     @classmethod
     def from_manifest(cls, fields: dict[str, Any]) -> Network:
-        """The network of a checkpoint."""
+        """Restore the network from a checkpoint's manifest."""
         return cls(
             config=fields["config"], mask_id=fields["mask_id"], shift=fields["shift"], is_causal=fields["is_causal"]
         )
 
 
 def resolve(recipe: Recipe, is_causal: bool, tokenizer: TokenizerIdentity) -> Network:
-    """The network that the recipe means, on data of this tokenizer.
+    """Return the network that the recipe names, for data of this tokenizer.
 
     Raises:
-        UserError: if the base was made with another tokenizer, has too few embedding rows, or is of an unknown family.
+        UserError: if the base has another tokenizer, too few embedding rows, or an unknown family.
     """
     if recipe.model.architecture is not None:
         mask_id = None if is_causal else _mask_id(recipe, tokenizer.vocab_size, tokenizer)
         rows = tokenizer.vocab_size + (mask_id == tokenizer.vocab_size)
         config = families.scratch_config(recipe.model.architecture, rows, tokenizer.start_id, tokenizer.end_id)
         shift = recipe.objective.shift
-        return Network(_finished(config, recipe, is_causal, mask_id), mask_id, shift, is_causal)
+        return Network(_stored_config(config, recipe, is_causal, mask_id), mask_id, shift, is_causal)
     assert recipe.model.base is not None, "a recipe has a base or an architecture"
     base = recipe.model.base
     fields, base_mask_id, base_identity = describe_base(base)
     if difference := base_identity.differs_from(tokenizer):
         raise UserError(
-            f"model.base={base} was made with {difference} as data.sources; build the data with `dlm-ray data build --tokenizer {base}`, or change "
-            "model.base"
+            f"model.base={base} was made with {difference} as data.sources; build the data with `dlm-ray data build "
+            f"--tokenizer {base}`, or change model.base"
         )
     config = families.read_config(fields)
     if config.vocab_size < tokenizer.vocab_size:
         raise UserError(
-            f"model.base={base} has {config.vocab_size} embedding rows and its tokenizer {tokenizer.vocab_size} tokens; choose another model.base"
+            f"model.base={base} has {config.vocab_size} embedding rows and its tokenizer has {tokenizer.vocab_size} "
+            "tokens; choose another model.base"
         )
     mask_id = base_mask_id
     if mask_id is not None:
         if recipe.model.mask_token not in ("new", mask_id):
             raise UserError(
-                f"model.mask_token={recipe.model.mask_token}, and model.base={base} has the mask token {mask_id} already; leave model.mask_token out"
+                f"model.mask_token={recipe.model.mask_token}, but model.base={base} already has the mask token {mask_id}; "
+                "remove model.mask_token"
             )
         _check_mask_id(recipe, mask_id, config.vocab_size, tokenizer, f"the mask token {mask_id} of model.base={base}")
     elif not is_causal:
@@ -101,7 +103,7 @@ def resolve(recipe: Recipe, is_causal: bool, tokenizer: TokenizerIdentity) -> Ne
     config.vocab_size += appended
     shift = recipe.objective.shift
     return Network(
-        _finished(config, recipe, is_causal, mask_id),
+        _stored_config(config, recipe, is_causal, mask_id),
         mask_id,
         shift,
         is_causal,
@@ -111,27 +113,28 @@ def resolve(recipe: Recipe, is_causal: bool, tokenizer: TokenizerIdentity) -> Ne
 
 
 def check_held_out(recipe: Recipe, indexes: Sequence[Index]) -> None:
-    """Check that there are held-out rows for what cannot do without; a validation of none is warned of.
+    """Check that the sources have held-out sequences where the recipe needs them; warn if validation has none.
 
     Raises:
-        UserError: if the recipe searches a clip, or keeps the best checkpoints, and no source has a held-out row.
+        UserError: if the recipe searches a clip or keeps the best checkpoints, and no source has held-out sequences.
     """
     if any(index.splits["held_out"].sequences for index in indexes if "held_out" in index.splits):
         return
-    asked = (
+    needed_by = (
         "curriculum.clip_search"
         if recipe.curriculum.clip_search
         else "checkpoint.keep_best"
         if recipe.checkpoint.keep_best
         else ""
     )
-    if asked:
+    if needed_by:
         raise UserError(
-            f"{asked} measures held-out rows, and data.sources have none; build the data with a larger --held-out, or remove it"
+            f"{needed_by} measures held-out sequences, and data.sources have none; build the data with a larger "
+            "--held-out, or remove it"
         )
     if recipe.validation.sequences:
         log.warning(
-            "validation.sequences=%d, and data.sources have no held-out rows: nothing is validated",
+            "validation.sequences=%d, but data.sources have no held-out sequences: validation is skipped",
             recipe.validation.sequences,
         )
 
@@ -142,7 +145,8 @@ def with_precision(recipe: Recipe, device: torch.device, started_with: Mapping[s
     Args:
         recipe: the run.
         device: of this process.
-        started_with: the recipe in the checkpoint that the run resumes from, whose precision it keeps; None for a new run.
+        started_with: the recipe in the checkpoint that the run resumes from, whose precision it keeps; None for a
+            new run.
     """
     precision = recipe.training.precision
     if precision == "auto" and started_with is not None:
@@ -190,7 +194,7 @@ def build_objective(recipe: Recipe, network: Network, sequence_length: int) -> O
 
 
 def _check_blocks(recipe: Recipe, sequence_length: int) -> None:
-    """Blocks have to tile a row."""
+    """Raise UserError unless every block size divides the sequence length."""
     sizes = {"objective.block_tokens": recipe.objective.block_tokens or sequence_length}
     sizes |= {
         f"curriculum.block_sizes.{i}.block_tokens": stage.block_tokens
@@ -202,14 +206,15 @@ def _check_blocks(recipe: Recipe, sequence_length: int) -> None:
                 str(number) for number in range(1, sequence_length + 1) if sequence_length % number == 0
             )
             raise UserError(
-                f"{key}={size} does not divide the rows' {sequence_length} tokens; allowed are {allowed}, or build the data with another --sequence-length"
+                f"{key}={size} does not divide the sequence length {sequence_length}; allowed are {allowed}, or build "
+                "the data with another --sequence-length"
             )
 
 
 def build(
     recipe: Recipe, network: Network, objective: Any, mesh: DeviceMesh, device: torch.device
 ) -> tuple[TrainModule, HuggingFaceDenoiser]:
-    """The sharded root, and the denoiser in it, with memory but without numbers."""
+    """Return the sharded root module and its denoiser; memory is allocated, weights are not initialized."""
     denoiser = parallel.build(
         families.read_config(network.config),
         network.mask_id,
@@ -225,9 +230,10 @@ def build(
 
 
 def init_weights(recipe: Recipe, network: Network, denoiser: HuggingFaceDenoiser, objective: Any) -> None:
-    """The numbers of a fresh run: from scratch, or the base's, with a new row for the mask token where it has none.
+    """Initialize the weights of a new run: at random, or from the base.
 
-    The new row is the mean of the embeddings plus N(0, 1/D) noise (DiffuGPT); its norm is logged.
+    A base without a mask token gets a new embedding row: the mean of the embeddings plus N(0, 1/D) noise (DiffuGPT).
+    Its norm is logged.
     """
     if network.base is None:
         architecture = recipe.model.architecture
@@ -240,7 +246,10 @@ def init_weights(recipe: Recipe, network: Network, denoiser: HuggingFaceDenoiser
 
 
 def load_base_weights(base: str, denoiser: HuggingFaceDenoiser, *, extra_rows: set[str], seed: int) -> None:
-    """The numbers of a checkpoint of ours, a Hugging Face folder, a hub name or a GGUF file; names in `extra_rows` get a row more than it has."""
+    """Load the weights of a dlm_ray checkpoint, a Hugging Face folder, a hub name or a GGUF file.
+
+    The tensors named in `extra_rows` get one row more than the base has: the mask token's.
+    """
     tensors = dict(denoiser.network.named_parameters())
     checkpoint = weights.our_checkpoint(base)
     if checkpoint is None:
@@ -252,7 +261,7 @@ def load_base_weights(base: str, denoiser: HuggingFaceDenoiser, *, extra_rows: s
 
 
 def describe_base(base: str) -> tuple[dict[str, Any], int | None, TokenizerIdentity]:
-    """Configuration, mask id and tokenizer identity of a base."""
+    """Return the configuration, mask id and tokenizer identity of a base."""
     checkpoint = weights.our_checkpoint(base)
     if checkpoint is not None:
         manifest = commit.read_manifest(checkpoint)
@@ -263,39 +272,41 @@ def describe_base(base: str) -> tuple[dict[str, Any], int | None, TokenizerIdent
 
 
 def _mask_id(recipe: Recipe, rows: int, tokenizer: TokenizerIdentity) -> int:
-    """The id that the recipe asks for: a new row at the end, or an existing one that stands for nothing in text."""
-    asked = recipe.model.mask_token
-    if asked == "new":
+    """Return the mask id that the recipe requests: a new row at the end, or an existing token that no text holds."""
+    mask_token = recipe.model.mask_token
+    if mask_token == "new":
         return rows
-    _check_mask_id(recipe, asked, rows, tokenizer, f"model.mask_token={asked}")
-    return asked
+    _check_mask_id(recipe, mask_token, rows, tokenizer, f"model.mask_token={mask_token}")
+    return mask_token
 
 
-def _check_mask_id(recipe: Recipe, mask_id: int, rows: int, tokenizer: TokenizerIdentity, what: str) -> None:
-    """Raises UserError unless the network has a row for it, and it is none of the tokens that rows of data consist of.
+def _check_mask_id(recipe: Recipe, mask_id: int, rows: int, tokenizer: TokenizerIdentity, name: str) -> None:
+    """Raise UserError if the mask id is outside the vocabulary, or is the start, end, padding or unknown token.
 
-    That no text holds an ordinary token cannot be known before the rows are read (`data.reading.check_ids`).
+    An ordinary token that occurs in the data is found when the data is read (`data.reading.check_ids`).
     """
     allowed = "give the id of a token that no text holds, such as a reserved one, or `new`"
     if not 0 <= mask_id < rows:
-        raise UserError(f"{what} is not below the vocabulary's {rows} rows; {allowed}")
+        raise UserError(f"{name} is not below the vocabulary's {rows} rows; {allowed}")
     if mask_id >= tokenizer.vocab_size:
-        return  # a row beyond the tokenizer, or the base's own
-    own = load_data_tokenizer(recipe.data.sources[0].path)
+        return  # an embedding row that the tokenizer does not use
+    data_tokenizer = load_data_tokenizer(recipe.data.sources[0].path)
     roles = {
         "start": tokenizer.start_id,
         "end": tokenizer.end_id,
-        "padding": own.pad_token_id,
-        "unknown": own.unk_token_id,
+        "padding": data_tokenizer.pad_token_id,
+        "unknown": data_tokenizer.unk_token_id,
     }
     taken = [role for role, token in roles.items() if token == mask_id]
     if taken:
-        text = own.convert_ids_to_tokens(mask_id)
-        raise UserError(f"{what} is the tokenizer's {' and '.join(taken)} token {text!r}, which rows hold; {allowed}")
+        text = data_tokenizer.convert_ids_to_tokens(mask_id)
+        raise UserError(
+            f"{name} is the tokenizer's {' and '.join(taken)} token {text!r}, which the data contain; {allowed}"
+        )
 
 
-def _finished(config: Any, recipe: Recipe, is_causal: bool, mask_id: int | None) -> dict[str, Any]:
-    """The configuration as a checkpoint and an export carry it: stock transformers reads `is_causal`, we read the rest."""
+def _stored_config(config: Any, recipe: Recipe, is_causal: bool, mask_id: int | None) -> dict[str, Any]:
+    """Return the configuration that checkpoints and exports store; of ours, stock transformers reads `is_causal` only."""
     fields = config.to_dict()
     for unwanted in ("dtype", "_name_or_path", "block_tokens", KEY):
         fields.pop(unwanted, None)

@@ -1,4 +1,4 @@
-"""The frozen autoregressive model that `objective.alignment_weight` aligns with: the recipe's base, sharded as the network is."""
+"""The frozen autoregressive base that `objective.alignment_weight` aligns with, sharded like the trained network."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from dlm_ray.training import setup
 
 
 class Teacher(nn.Module):
-    """A root of its own: its parameters are in no checkpoint, no average and no optimizer of the run."""
+    """A separate FSDP root: its parameters are in no checkpoint, EMA or optimizer of the run."""
 
     def __init__(self, denoiser: nn.Module):
         super().__init__()
         self.denoiser: Any = denoiser
 
     def forward(self, input_ids: Tensor, visibility: Visibility) -> tuple[Tensor, ...]:
-        """[B, L] -> the embeddings and the states after every block."""
+        """Map ids [B, L] to the embeddings and the hidden states [B, L, D] after every layer."""
         states: tuple[Tensor, ...] = self.denoiser.states(input_ids, visibility)
         return states
 
 
 def describe(recipe: Recipe) -> dict[str, Any]:
-    """The configuration of the base.
+    """Return the configuration of the base.
 
     Raises:
         UserError: if the base is not autoregressive.
@@ -38,13 +38,14 @@ def describe(recipe: Recipe) -> dict[str, Any]:
     fields, mask_id, _ = setup.describe_base(base)
     if mask_id is not None:
         raise UserError(
-            f"objective.alignment_weight aligns with an autoregressive model, and model.base={base} is a diffusion model; set it to 0"
+            f"objective.alignment_weight aligns with an autoregressive model, and model.base={base} is a diffusion "
+            "model; set it to 0"
         )
     return fields
 
 
 def load(recipe: Recipe, mesh: DeviceMesh, device: torch.device) -> Teacher:
-    """The base as it was before the run."""
+    """Load the base with its weights from before the run."""
     denoiser = parallel.build(
         families.read_config(describe(recipe)), None, recipe.objective.shift, recipe.model.attention
     )
