@@ -1,4 +1,4 @@
-"""What is answered when something is wrong, in the form that OpenAI's clients read."""
+"""Errors of the API, in the format of OpenAI's API."""
 
 from __future__ import annotations
 
@@ -6,52 +6,47 @@ from collections.abc import Sequence
 from typing import Any
 
 Event = dict[str, Any]
-"""Of a text, as `host.Host.generate` gives it: plain values."""
+"""An event of a request as `EngineWorker.generate` yields it: plain values."""
 
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
 class ApiError(Exception):
-    """An answer that is no success.
+    """An error response.
 
     Args:
-        status: of HTTP.
-        message: for a person: the value, what is allowed, what to change.
-        code: for a program.
-        param: the field that is wrong.
-        retry_after_seconds: when it is worth trying again.
+        status: the HTTP status.
+        message: the value, what is allowed and what to change, for people.
+        code: the kind of error, for programs.
+        param: the invalid field.
+        retry_after_seconds: seconds after which a retry may succeed; None if it cannot.
     """
 
     def __init__(
         self, status: int, message: str, code: str, param: str | None = None, retry_after_seconds: int | None = None
     ):
         super().__init__(message)
-        self.status, self.message, self.code, self.param, self.retry_after_seconds = (
-            status,
-            message,
-            code,
-            param,
-            retry_after_seconds,
-        )
+        self.status, self.message, self.code, self.param = status, message, code, param
+        self.retry_after_seconds = retry_after_seconds
 
     @property
     def body(self) -> dict[str, Any]:
-        """The JSON of the answer."""
-        kind = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        """Return the JSON body of the response."""
+        error_type = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        return {"error": {"message": self.message, "type": error_type, "param": self.param, "code": self.code}}
 
     @property
     def headers(self) -> dict[str, str]:
-        """Beside the request id."""
+        """Return the headers of the response, without the request id."""
         return {} if self.retry_after_seconds is None else {"retry-after": str(self.retry_after_seconds)}
 
 
 class ReplicaLost(Exception):
-    """The process that worked on a request is gone; the same request to another one gives the same text."""
+    """The replica that processed a request has ended; another replica returns the same text for the same request."""
 
 
 def deadline_passed(seconds: float) -> ApiError:
-    """Whoever waits has waited long enough."""
+    """Return the error of a request that was not finished within its deadline."""
     return ApiError(
         408,
         f"the text was not finished within {seconds:g} seconds; ask for fewer tokens, or for more timeout_seconds",
@@ -60,25 +55,26 @@ def deadline_passed(seconds: float) -> ApiError:
 
 
 def no_model(name: str, names: Sequence[str]) -> ApiError:
-    """The service does not have it."""
+    """Return the error of a request for a model that the service does not have."""
     return ApiError(
-        404, f"there is no model {name!r}; this service has {', '.join(map(repr, names))}", "model_not_found", "model"
+        404,
+        f"the model {name!r} does not exist; this service has {', '.join(map(repr, names))}",
+        "model_not_found",
+        "model",
     )
 
 
 def overloaded() -> ApiError:
-    """Every slot is taken and enough texts wait already."""
-    return ApiError(
-        503, "all slots are taken and enough texts wait already; try again", "overloaded", retry_after_seconds=1
-    )
+    """Return the error of a request beyond the slots and the queue."""
+    return ApiError(503, "all slots are in use and the queue is full; try again", "overloaded", retry_after_seconds=1)
 
 
 def error_event(error: ApiError) -> Event:
-    """As it crosses a border between processes."""
+    """Return an error as an event, which can cross process boundaries."""
     return {"error": [error.status, error.message, error.code, error.param, error.retry_after_seconds]}
 
 
 def raise_error(event: Event) -> None:
-    """Raises the ApiError that an event brings, if it does."""
+    """Raise the ApiError of an event that has one."""
     if "error" in event:
         raise ApiError(*event["error"])

@@ -1,4 +1,4 @@
-"""The models of one replica, of which some are loaded at a time: who makes room for whom, and what becomes of the texts that are under way."""
+"""The models of one replica, some of which are loaded at a time, and their eviction after their running requests."""
 
 from __future__ import annotations
 
@@ -18,112 +18,128 @@ from dlm_ray.serving.sharding import Group
 from dlm_ray.serving.worker import EngineWorker
 
 log = logging.getLogger("dlm_ray.serving")
-Loading = Callable[[str], Awaitable[EngineWorker]]
+
+
+class PooledModel:
+    """An entry of the model cache.
+
+    Serve's cache awaits the attribute `__del__` of an entry before it drops the entry. It is an attribute of the instance
+    here, so Python's garbage collector never calls it.
+
+    Args:
+        worker: the loaded model.
+        unload: ends the worker after its running requests.
+    """
+
+    def __init__(self, worker: EngineWorker, unload: Callable[[], Awaitable[None]]):
+        self.worker = worker
+        self.__del__ = unload
+
+
+Load = Callable[[str], Awaitable[PooledModel]]
 
 
 class ModelPool:
-    """`service.Backend` of a service's models in this process.
+    """The `service.Backend` of a service's models in this process.
 
     Args:
-        server: with its models.
-        cached: from a function that loads a model to one that remembers as many as there is room for. Before it loads one too many it calls and
-            awaits `__del__` of the one that was asked for longest ago, as `serve.multiplexed` does.
-        group: of the processes that hold the one model's network with this one.
+        server: the service's settings, with its models.
+        cached: wraps a function that loads a model in a cache of limited size. Before the cache loads a model beyond
+            its size, it awaits `__del__` of the least recently used one, as `serve.multiplexed` does.
+        group: the processes that share the network of the only model; None if this process has the whole networks.
     """
 
-    def __init__(self, server: Server, cached: Callable[[Loading], Loading], group: Group | None = None):
-        self._own = {model.model_name: server.of(model) for model in server.served}
+    def __init__(self, server: Server, cached: Callable[[Load], Load], group: Group | None = None):
+        self._servers = {model.model_name: server.of(model) for model in server.served}
         self._deadline_seconds = server.engine.deadline_seconds
         self._num_held: Counter[str] = Counter()
         self._cards: dict[str, dict[str, Any]] = {}
-        self._hosts: WeakValueDictionary[str, EngineWorker] = (
-            WeakValueDictionary()
-        )  # which of them live is the cache's business
+        self._workers: WeakValueDictionary[str, EngineWorker] = WeakValueDictionary()  # the cache keeps them alive
 
-        async def load(name: str) -> EngineWorker:
-            host = await asyncio.to_thread(EngineWorker, self._own[name], group)
+        async def load(name: str) -> PooledModel:
+            worker = await asyncio.to_thread(EngineWorker, self._servers[name], group)
 
-            async def leave() -> None:
-                await self._leave(name, host)
+            async def unload() -> None:
+                await self._unload(name, worker)
 
-            vars(host)["__del__"] = leave  # of this object alone, so that it is no finalizer
-            self._hosts[name], self._cards[name] = host, host.describe()
-            return host
+            self._workers[name], self._cards[name] = worker, worker.describe()
+            return PooledModel(worker, unload)
 
-        self._resident = cached(load)
+        self._cached = cached(load)
 
     async def load(self) -> None:
-        """Each model once, so that what cannot be loaded is found before somebody asks for it; the first ones stay."""
-        for name in reversed(self._own):
-            await self._resident(name)
+        """Load each model once, so that errors appear before the first request; the first models stay loaded."""
+        for name in reversed(self._servers):
+            await self._cached(name)
 
     async def describe(self) -> list[dict[str, Any]]:
-        """The models' cards."""
-        return [self._hosts[name].describe() if name in self._hosts else self._cards[name] for name in self._own]
+        """Return the models' entries in /v1/models."""
+        return [
+            self._workers[name].describe() if name in self._workers else self._cards[name] for name in self._servers
+        ]
 
     async def generate(self, task: Task) -> AsyncGenerator[list[Event]]:
-        """Events of a task; the wait for its model counts towards its deadline."""
-        asked = time.monotonic()
+        """Yield the events of a task; the time until its model is loaded counts towards its deadline."""
+        started = time.monotonic()
         seconds = min(self._deadline_seconds, task["timeout_seconds"] or self._deadline_seconds)
         try:
-            async with self._held(task["model"], seconds) as host:
-                task["timeout_seconds"] = max(1e-3, seconds - (time.monotonic() - asked))
-                async with aclosing(host.generate(task)) as events:
-                    async for some in events:
-                        yield some
+            async with self._held(task["model"], seconds) as worker:
+                task["timeout_seconds"] = max(1e-3, seconds - (time.monotonic() - started))
+                async with aclosing(worker.generate(task)) as batches:
+                    async for events in batches:
+                        yield events
         except ApiError as error:
             yield [error_event(error)]
 
     async def score(self, model: str, text: str, draws: int, seed: int) -> Event:
-        """A text's bound by a model."""
+        """Return a model's bits of a text, or a bound on them."""
         try:
-            async with self._held(model, self._deadline_seconds) as host:
-                return await host.score(text, draws, seed)
+            async with self._held(model, self._deadline_seconds) as worker:
+                return await worker.score(text, draws, seed)
         except ApiError as error:
             return error_event(error)
 
     def check(self) -> None:
-        """Raises RuntimeError if an engine does not work any more."""
-        for host in list(self._hosts.values()):
-            host.check()
+        """Raise RuntimeError if an engine has ended unexpectedly."""
+        for worker in list(self._workers.values()):
+            worker.check()
 
     @asynccontextmanager
     async def _held(self, name: str, seconds: float) -> AsyncIterator[EngineWorker]:
-        """The model's host, when there is room for it; it stays for as long as the context lasts.
+        """Load a model and keep it loaded within the context.
 
         Raises:
-            ApiError: if there is no such model, it cannot be loaded any more, or there is no room in time.
+            ApiError: if the service has no such model, it cannot be loaded, or it is not loaded within `seconds`.
         """
-        if name not in self._own:
-            raise no_model(name, list(self._own))
-        # Goes on when whoever asked is gone: half a load, or half a farewell, would help nobody.
+        if name not in self._servers:
+            raise no_model(name, list(self._servers))
+        # A cancelled request must not cancel loading or unloading halfway.
         holding = asyncio.ensure_future(self._hold(name))
         try:
             try:
                 async with asyncio.timeout(seconds):
-                    host = await asyncio.shield(holding)
+                    worker = await asyncio.shield(holding)
             except TimeoutError as error:
                 raise deadline_passed(seconds) from error
             except (ValueError, OSError, RuntimeError) as error:
                 log.exception("%s could not be loaded", name)
-                raise ApiError(
-                    503, f"{name} could not be loaded; the log says why", "model_unavailable", "model", 10
-                ) from error
-            yield host
+                message = f"{name} could not be loaded; see the log"
+                raise ApiError(503, message, "model_unavailable", "model", 10) from error
+            yield worker
         finally:
-            holding.add_done_callback(lambda _: self._let_go(name, holding))
+            holding.add_done_callback(lambda _: self._release(name, holding))
 
     async def _hold(self, name: str) -> EngineWorker:
-        host = await self._resident(name)
-        self._num_held[name] += 1  # before anybody else runs, who might want its room
-        return host
+        pooled = await self._cached(name)
+        self._num_held[name] += 1  # without an await in between, so the model cannot be unloaded before
+        return pooled.worker
 
-    def _let_go(self, name: str, holding: asyncio.Future[EngineWorker]) -> None:
+    def _release(self, name: str, holding: asyncio.Future[EngineWorker]) -> None:
         if not holding.cancelled() and holding.exception() is None:
             self._num_held[name] -= 1
 
-    async def _leave(self, name: str, host: EngineWorker) -> None:
-        """Ends it after everything that it has accepted."""
+    async def _unload(self, name: str, worker: EngineWorker) -> None:
+        """End a worker after all requests that it has accepted."""
         while self._num_held[name]:
             await asyncio.sleep(0.05)
-        await asyncio.to_thread(host.close)
+        await asyncio.to_thread(worker.close)

@@ -1,4 +1,4 @@
-"""The checkpoints of a service, found before anything starts and held: every replica, whenever it starts, loads the same steps."""
+"""Resolve the checkpoints of a service before it starts, so that all replicas load the same steps at any time."""
 
 from __future__ import annotations
 
@@ -12,36 +12,39 @@ from dlm_ray.config.server import Model, Server
 
 
 def pinned(server: Server) -> Server:
-    """The same with every run directory's last step in its place, every folder's whole path, every name, and the kind of weights.
+    """Return the settings with the last step of every run directory, absolute paths, model names and kinds of weights.
 
     Raises:
-        UserError: with every checkpoint that is not there, cannot be read or has not the weights that are asked for, by its key.
+        UserError: with the key of every checkpoint that is missing, cannot be read or lacks the requested weights.
     """
     problems, models = [], []
-    for place, model in enumerate(server.served):
+    for index, model in enumerate(server.served):
         try:
             models.append(_pinned(model))
         except UserError as error:
-            problems.append(f"{f'models.{place}.' if server.models else ''}checkpoint={model.checkpoint}: {error}")
+            key = f"models.{index}.checkpoint" if server.models else "checkpoint"
+            problems.append(f"{key}={model.checkpoint}: {error}")
     if problems:
         raise UserError("\n".join(problems))
-    return (
-        server.of(models[0]) if server.checkpoint is not None else server.model_copy(update={"models": tuple(models)})
-    )
+    if server.checkpoint is not None:
+        return server.of(models[0])
+    return server.model_copy(update={"models": tuple(models)})
 
 
 def _pinned(model: Model) -> Model:
     path, kind = weights.our_checkpoint(model.checkpoint), model.weights
     if path is not None:
         manifest = commit.read_manifest(path)
-        Description.of(manifest).objective_settings(path)  # refuses a custom objective that cannot be imported
+        Description.of(manifest).objective_settings(path)  # raises if a custom objective cannot be imported
         prefix = weights.weight_prefix(manifest.arrays, kind, path)
         kind = "ema" if prefix == "ema" else "raw"
     else:
         path = model.checkpoint
         open_pretrained(path)
         if kind is not None:
-            raise UserError(f"weights={kind} chooses between the weights of a checkpoint of ours, and this is none")
+            raise UserError(
+                f"weights={kind} chooses between the weights of a checkpoint of dlm_ray, and this is not one"
+            )
     if Path(path).exists():
-        path = str(Path(path).absolute())  # a replica starts in another directory
+        path = str(Path(path).absolute())  # replicas start in another directory
     return Model(checkpoint=path, name=model.model_name, weights=kind)

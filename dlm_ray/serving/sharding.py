@@ -1,8 +1,9 @@
-"""A network that several processes hold: one leads, the others follow each of its calls, so that all gather the same parameters in the same order.
+"""A network whose parameters are sharded over several processes: one leader, and followers that repeat its calls.
 
-The leader alone decides anything: requests, the cache and the draws are its own, and its texts are those of one device, bit for bit. A follower runs
-a dummy row through every call and uses nothing of it. So the processes share the memory of the parameters, and not the work: this is for
-networks that do not fit one device, and slower than one device that they fit.
+Every call gathers the same parameters in the same order in all processes. Only the leader has requests, the cache and
+random numbers, and its texts equal those of one device, bit for bit. A follower runs each call with a dummy input and
+ignores the result. So the processes share the memory of the parameters and not the work: use this for networks that do
+not fit on one device. It is slower than one device that the network fits on.
 """
 
 from __future__ import annotations
@@ -15,18 +16,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from dlm_ray.diffusion.visibility import Visibility
 from dlm_ray.models.denoiser import HuggingFaceDenoiser
 
-# Everybody takes part in a gathering within so many seconds; for the next call a follower waits for as long as there is none.
-_GATHERING = timedelta(seconds=120)
-_IDLE = timedelta(days=365)
+# A collective of the network fails after the first; a follower waits for the leader's next call up to the second.
+_COLLECTIVE_TIMEOUT = timedelta(seconds=120)
+_IDLE_TIMEOUT = timedelta(days=365)
 
 
 class Call(IntEnum):
-    """What the leader is about to do."""
+    """The leader's next call."""
 
     STOP = 0
     HIDDEN = 1
@@ -35,96 +37,107 @@ class Call(IntEnum):
 
 @dataclass(frozen=True)
 class Group:
-    """The processes that hold a network together, as one of them knows them."""
+    """The processes that share a network, as seen by one of them."""
 
     mesh: DeviceMesh
-    """For parameters."""
+    """The mesh over which the parameters are sharded."""
     calls: dist.ProcessGroup
-    """For announcements, between hosts' memories."""
+    """The gloo group for announcements of calls, through host memory."""
 
-    def tell(self, call: Call) -> None:
-        """Rank 0 announces a call."""
+    def send(self, call: Call) -> None:
+        """Announce a call from rank 0 to all other ranks."""
         dist.broadcast(torch.tensor(int(call)), src=0, group=self.calls)
 
-    def hear(self) -> Call:
-        """The others wait for it."""
+    def receive(self) -> Call:
+        """Wait for the next call of rank 0 and return it."""
         call = torch.empty((), dtype=torch.int64)
         dist.broadcast(call, src=0, group=self.calls)
         return Call(int(call))
 
 
-def meeting_place() -> dist.TCPStore:
-    """A store on a free port of this machine, where the processes of a group find each other; rank 0 keeps it for as long as they are together."""
-    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=_GATHERING)
+def create_store() -> dist.TCPStore:
+    """Return a rendezvous store on a free port of this machine; rank 0 keeps it as long as the group exists."""
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=_COLLECTIVE_TIMEOUT)
 
 
 def join(rank: int, num_shards: int, store: dist.TCPStore | int, device: torch.device) -> Group:
-    """Collective: makes this process one of a group, all of which are on one machine.
+    """Collective: join this process to a group, all of whose processes are on one machine.
 
     Args:
-        rank: 0 leads.
-        num_shards: processes of the group.
-        store: rank 0's meeting place, or for others its port.
-        device: of its part.
+        rank: the rank; 0 is the leader.
+        num_shards: the number of processes.
+        store: the store of `create_store` on rank 0; its port on other ranks.
+        device: the device of this process's shard.
     """
     if isinstance(store, int):
-        store = dist.TCPStore("127.0.0.1", store, is_master=False, timeout=_GATHERING)
+        store = dist.TCPStore("127.0.0.1", store, is_master=False, timeout=_COLLECTIVE_TIMEOUT)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=num_shards, timeout=_GATHERING)
-    return Group(init_device_mesh(device.type, (num_shards,)), dist.new_group(backend="gloo", timeout=_IDLE))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=num_shards, timeout=_COLLECTIVE_TIMEOUT)
+    return Group(init_device_mesh(device.type, (num_shards,)), dist.new_group(backend="gloo", timeout=_IDLE_TIMEOUT))
 
 
 def leave() -> None:
-    """Closes this process's connections, so that the others see that it is gone."""
+    """Close this process's connections, so that the other processes fail at once instead of waiting."""
     dist.destroy_process_group()
 
 
-class Leader:
-    """Rank 0's side: from here on, every call of the network's `hidden` or `reduce_logits` is announced first. One thread at a time.
+class LeaderDenoiser(HuggingFaceDenoiser):
+    """The denoiser of rank 0: it announces every call of `hidden` or `reduce_logits` to the followers, then runs it.
 
-    Collective: it is whole when all have loaded.
+    Use it from one thread at a time. Its constructor is collective: it returns when all processes have loaded.
+
+    Args:
+        group: the processes that share the network.
+        denoiser: the denoiser of this process, whose parameters are sharded over the group.
     """
 
     def __init__(self, group: Group, denoiser: HuggingFaceDenoiser):
-        self._group = group
+        nn.Module.__init__(self)  # the network exists already
+        self.network, self.mask_id, self.shift = denoiser.network, denoiser.mask_id, denoiser.shift
+        self.attention_kernel = denoiser.attention_kernel
         self.is_lost = False
-        """After a call that failed the ranks are at different places, and nothing brings them together again."""
-        led: Any = denoiser
-        led.hidden, led.reduce_logits = self._led(Call.HIDDEN, led.hidden), self._led(Call.LOGITS, led.reduce_logits)
+        """Whether a call has failed: the ranks may then be at different calls, which cannot be repaired."""
+        self._group, self._sharded = group, denoiser
+        self.eval()
         dist.barrier(group.calls)
 
+    def hidden(self, inputs: Tensor, visibility: Visibility, kv: Any = None) -> Tensor:
+        """Return the hidden states of `HuggingFaceDenoiser.hidden`, computed with the followers."""
+        return self._run_with_followers(Call.HIDDEN, self._sharded.hidden, inputs, visibility, kv)
+
+    def reduce_logits(self, rows: Tensor, fn: Callable[..., Any], *row_arguments: Tensor) -> Any:
+        """Return the result of `HuggingFaceDenoiser.reduce_logits`, computed with the followers."""
+        return self._run_with_followers(Call.LOGITS, self._sharded.reduce_logits, rows, fn, *row_arguments)
+
     def stop(self) -> None:
-        """Lets the followers go."""
+        """End the followers' loops."""
         if not self.is_lost:
-            self._group.tell(Call.STOP)
+            self._group.send(Call.STOP)
 
-    def _led(self, call: Call, method: Callable[..., Any]) -> Callable[..., Any]:
-        def announced(*arguments: Any) -> Any:
-            if self.is_lost:
-                raise RuntimeError("the processes that hold this network have lost each other")
-            try:
-                self._group.tell(call)
-                return method(*arguments)
-            except BaseException:
-                self.is_lost = True
-                raise
-
-        return announced
+    def _run_with_followers(self, call: Call, method: Callable[..., Any], *arguments: Any) -> Any:
+        if self.is_lost:
+            raise RuntimeError("the processes that share this network have lost each other")
+        try:
+            self._group.send(call)
+            return method(*arguments)
+        except BaseException:
+            self.is_lost = True
+            raise
 
 
 @torch.no_grad()
 def follow(group: Group, denoiser: HuggingFaceDenoiser) -> None:
-    """The others' side, until the leader stops.
+    """Repeat the leader's calls with dummy inputs until the leader stops.
 
     Raises:
-        RuntimeError: if the leader, or another follower, is gone.
+        RuntimeError: if the leader or another follower has ended.
     """
-    own = denoiser.embedding
-    token = torch.zeros(1, 1, dtype=torch.int64, device=own.device)
-    row = torch.zeros(1, own.shape[1], dtype=own.dtype, device=own.device)  # [1, D]
+    embedding = denoiser.embedding
+    token = torch.zeros(1, 1, dtype=torch.int64, device=embedding.device)
+    hidden = torch.zeros(1, embedding.shape[1], dtype=embedding.dtype, device=embedding.device)  # [1, D]
     dist.barrier(group.calls)
-    while (call := group.hear()) is not Call.STOP:
+    while (call := group.receive()) is not Call.STOP:
         if call is Call.HIDDEN:
             denoiser.hidden(token, Visibility("causal"))
         else:
-            denoiser.reduce_logits(row, lambda logits: logits)
+            denoiser.reduce_logits(hidden, lambda logits: logits)

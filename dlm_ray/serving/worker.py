@@ -1,6 +1,6 @@
-"""A checkpoint that works for many: an engine in a thread of its own, and requests that wait for it without blocking. No HTTP, no Ray.
+"""An engine in its own thread, with an asynchronous interface for concurrent requests. No HTTP, no Ray.
 
-What comes in and goes out is plain (texts, numbers, lists), as it crosses a border between processes.
+Inputs and outputs are plain values (strings, numbers, lists), because they cross process boundaries.
 """
 
 from __future__ import annotations
@@ -19,96 +19,93 @@ from dlm_ray.serving.engine import Engine, NetworkLost
 from dlm_ray.serving.errors import ApiError, Event, error_event, overloaded
 from dlm_ray.serving.jobs import Job, SequenceUpdate, Task
 from dlm_ray.serving.planner import Planner
-from dlm_ray.serving.sharding import Group, Leader
+from dlm_ray.serving.sharding import Group, LeaderDenoiser
 
 log = logging.getLogger("dlm_ray.serving")
+Notify = Callable[[SequenceUpdate | ApiError], None]
+"""Sends an update of a job, or the error that ends its request, from the engine's thread to the request."""
 
 
 class EngineWorker:
-    """One model's work in a replica.
+    """The engine of one model in a replica.
 
     Args:
-        server: of one model.
-        group: of the processes that hold the network with this one, which leads them; None if it holds the network alone.
+        server: the service's settings, with one model.
+        group: the processes that share the network, which this one leads; None if this process has the whole network.
     """
 
     def __init__(self, server: Server, group: Group | None = None):
         self.server = server
-        [own] = server.served
-        self.model = load(own.checkpoint, own.weights, device=server.device, mesh=group.mesh if group else None)
-        self._leader = Leader(group, self.model.denoiser) if group else None
+        [served] = server.served
+        self.model = load(served.checkpoint, served.weights, device=server.device, mesh=group.mesh if group else None)
+        self._leader: LeaderDenoiser | None = None
+        if group is not None:
+            self._leader = self.model.denoiser = LeaderDenoiser(group, self.model.denoiser)
         self.engine = Engine(self.model, server.engine)
         self.planner = Planner(self.model, self.engine, server)
         self._changed = threading.Condition()
-        self._inbox: list[Callable[[], None]] = []
-        self._waiting: dict[Job, Callable[[SequenceUpdate | ApiError], None]] = {}
+        self._inbox: list[Callable[[], object]] = []
+        self._notify: dict[Job, Notify] = {}
         self._is_stopped = self._is_broken = self._is_ended = False
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
 
     def describe(self) -> dict[str, Any]:
-        """The model's card in /v1/models: what it can, its limits, and how busy this replica is."""
+        """Return the model's entry in /v1/models: its capabilities, its limits and this replica's load."""
         return {**self.planner.card(), "load": {"active": self.engine.num_active, "waiting": len(self.engine.waiting)}}
 
     def check(self) -> None:
-        """Raises RuntimeError if the engine does not work any more, though nobody has ended it."""
+        """Raise RuntimeError if the engine has ended without `close`."""
         if self._is_lost():
-            raise RuntimeError("the processes that hold the network have lost each other")
+            raise RuntimeError("the processes that share the network have lost each other")
         if not (self._thread.is_alive() or self._is_stopped):
             raise RuntimeError("the engine's thread has ended")
 
     async def generate(self, task: Task) -> AsyncGenerator[list[Event]]:
-        """Events of a request's texts, several at a time; when whoever reads them stops, the slots are free before the next tick.
+        """Yield the events of a request in batches; closing the generator frees the slots before the next tick.
 
         Yields:
-            `prompt_tokens` first; then of text `index`: `text` that is final, `canvas`, `finish_reason` with its counts; or one `error`.
+            `prompt_tokens` first; then for the text `index`: its final `text`, its `canvas`, its `finish_reason` with
+            counts; or one `error`.
         """
         loop = asyncio.get_running_loop()
-        news: asyncio.Queue[SequenceUpdate | ApiError] = asyncio.Queue()
+        queue: asyncio.Queue[SequenceUpdate | ApiError] = asyncio.Queue()
         try:
-            jobs, before = self.planner.jobs(task)
-            if len(self._waiting) + len(jobs) > self.server.engine.slots + self.server.engine.max_waiting:
+            jobs, prompt_event = self.planner.jobs(task)
+            if len(self._notify) + len(jobs) > self.server.engine.slots + self.server.engine.max_waiting:
                 raise overloaded()
         except ApiError as error:
             yield [error_event(error)]
             return
 
-        def tell(update: SequenceUpdate | ApiError) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed, and whoever waited there is gone with it
-                loop.call_soon_threadsafe(news.put_nowait, update)
+        def notify(update: SequenceUpdate | ApiError) -> None:
+            with contextlib.suppress(RuntimeError):  # the event loop is closed, and the request with it
+                loop.call_soon_threadsafe(queue.put_nowait, update)
 
-        numbers = {job: number for number, job in enumerate(jobs)}
         for job in jobs:
-            self._waiting[job] = tell
+            self._notify[job] = notify
         if not self._do(lambda: self.engine.submit(jobs)):
-            tell(_ended())
-        left = set(jobs)
+            notify(_ended())
+        unfinished = set(jobs)
         try:
-            yield [before]
-            while left:
-                events: list[Event] = []
-                updates = [await news.get()]
-                while not news.empty():
-                    updates.append(news.get_nowait())
-                for update in updates:
-                    if isinstance(update, SequenceUpdate) and update.failure is not None:
-                        left.discard(update.job)
-                        update = _failed()
-                    if isinstance(update, ApiError):
-                        yield [*events, error_event(update)]
-                        return
-                    events.append(_event(update, numbers[update.job]))
-                    if update.finish_reason is not None:
-                        left.discard(update.job)
+            yield [prompt_event]
+            indices = {job: index for index, job in enumerate(jobs)}
+            while unfinished:
+                updates = [await queue.get()]
+                while not queue.empty():
+                    updates.append(queue.get_nowait())
+                events, has_failed = _events(updates, indices, unfinished)
                 yield events
+                if has_failed:
+                    return
         finally:
             for job in jobs:
-                self._waiting.pop(job, None)
-            if left:
-                self._do(lambda: self.engine.cancel(left))
+                self._notify.pop(job, None)
+            if unfinished:
+                self._do(lambda: self.engine.cancel(unfinished))
 
     async def score(self, text: str, draws: int, seed: int) -> Event:
-        """The (bound on the) bits of a text, with the interval over draws; or an `error`."""
+        """Return the bits of a text, or a bound on them, with the interval over draws; or an `error`."""
         try:
             ids = self.planner.scored_ids(text, draws)
         except ApiError as error:
@@ -117,7 +114,7 @@ class EngineWorker:
 
         def work() -> None:
             if not done.set_running_or_notify_cancel():
-                return  # nobody waits any more
+                return  # the request was cancelled
             try:
                 done.set_result(self.planner.score(ids, len(text.encode()), draws, seed))
             except Exception as error:
@@ -127,7 +124,7 @@ class EngineWorker:
         return await asyncio.wrap_future(done) if self._do(work) else error_event(_ended())
 
     def close(self) -> None:
-        """Ends the thread after its tick, and lets the processes go that hold the network with this one."""
+        """End the thread after its current tick, and the followers that share the network."""
         self._do(self._stop)
         self._thread.join(timeout=10)
         if self._leader is not None and not self._thread.is_alive():
@@ -139,11 +136,11 @@ class EngineWorker:
     def _is_lost(self) -> bool:
         return self._leader is not None and self._leader.is_lost
 
-    def _do(self, act: Callable[[], Any]) -> bool:
-        """In the engine's thread, before its next tick; False if the thread has ended, and nothing is done any more."""
+    def _do(self, action: Callable[[], object]) -> bool:
+        """Run an action in the engine's thread before its next tick; return False if the thread has ended."""
         with self._changed:
             if not self._is_ended:
-                self._inbox.append(act)
+                self._inbox.append(action)
                 self._changed.notify()
             return not self._is_ended
 
@@ -153,16 +150,16 @@ class EngineWorker:
                 with self._changed:
                     while not (self._inbox or self.engine.num_active or self.engine.waiting):
                         self._changed.wait()
-                    acts, self._inbox = self._inbox, []
-                for act in acts:
-                    self._act(act)
+                    actions, self._inbox = self._inbox, []
+                for action in actions:
+                    self._run(action)
                 self._tick()
         finally:
             self._end()
 
-    def _act(self, act: Callable[[], Any]) -> None:
+    def _run(self, action: Callable[[], object]) -> None:
         try:
-            act()
+            action()
         except Exception as error:
             self._fail(error)
 
@@ -178,47 +175,69 @@ class EngineWorker:
             return
         for update in updates:
             if update.failure is not None:
-                log.error("request %s failed, and no other with it", update.job.request_id, exc_info=update.failure)
-            tell = self._waiting.get(update.job)
-            if tell is not None:
-                tell(update)
+                log.error("request %s failed", update.job.request_id, exc_info=update.failure)
+            notify = self._notify.get(update.job)
+            if notify is not None:
+                notify(update)
 
     def _fail(self, error: Exception) -> None:
-        """The engine itself is at fault, not one job's data (those fail alone): every request is told, and it starts anew without them."""
-        waiting = dict(self._waiting)
-        log.error(
-            "the engine failed, and with it requests %s", sorted({job.request_id for job in waiting}), exc_info=error
-        )
-        for tell in waiting.values():
-            tell(_failed())
+        """Fail all requests and replace the engine, after an error that is not caused by one job's data."""
+        requests = dict(self._notify)
+        request_ids = sorted({job.request_id for job in requests})
+        log.error("the engine failed, and with it requests %s", request_ids, exc_info=error)
+        for notify in requests.values():
+            notify(_failed())
         if self._is_lost():
             return
         try:
             self.engine = Engine(self.model, self.server.engine)
-        except Exception as again:
-            log.error("the engine does not start anew", exc_info=again)
+        except Exception as restart_error:
+            log.error("the engine cannot be restarted", exc_info=restart_error)
             self._is_broken = True
 
     def _end(self) -> None:
-        """Whoever waits, or comes too late, is told."""
+        """Send an error to all requests that wait, and refuse later ones."""
         with self._changed:
             self._is_ended = True
-            acts, self._inbox = self._inbox, []
-        for act in acts:
+            actions, self._inbox = self._inbox, []
+        for action in actions:
             with contextlib.suppress(Exception):
-                act()
-        for tell in dict(self._waiting).values():
-            tell(_ended())
+                action()
+        for notify in dict(self._notify).values():
+            notify(_ended())
 
 
 def _failed() -> ApiError:
-    return ApiError(500, "denoising failed on this replica; its log says why under the request id", "internal")
+    return ApiError(500, "denoising failed on this replica; see its log under the request id", "internal")
 
 
 def _ended() -> ApiError:
     return ApiError(
         503, "this replica's engine has ended; send the request again", "replica_lost", retry_after_seconds=1
     )
+
+
+def _events(
+    updates: list[SequenceUpdate | ApiError], indices: dict[Job, int], unfinished: set[Job]
+) -> tuple[list[Event], bool]:
+    """Return the events of updates up to the first error, and whether there is one.
+
+    Args:
+        updates: in order.
+        indices: the index of each job's text in its request.
+        unfinished: the request's unfinished jobs; those that finish or fail are removed.
+    """
+    events: list[Event] = []
+    for update in updates:
+        if isinstance(update, ApiError):
+            return [*events, error_event(update)], True
+        if update.failure is not None:
+            unfinished.discard(update.job)
+            return [*events, error_event(_failed())], True
+        events.append(_event(update, indices[update.job]))
+        if update.finish_reason is not None:
+            unfinished.discard(update.job)
+    return events, False
 
 
 def _event(update: SequenceUpdate, index: int) -> Event:
@@ -230,7 +249,6 @@ def _event(update: SequenceUpdate, index: int) -> Event:
     if update.finish_reason is not None:
         event["finish_reason"] = update.finish_reason
         event["calls"] = [update.num_denoising_calls, update.num_cache_calls]
-        event["cached_tokens"] = (
-            update.num_cached_tokens if update.job.number == 0 else 0
-        )  # a prompt counts once, whatever n is
+        # A prompt counts once per request, whatever n is.
+        event["cached_tokens"] = update.num_cached_tokens if update.job.number == 0 else 0
     return event

@@ -1,4 +1,4 @@
-"""The engine: texts are those of `TextModel`, whoever else is there; slots come back; the canvas is told; fixed shapes give the same bits."""
+"""The engine: texts equal those of `TextModel` in any batch; slots are freed; the canvas is streamed; bits do not depend on the slot."""
 
 from dataclasses import replace
 
@@ -14,7 +14,7 @@ from dlm_ray.generation.loading import load
 from dlm_ray.serving.engine import Engine, NetworkLost
 from dlm_ray.serving.jobs import TextStream
 
-WAYS = {
+PARAMS = {
     "ar": [{}, {"temperature": 0.0}, {"temperature": 0.7, "top_p": 0.8}],
     "block8": [{}, {"rule": "threshold", "threshold": 0.3}, {"rule": "ancestral", "steps": 5, "remask": 0.2}, {"rule": "margin", "top_p": 0.9}],
     "whole": [{"steps": 4}, {"rule": "threshold"}, {"rule": "ancestral", "steps": 30, "remask": 0.1}, {"rule": "first_hitting", "temperature": 0.5}],
@@ -23,12 +23,12 @@ WAYS = {
 
 
 @pytest.mark.parametrize("batch_invariant", [False, True])
-@pytest.mark.parametrize("name", WAYS)
-def test_texts_of_every_way_and_length_share_calls_and_are_those_of_the_sampler(runs, name, batch_invariant):
+@pytest.mark.parametrize("name", PARAMS)
+def test_texts_of_mixed_params_and_lengths_equal_those_of_the_sampler(runs, name, batch_invariant):
     model = load(runs / name)
     engine = Engine(model, Settings(slots=4, batch_invariant=batch_invariant))
     jobs, texts = {}, {}
-    for number, options in enumerate(WAYS[name] * 2):  # more than there are slots, and joining at different times
+    for number, options in enumerate(PARAMS[name] * 2):  # more than there are slots, and joining at different times
         asked = job(model, ["the model", "a", ""][number % 3], 9 + 4 * (number % 4), seed=number, **options)
         jobs[asked] = options
         engine.submit([asked])
@@ -48,7 +48,7 @@ def test_texts_of_every_way_and_length_share_calls_and_are_those_of_the_sampler(
     assert texts == alone
 
 
-def test_a_cancelled_text_frees_its_slot_before_the_next_tick_and_is_never_heard_of_again(runs):
+def test_a_cancelled_job_frees_its_slot_before_the_next_tick_and_has_no_further_updates(runs):
     for name in ("block8", "whole"):
         model = load(runs / name)
         engine = Engine(model, Settings(slots=2))
@@ -69,7 +69,7 @@ def test_a_cancelled_text_frees_its_slot_before_the_next_tick_and_is_never_heard
         assert not engine.waiting and engine.tick() == []
 
 
-def test_a_deadline_ends_what_runs_and_what_waits(runs):
+def test_a_deadline_ends_running_and_waiting_jobs(runs):
     model = load(runs / "block8")
     engine = Engine(model, Settings(slots=1))
     running, waiting, patient = (job(model, deadline=deadline) for deadline in (10.0, 11.0, None))
@@ -85,7 +85,7 @@ def test_a_deadline_ends_what_runs_and_what_waits(runs):
     assert end.job == patient and end.finish_reason in ("length", "stop")
 
 
-def test_what_prompts_begin_with_is_found_by_others_and_never_by_another_checkpoint(runs):
+def test_prompts_share_cached_prefixes_but_not_between_checkpoints(runs):
     prompt = "the model reads a row and writes what it has not seen"
     for weights in ("raw", "ema"):
         model = load(runs / "block8", weights)
@@ -102,7 +102,7 @@ def test_what_prompts_begin_with_is_found_by_others_and_never_by_another_checkpo
 
 
 @pytest.mark.parametrize("name", ["block8", "whole"])
-def test_of_a_text_that_is_not_streamed_nothing_is_said_before_its_end(runs, name):
+def test_a_job_that_is_not_streamed_has_one_update_at_its_end(runs, name):
     model = load(runs / name)
     engine = Engine(model, Settings(slots=4))
     streamed = job(model, length=20, seed=5)
@@ -122,7 +122,7 @@ def test_of_a_text_that_is_not_streamed_nothing_is_said_before_its_end(runs, nam
 
 
 @pytest.mark.parametrize("name", ["block8", "whole"])
-def test_a_stop_text_ends_a_text_before_it_and_nothing_is_ever_taken_back(runs, name):
+def test_a_text_ends_before_its_stop_text(runs, name):
     model = load(runs / name)
     engine = Engine(model, Settings(slots=2))
     plain, stopped = job(model, length=20, seed=5), None
@@ -137,7 +137,7 @@ def test_a_stop_text_ends_a_text_before_it_and_nothing_is_ever_taken_back(runs, 
 
 
 @pytest.mark.parametrize("name", ["block8", "whole"])
-def test_the_canvas_is_told_position_by_position_with_how_sure_the_model_was(runs, name):
+def test_the_streamed_canvas_has_each_position_with_its_probability(runs, name):
     model = load(runs / name)
     engine = Engine(model, Settings(slots=2))
     shown = job(model, length=12, seed=5, stream_canvas=True, rule="first_hitting")
@@ -209,7 +209,7 @@ def test_the_canvas_shows_the_models_probability_of_every_token_whatever_its_rul
     assert num_checked >= 4
 
 
-def test_infilling_in_company_keeps_both_sides(runs):
+def test_infilling_in_a_batch_equals_infilling_alone(runs):
     model = load(runs / "whole")
     engine = Engine(model, Settings(slots=4))
     jobs = [job(model, "the model", length, suffix=" and writes", seed=length) for length in (3, 5, 7)]
@@ -220,7 +220,7 @@ def test_infilling_in_company_keeps_both_sides(runs):
         assert texts[one] == model.infill("the model", " and writes", length_tokens=one.length_tokens, seed=one.seed)[0]
 
 
-def test_sizes_of_blocks_beside_the_trained_one_have_slots_of_their_own(runs):
+def test_other_block_sizes_than_the_trained_one_have_their_own_slots(runs):
     model = load(runs / "whole")
     engine = Engine(model, Settings(slots=3, block_tokens=(8,)))
     with pytest.warns(UserWarning, match="not trained for"):
@@ -231,12 +231,12 @@ def test_sizes_of_blocks_beside_the_trained_one_have_slots_of_their_own(runs):
     with pytest.warns(UserWarning, match="not trained for"):
         assert texts[by_blocks] == model.sample("the model", length_tokens=40, block_tokens=8, rule="first_hitting")[0]
     with pytest.raises(
-        UserError, match="engine.block_tokens=5: this checkpoint is sampled by divisors of its context of 32"
+        UserError, match="engine.block_tokens=5: this checkpoint is sampled in blocks whose size divides its context of 32"
     ):
         Engine(model, Settings(block_tokens=(5,)))
 
 
-def test_characters_come_whole_and_what_may_be_a_stop_is_held_back():
+def test_incomplete_characters_and_possible_stop_texts_are_held_back():
     letters = {1: b"a", 2: b"\xe2", 3: b"\x82", 4: b"\xac", 5: b"b", 6: b"c"}
     stream = TextStream(lambda ids: b"".join(letters[i] for i in ids).decode(errors="replace"), ("bcb",))
     said = [
@@ -252,7 +252,7 @@ def test_characters_come_whole_and_what_may_be_a_stop_is_held_back():
     assert stream.push([1, 2, 3, 4, 2, 5], False) == "" and stream.is_stopped
 
 
-# A job that fails fails alone
+# Fault isolation
 
 
 POISON = 7
@@ -290,7 +290,7 @@ def alone(model, jobs):
 
 @pytest.mark.parametrize("place", ["prompt", "end of prompt", "rule", "stop", "drawing"])
 @pytest.mark.parametrize("name", ["ar", "block8", "whole"])
-def test_a_job_that_fails_fails_alone_and_the_others_texts_go_on_as_if_it_had_never_been(
+def test_a_failing_job_does_not_change_the_texts_of_other_jobs(
     runs, monkeypatch, name, place
 ):
     model = load(runs / name)
@@ -350,7 +350,7 @@ def _refusing(push, stops):
 @pytest.mark.long
 @pytest.mark.parametrize("batch_invariant", [False, True])
 @pytest.mark.parametrize("name", ["ar", "block8", "whole"])
-def test_a_call_that_fails_once_changes_no_text_whichever_call_it_is(runs, monkeypatch, name, batch_invariant):
+def test_a_transient_failure_of_any_call_changes_no_text(runs, monkeypatch, name, batch_invariant):
     model = load(runs / name)
     settings = Settings(slots=3, batch_invariant=batch_invariant, prefix_cache_mib=0)
     jobs = company(model, 4)
@@ -369,7 +369,7 @@ def test_a_call_that_fails_once_changes_no_text_whichever_call_it_is(runs, monke
         assert not any(update.failure for update in updates)
 
 
-def test_a_network_that_answers_nothing_is_nobodys_fault_and_ends_the_engine(runs, monkeypatch):
+def test_a_network_that_fails_for_every_input_raises_network_lost(runs, monkeypatch):
     for name in ("block8", "whole"):
         model = load(runs / name)
         engine = Engine(model, Settings(slots=3))

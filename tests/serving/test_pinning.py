@@ -14,7 +14,7 @@ def test_a_gguf_file_is_pinned_by_its_whole_path_and_checked_before_any_replica_
     server = pinned(Server(checkpoint="tiny.gguf"))
     assert server.checkpoint == str(tmp_path / "tiny.gguf") and server.served[0].model_name == "tiny.gguf"
     with pytest.raises(
-        UserError, match="weights=raw chooses between the weights of a checkpoint of ours, and this is none"
+        UserError, match="weights=raw chooses between the weights of a checkpoint of dlm_ray, and this is not one"
     ):
         pinned(Server(checkpoint="tiny.gguf", weights="raw"))
     (tmp_path / "tiny.gguf").write_bytes(b"GGUF")

@@ -1,4 +1,4 @@
-"""A network on two processes: the texts of one, half the memory each, and an end for all when one is lost."""
+"""A network on two processes: the texts of one, half the memory each, and the end of both when one is lost."""
 
 import asyncio
 import contextlib
@@ -38,11 +38,11 @@ def lead(port, result, function, *arguments):
 
 @contextlib.contextmanager
 def two_processes(checkpoints, function, *arguments):
-    """(follower, leader, a connection that brings what `function(group, *arguments)` gives on the leader); a process is in one group in its life.
+    """Yield (follower, leader, a connection to receive the result of `function(group, *arguments)` on the leader).
 
-    The follower follows in the network of one checkpoint after the other.
+    The follower serves one checkpoint after the other. A process can join only one group.
     """
-    store = sharding.meeting_place()
+    store = sharding.create_store()
     receiving, sending = PROCESSES.Pipe(duplex=False)
     follower = PROCESSES.Process(target=follow, args=(store.port, checkpoints))
     leader = PROCESSES.Process(target=lead, args=(store.port, sending, function, *arguments))
@@ -58,32 +58,33 @@ def two_processes(checkpoints, function, *arguments):
 
 
 def write(model, **settings):
-    """Texts of more prompts than there are slots."""
+    """Return the texts of more prompts than there are slots."""
     engine = Engine(model, Settings(slots=2, **settings))
     jobs = [job(model, ["the model", "a", ""][number], 7 + 2 * number, seed=number) for number in range(3)]
     engine.submit(jobs)
     texts, _ = finish(engine)
-    return [texts[one] for one in jobs]
+    return [texts[item] for item in jobs]
 
 
 def write_on_two(group, checkpoints):
     written = []
     for checkpoint in checkpoints:
         model = load(checkpoint, mesh=group.mesh)
-        leader = sharding.Leader(group, model.denoiser)
+        leader = model.denoiser = sharding.LeaderDenoiser(group, model.denoiser)
         written.append(write(model, batch_invariant=checkpoint.name == "block8"))
-        # Between calls nothing is gathered.
+        # Between calls the parameters stay sharded.
         parameters = list(model.denoiser.parameters())
         assert all(isinstance(parameter, DTensor) for parameter in parameters)
-        own, whole = (
-            sum(tensor.nbytes for tensor in tensors) for tensors in ([one.to_local() for one in parameters], parameters)
+        local, whole = (
+            sum(tensor.nbytes for tensor in tensors)
+            for tensors in ([parameter.to_local() for parameter in parameters], parameters)
         )
-        assert own / whole < 0.51
+        assert local / whole < 0.51
         leader.stop()
     return written
 
 
-def test_texts_are_those_of_one_process_with_half_the_parameters_each_and_a_stop_ends_the_followers(runs):
+def test_two_processes_write_the_texts_of_one_with_half_the_parameters_each_and_stop_together(runs):
     checkpoints = [runs / name for name in ("block8", "whole", "exported")]
     with two_processes(checkpoints, write_on_two, checkpoints) as (follower, _, result):
         written = result.recv()
@@ -95,10 +96,10 @@ def test_texts_are_those_of_one_process_with_half_the_parameters_each_and_a_stop
 
 
 def lose_the_follower(group, checkpoint, pid):
-    """Seconds until a request is answered after the follower has died, the answers before and after, and what `check` says then."""
-    host = EngineWorker(Server(checkpoint=str(checkpoint)), group)
+    """Kill the follower; return the seconds to the next answer, the answers before and after, and the error of `check`."""
+    worker = EngineWorker(Server(checkpoint=str(checkpoint)), group)
 
-    async def ask():
+    async def events():
         task = {
             "request_id": "r",
             "prompts": ["the model"],
@@ -116,31 +117,31 @@ def lose_the_follower(group, checkpoint, pid):
             "stream_canvas": False,
             "timeout_seconds": None,
         }
-        return [event async for events in host.generate(task) for event in events]
+        return [event async for batch in worker.generate(task) for event in batch]
 
-    before = asyncio.run(ask())
-    host.check()
+    before = asyncio.run(events())
+    worker.check()
     os.kill(pid.recv(), signal.SIGKILL)
     started = time.monotonic()
-    after = asyncio.run(ask())
+    after = asyncio.run(events())
     seconds = time.monotonic() - started
     with pytest.raises(RuntimeError) as raised:
-        host.check()
-    host.close()
+        worker.check()
+    worker.close()
     return seconds, before[-1], after[-1], str(raised.value)
 
 
-def test_a_follower_that_dies_fails_the_next_call_and_the_replica_says_so(runs):
+def test_the_next_call_and_the_health_check_fail_after_a_follower_dies(runs):
     pid, sending = PROCESSES.Pipe(duplex=False)
     with two_processes([runs / "block8"], lose_the_follower, runs / "block8", pid) as (follower, _, result):
         sending.send(follower.pid)
-        seconds, before, after, said = result.recv()
+        seconds, before, after, message = result.recv()
     assert before["finish_reason"] == "length" and after["error"][2] == "replica_lost"
-    assert seconds < 5 and "lost each other" in said
+    assert seconds < 5 and "lost each other" in message
 
 
 def die(group, checkpoint):
-    sharding.Leader(group, load_network(checkpoint, mesh=group.mesh))
+    sharding.LeaderDenoiser(group, load_network(checkpoint, mesh=group.mesh))
     os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -318,5 +318,5 @@ def test_every_extreme_and_ten_minutes_of_mixtures_change_nothing_for_those_besi
 
 
 def test_an_ssd_lm_is_refused_before_anybody_asks_it(runs):
-    with pytest.raises(UserError, match="is an SSD-LM, whose blocks are no slots of a batch: it cannot be served"):
+    with pytest.raises(UserError, match="is an SSD-LM, whose blocks cannot share a batch: it cannot be served"):
         EngineWorker(Server(checkpoint=str(runs / "ssd_lm")))

@@ -66,7 +66,7 @@ class Shards:
             for rank in range(1, replicas.shards)
         ]
         ray.get([follower.start.remote() for follower in self._followers])
-        store = sharding.meeting_place()
+        store = sharding.create_store()
         self._holding = [follower.hold.remote(store.port) for follower in self._followers]
         self.group = sharding.join(0, replicas.shards, store, pick_device(server.device))
 

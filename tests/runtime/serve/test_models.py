@@ -123,9 +123,9 @@ def test_a_model_makes_room_after_its_texts_have_ended_and_its_memory_is_free(re
         before = engines()
         await own.load()
         assert engines() == before + 1
-        weights = weakref.ref(next(own._hosts["block8"].model.denoiser.parameters()))
+        weights = weakref.ref(next(own._workers["block8"].model.denoiser.parameters()))
         async with service.client(app) as http:
-            held = Held(own._hosts["block8"].engine)
+            held = Held(own._workers["block8"].engine)
             long = asyncio.ensure_future(
                 http.post("/v1/completions", json=body("block8", max_tokens=100, temperature=0))
             )
@@ -154,7 +154,7 @@ def test_who_waits_for_room_has_a_deadline_and_what_has_gone_is_said(residents, 
 
     async def run():
         await own.load()
-        held = Held(own._hosts["block8"].engine)
+        held = Held(own._workers["block8"].engine)
         shutil.rmtree(tmp_path / "passing")
         async with service.client(app) as http:
             long = asyncio.ensure_future(
@@ -185,7 +185,7 @@ def test_an_engine_that_has_died_is_said_and_one_that_made_room_is_not(residents
         own.check()
         await own.score("ar", "the model", 1, 0)
         own.check()
-        host = own._hosts["ar"]
+        host = own._workers["ar"]
         host._do(sys.exit)  # nothing catches it, as a thread that dies of a mistake of ours
         host._thread.join()
 

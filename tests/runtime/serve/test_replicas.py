@@ -59,7 +59,7 @@ def test_a_replica_whose_engine_has_died_is_replaced(deployment):
 
     def die(actor):
         residents = actor._replica_impl._user_callable_wrapper.user_callable._pool
-        residents._hosts["tiny"]._do(sys.exit)
+        residents._workers["tiny"]._do(sys.exit)
 
     ray.get(ray.get_actor(name, namespace="serve").__ray_call__.remote(die))
     until(lambda: name not in engines(), 60)
@@ -157,7 +157,7 @@ def test_a_replica_killed_under_load_costs_no_whole_answer_and_ends_streams_with
 
     def load_and_pid(actor):
         pool = actor._replica_impl._user_callable_wrapper.user_callable._pool
-        return pool._hosts["tiny"].engine.num_active, os.getpid()
+        return pool._workers["tiny"].engine.num_active, os.getpid()
 
     def busiest():
         return max(ray.get([replica.__ray_call__.remote(load_and_pid) for replica in replicas]))
