@@ -23,8 +23,8 @@ log = logging.getLogger("dlm_ray.serving")
 class PooledModel:
     """An entry of the model cache.
 
-    Serve's cache awaits the attribute `__del__` of an entry before it drops the entry. It is an attribute of the instance
-    here, so Python's garbage collector never calls it.
+    Serve's cache awaits the attribute `__del__` of an entry before it drops the entry. It is an attribute of the
+    instance here, so Python's garbage collector never calls it.
 
     Args:
         worker: the loaded model.

@@ -116,7 +116,7 @@ class Ingress:
         engine, replicas = self._server.engine, self._server.replicas
         count = replicas.autoscaling.max_replicas if replicas.autoscaling is not None else replicas.count
         sequences = count * self._server.models_at_once * (engine.slots + engine.max_waiting)
-        return build(self._server, self._backend, self._keys, sequences, is_named=True)
+        return build(self._server, self._backend, self._keys, sequences, has_request_ids=True)
 
     def settings(self) -> dict[str, Any]:
         """Return the configuration that the service runs with."""

@@ -1,6 +1,7 @@
-"""The HTTP interface: OpenAI's paths and those that diffusion adds, over anything that turns a task into events. Knows neither Ray nor the network.
+"""The HTTP API: OpenAI's paths and those for diffusion, over any backend that turns a task into events.
 
-The parsing is FastAPI's; keys, body sizes, ids of requests and logs are the gate's; what a text costs and how it is written the engine's.
+FastAPI parses the requests; `middleware` checks keys and body sizes and writes request ids and logs; the backend checks
+lengths and generates. This module imports neither Ray nor a network.
 """
 
 from __future__ import annotations
@@ -22,66 +23,71 @@ from dlm_ray.serving.http.protocol import Chat, Completion, Infill, Score
 from dlm_ray.serving.http.service import Backend, Service
 
 log = logging.getLogger("dlm_ray.serving")
-_PAGE = {
+_PLAYGROUND_FILES = {
     "/": ("index.html", "text/html"),
     "/playground.js": ("playground.js", "text/javascript"),
     "/playground.css": ("playground.css", "text/css"),
 }
 
 
-def build(server: Server, backend: Backend, keys: list[str], capacity_texts: int, *, is_named: bool = False) -> Any:
-    """The ASGI application.
+def build(
+    server: Server, backend: Backend, keys: list[str], capacity_texts: int, *, has_request_ids: bool = False
+) -> Middleware:
+    """Return the ASGI application.
 
     Args:
-        server: names, limits.
-        backend: writes.
-        keys: one of them is needed; none for a service that is open.
-        capacity_texts: under way at once, waiting ones included; more are answered 503.
-        is_named: as of `Gate`.
+        server: the model names and limits.
+        backend: the engines.
+        keys: the valid API keys; empty for a service without keys.
+        capacity_texts: maximum number of running and queued texts; requests beyond it are answered with 503.
+        has_request_ids: as in `Middleware`.
     """
     app = FastAPI(title="dlm_ray", docs_url=None, redoc_url=None, openapi_url="/openapi.json")
-    counts, admission = Metrics(), Admission(capacity_texts, server.limits.requests_per_key)
-    service = Service(server, backend, admission, counts)
+    metrics, admission = Metrics(), Admission(capacity_texts, server.limits.requests_per_key)
+    service = Service(server, backend, admission, metrics)
     _add_errors(app)
 
     @app.post("/v1/completions")
-    async def completions(asked: Completion, request: Request) -> Response:
+    async def completions(body: Completion, request: Request) -> Response:
         task = await service.task(
-            asked,
+            body,
             request,
-            prompts=asked.prompts(),
-            suffix=asked.suffix,
-            lengths=asked.max_tokens,
+            prompts=body.prompts(),
+            suffix=body.suffix,
+            lengths=body.max_tokens,
             length_field="max_tokens",
         )
-        return await service.answer(asked, task, request, is_chat=False)
+        return await service.answer(body, task, request, is_chat=False)
 
     @app.post("/v1/chat/completions")
-    async def chat(asked: Chat, request: Request) -> Response:
-        if asked.max_tokens is not None and asked.max_completion_tokens is not None:
+    async def chat(body: Chat, request: Request) -> Response:
+        if body.max_tokens is not None and body.max_completion_tokens is not None:
             raise ApiError(
-                400, "max_tokens and max_completion_tokens mean the same; leave one out", "invalid_value", "max_tokens"
+                400,
+                "max_tokens and max_completion_tokens are the same; remove one of them",
+                "invalid_value",
+                "max_tokens",
             )
-        field = "max_tokens" if asked.max_tokens is not None else "max_completion_tokens"
-        messages = [message.as_dict() for message in asked.messages]
-        task = await service.task(asked, request, messages=messages, lengths=getattr(asked, field), length_field=field)
-        return await service.answer(asked, task, request, is_chat=True)
+        field = "max_tokens" if body.max_tokens is not None else "max_completion_tokens"
+        messages = [message.as_dict() for message in body.messages]
+        task = await service.task(body, request, messages=messages, lengths=getattr(body, field), length_field=field)
+        return await service.answer(body, task, request, is_chat=True)
 
     @app.post("/v1/infill")
-    async def infill(asked: Infill, request: Request) -> Response:
-        given: dict[str, Any] = {"prompts": [asked.prefix], "suffix": asked.suffix, "length_field": "length_tokens"}
-        if isinstance(asked.length_tokens, int):
-            task = await service.task(asked, request, lengths=asked.length_tokens, **given)
-            return await service.answer(asked, task, request, is_chat=False)
-        return await service.infill_best(asked, given, request)
+    async def infill(body: Infill, request: Request) -> Response:
+        fields: dict[str, Any] = {"prompts": [body.prefix], "suffix": body.suffix, "length_field": "length_tokens"}
+        if isinstance(body.length_tokens, int):
+            task = await service.task(body, request, lengths=body.length_tokens, **fields)
+            return await service.answer(body, task, request, is_chat=False)
+        return await service.infill_best(body, fields, request)
 
     @app.post("/v1/score")
-    async def score(asked: Score, request: Request) -> Response:
-        await service.check_model(asked.model)
+    async def score(body: Score, request: Request) -> Response:
+        await service.check_model(body.model)
         with service.admitted(request, 1):
-            event = await backend.score(asked.model, asked.text, asked.draws, asked.seed)
+            event = await backend.score(body.model, body.text, body.draws, body.seed)
         raise_error(event)
-        return JSONResponse({"object": "score", "model": asked.model, **event})
+        return JSONResponse({"object": "score", "model": body.model, **event})
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -89,10 +95,10 @@ def build(server: Server, backend: Backend, keys: list[str], capacity_texts: int
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
-        found = {card["id"]: card for card in await backend.describe()}
-        if name not in found:
-            raise no_model(name, list(found))
-        return found[name]
+        cards = {card["id"]: card for card in await backend.describe()}
+        if name not in cards:
+            raise no_model(name, list(cards))
+        return cards[name]
 
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
@@ -104,27 +110,35 @@ def build(server: Server, backend: Backend, keys: list[str], capacity_texts: int
             async with asyncio.timeout(5):
                 await backend.describe()
         except (TimeoutError, ReplicaLost):
-            raise ApiError(503, "no replica answers yet", "not_ready", retry_after_seconds=1) from None
+            raise ApiError(503, "no replica is ready yet", "not_ready", retry_after_seconds=1) from None
         return JSONResponse({"status": "ready"})
 
     @app.get("/metrics")
-    async def metrics() -> Response:
+    async def metrics_page() -> Response:
         return PlainTextResponse(
-            counts.render({"texts_under_way": admission.num_texts, "texts_capacity": admission.capacity_texts})
+            metrics.render({"texts_under_way": admission.num_texts, "texts_capacity": admission.capacity_texts})
         )
 
     if server.http.playground:
-        for path, (name, media_type) in _PAGE.items():
-            app.add_api_route(path, _page(name, media_type), include_in_schema=False)
+        for path, (name, media_type) in _PLAYGROUND_FILES.items():
+            app.add_api_route(path, _playground_file(name, media_type), include_in_schema=False)
     paths = [route.path for route in app.routes if hasattr(route, "path")]
     return Middleware(
-        app, keys=keys, body_bytes=server.limits.body_bytes, counts=counts, known_paths=paths, is_named=is_named
+        app,
+        keys=keys,
+        body_bytes=server.limits.body_bytes,
+        metrics=metrics,
+        known_paths=paths,
+        has_request_ids=has_request_ids,
     )
 
 
-def _page(name: str, media_type: str) -> Any:
+def _playground_file(name: str, media_type: str) -> Any:
     content = resources.files("dlm_ray.serving.http.playground").joinpath(name).read_bytes()
-    policy = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'"
+    policy = (
+        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; base-uri 'none'; "
+        "form-action 'none'"
+    )
 
     async def page() -> Response:
         return Response(
@@ -137,40 +151,40 @@ def _page(name: str, media_type: str) -> Any:
 
 
 def _add_errors(app: FastAPI) -> None:
-    """Whatever goes wrong is said in one form."""
+    """Answer every error in the format of OpenAI's API."""
 
     @app.exception_handler(ApiError)
-    async def own(request: Request, error: ApiError) -> Response:
+    async def api_error(request: Request, error: ApiError) -> Response:
         return JSONResponse(error.body, error.status, error.headers)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        findings = error.errors()
-        first = findings[0]
-        place = [str(part) for part in first["loc"] if part != "body"]
-        names = [part for part in place if part.isidentifier() and not part.startswith(("function", "constrained"))]
+        errors = error.errors()
+        first = errors[0]
+        location = [str(part) for part in first["loc"] if part != "body"]
+        names = [part for part in location if part.isidentifier() and not part.startswith(("function", "constrained"))]
         param = names[0] if names else None
-        same = [finding["msg"] for finding in findings if finding["loc"][:2] == first["loc"][:2]]
-        whys = " or: ".join(dict.fromkeys(same))  # each form that a field may have says what is wrong with it
-        what = {"extra_forbidden": "is not supported by this service", "missing": "is missing"}.get(first["type"], whys)
-        message = f"{'.'.join(place[:1]) or 'the body'}: {what}".encode(errors="replace").decode()[:500]
+        reasons = [item["msg"] for item in errors if item["loc"][:2] == first["loc"][:2]]
+        reason = " or: ".join(dict.fromkeys(reasons))  # one for each type that the field may have
+        known = {"extra_forbidden": "is not supported by this service", "missing": "is missing"}
+        reason = known.get(first["type"], reason)
+        message = f"{'.'.join(location[:1]) or 'the body'}: {reason}".encode(errors="replace").decode()[:500]
         code = "unsupported_field" if first["type"] == "extra_forbidden" else "invalid_value"
-        return await own(request, ApiError(400, message, code, param and param[:100]))
+        return await api_error(request, ApiError(400, message, code, param and param[:100]))
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
-        return await own(request, ApiError(error.status_code, f"{error.detail}: see /openapi.json", code))
+        return await api_error(request, ApiError(error.status_code, f"{error.detail}: see /openapi.json", code))
 
     @app.exception_handler(ReplicaLost)
     async def lost(request: Request, error: ReplicaLost) -> Response:
-        return await own(
-            request, ApiError(503, "the replica that worked on this is gone; try again", "replica_lost", None, 1)
+        return await api_error(
+            request,
+            ApiError(503, "the replica that processed this request has ended; try again", "replica_lost", None, 1),
         )
 
     @app.exception_handler(Exception)
     async def internal(request: Request, error: Exception) -> Response:
         log.error("%s failed", getattr(request.state, "request_id", "?"), exc_info=error)
-        return await own(
-            request, ApiError(500, "something went wrong here; the log says what under the request id", "internal")
-        )
+        return await api_error(request, ApiError(500, "internal error; see the log under the request id", "internal"))

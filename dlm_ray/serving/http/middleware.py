@@ -1,4 +1,4 @@
-"""What every request passes first: its id, its key, the size of its body; and what is counted and logged when it is answered."""
+"""The middleware of all requests: request ids, API keys, body sizes, admission, metrics and the access log."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
-# What says nothing of anybody's texts: whether the service lives, and the page that asks for a key.
+# Paths that need no key: health checks and the playground, which asks for the key itself.
 _OPEN_PATHS = ("/healthz", "/readyz", "/", "/playground.js", "/playground.css")
 _BODY_SECONDS = 30.0
 
 
 class Admission:
-    """How many texts are under way, in all and for each key."""
+    """Limits on the number of concurrent texts, in total, and of concurrent requests for each key."""
 
     def __init__(self, capacity_texts: int, requests_per_key: int):
         self.capacity_texts, self.requests_per_key = capacity_texts, requests_per_key
@@ -34,15 +34,15 @@ class Admission:
         self._by_key: Counter[str] = Counter()
 
     def enter(self, key: str, num_texts: int) -> None:
-        """Lets a request in.
+        """Admit a request.
 
         Raises:
-            ApiError: 429 if the key has enough under way, 503 if everybody together has.
+            ApiError: 429 if the key has reached its limit, 503 if the service has reached its capacity.
         """
         if self._by_key[key] >= self.requests_per_key:
             raise ApiError(
                 429,
-                f"{self._by_key[key]} requests of this key are under way; wait for one of them",
+                f"{self._by_key[key]} requests of this key are running, which is its limit; wait until one is finished",
                 "too_many_requests",
                 retry_after_seconds=1,
             )
@@ -52,7 +52,7 @@ class Admission:
         self.num_texts += num_texts
 
     def leave(self, key: str, num_texts: int) -> None:
-        """It is answered, or nobody waits any more."""
+        """Release a request that is answered or cancelled."""
         self.num_texts -= num_texts
         self._by_key[key] -= 1
         if not self._by_key[key]:
@@ -60,7 +60,7 @@ class Admission:
 
 
 class Metrics:
-    """What /metrics says, in Prometheus' text form."""
+    """The counters of /metrics, in Prometheus' text format."""
 
     def __init__(self) -> None:
         self.responses: Counter[tuple[str, int]] = Counter()
@@ -68,7 +68,7 @@ class Metrics:
         self.totals: Counter[str] = Counter()
 
     def render(self, gauges: dict[str, float]) -> str:
-        """The page."""
+        """Return the text of /metrics with the current values of gauges."""
         lines = ["# TYPE dlm_ray_http_requests_total counter"]
         lines += [
             f'dlm_ray_http_requests_total{{path="{path}",status="{status}"}} {n}'
@@ -86,15 +86,15 @@ class Metrics:
 
 
 class Middleware:
-    """An ASGI application around another.
+    """An ASGI application that wraps another.
 
     Args:
-        app: what answers requests that pass.
-        keys: one of them has to be brought as a bearer token; none for a service without keys.
-        body_bytes: of a request.
-        counts: is told of every answer.
-        known_paths: that are counted by name.
-        is_named: a proxy in front has named the request already, in `x-request-id`, and will name the answer.
+        app: the wrapped application.
+        keys: the valid bearer tokens; empty for a service without keys.
+        body_bytes: the maximum size of a request's body.
+        metrics: the counters, updated after every response.
+        known_paths: paths that the metrics name; all others are counted as `other`.
+        has_request_ids: whether a proxy has set `x-request-id` on requests already, and adds it to responses.
     """
 
     def __init__(
@@ -103,16 +103,16 @@ class Middleware:
         *,
         keys: Sequence[str],
         body_bytes: int,
-        counts: Metrics,
+        metrics: Metrics,
         known_paths: Sequence[str],
-        is_named: bool = False,
+        has_request_ids: bool = False,
     ):
-        self.app, self.body_bytes, self.counts, self.known_paths = app, body_bytes, counts, set(known_paths)
-        self.is_named = is_named
+        self.app, self.body_bytes, self.metrics, self.known_paths = app, body_bytes, metrics, set(known_paths)
+        self.has_request_ids = has_request_ids
         self._keys = [key.encode() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers one request."""
+        """Answer one request."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         request_id = self._request_id(scope)
@@ -123,7 +123,7 @@ class Middleware:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                if not self.is_named:
+                if not self.has_request_ids:
                     message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
             await send(message)
 
@@ -135,30 +135,32 @@ class Middleware:
         finally:
             path = scope["path"] if scope["path"] in self.known_paths else "other"
             seconds = time.monotonic() - started
-            self.counts.responses[path, status] += 1
-            self.counts.seconds[path] += seconds
+            self.metrics.responses[path, status] += 1
+            self.metrics.seconds[path] += seconds
             log.info("%s %s %s %d %.3fs", request_id, scope["method"], path, status, seconds)
 
     def _request_id(self, scope: Scope) -> str:
-        given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"").decode("latin-1")
+        value = next((header for name, header in scope["headers"] if name == b"x-request-id"), b"").decode("latin-1")
         return (
-            given if self.is_named and re.fullmatch(r"[\w-]{8,80}", given, re.ASCII) else f"req-{secrets.token_hex(12)}"
+            value
+            if self.has_request_ids and re.fullmatch(r"[\w-]{8,80}", value, re.ASCII)
+            else f"req-{secrets.token_hex(12)}"
         )
 
     def _key(self, scope: Scope) -> str:
-        """A name for the key, which is not the key: its number. All keys are compared, each in constant time."""
+        """Return a name of the request's key, by its number. All keys are compared, each in constant time."""
         if not self._keys or scope["path"] in _OPEN_PATHS:
-            return "anybody"
-        given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-        kind, _, token = given.partition(b" ")
+            return "anonymous"
+        value = next((header for name, header in scope["headers"] if name == b"authorization"), b"")
+        kind, _, token = value.partition(b" ")
         matches = [hmac.compare_digest(token.strip(), key) for key in self._keys]
         if kind.lower() != b"bearer" or not any(matches):
-            what = "wrong" if given else "missing"
-            raise ApiError(401, f"the API key is {what}: send it as `Authorization: Bearer KEY`", "invalid_api_key")
+            problem = "wrong" if value else "missing"
+            raise ApiError(401, f"the API key is {problem}: send it as `Authorization: Bearer KEY`", "invalid_api_key")
         return f"key-{matches.index(True)}"
 
     async def _whole_body(self, scope: Scope, receive: Receive) -> Receive:
-        """The body, read before anything else happens, as a `receive` that gives it once."""
+        """Read the whole body, and return a `receive` that returns it once."""
         too_large = ApiError(413, f"the body is larger than {self.body_bytes} bytes", "body_too_large")
         length = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
         if length.isdigit() and int(length[:20]) > self.body_bytes:
@@ -176,14 +178,14 @@ class Middleware:
                         raise too_large
                     more = message.get("more_body", False)
         except TimeoutError as error:
-            raise ApiError(408, f"the body was not there after {_BODY_SECONDS:g} seconds", "body_timeout") from error
-        given = False
+            raise ApiError(408, f"the body was not complete after {_BODY_SECONDS:g} seconds", "body_timeout") from error
+        is_replayed = False
 
         async def replay() -> MutableMapping[str, Any]:
-            nonlocal given
-            if given:
+            nonlocal is_replayed
+            if is_replayed:
                 return await receive()
-            given = True
+            is_replayed = True
             return {"type": "http.request", "body": b"".join(parts), "more_body": False}
 
         return replay

@@ -1,4 +1,4 @@
-"""From the engine's events to OpenAI's answers: whole, or as server-sent chunks."""
+"""Convert the engine's events to responses of OpenAI's API: one JSON object, or a stream of server-sent chunks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class _Choice:
 
 @dataclass
 class Answer:
-    """What is known of a request's texts so far."""
+    """The state of a response, collected from events."""
 
     request_id: str
     model: str
@@ -34,10 +34,10 @@ class Answer:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def take(self, event: Event) -> None:
-        """One event.
+        """Add one event.
 
         Raises:
-            ApiError: if it is one, or a deadline has passed.
+            ApiError: if the event is an error, or a text has reached its deadline.
         """
         raise_error(event)
         if "prompt_tokens" in event:
@@ -54,7 +54,7 @@ class Answer:
 
     @property
     def network_calls(self) -> dict[str, int]:
-        """Calls of the network in which a text of this request was; others' texts were in them, too."""
+        """Return the number of network calls that included a text of this request, possibly with others."""
         return {
             name: sum(choice.calls[i] for choice in self.choices.values())
             for i, name in enumerate(("denoising", "cache"))
@@ -62,28 +62,28 @@ class Answer:
 
     @property
     def cached_tokens(self) -> int:
-        """Of the prompts, found in the prefix cache."""
+        """Return the number of prompt tokens that were in the prefix cache."""
         return sum(choice.cached_tokens for choice in self.choices.values())
 
     def usage(self) -> dict[str, Any]:
-        """Tokens and network calls."""
-        written = sum(choice.num_tokens for choice in self.choices.values())
+        """Return the `usage` object: numbers of tokens and network calls."""
+        num_completion_tokens = sum(choice.num_tokens for choice in self.choices.values())
         return {
             "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": written,
-            "total_tokens": self.prompt_tokens + written,
+            "completion_tokens": num_completion_tokens,
+            "total_tokens": self.prompt_tokens + num_completion_tokens,
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
             "network_calls": self.network_calls,
         }
 
-    def whole(self) -> dict[str, Any]:
-        """The answer that is no stream."""
+    def body(self) -> dict[str, Any]:
+        """Return the body of a response that is not streamed."""
         choices = [self._choice(index, choice) for index, choice in sorted(self.choices.items())]
-        kind = "chat.completion" if self.is_chat else "text_completion"
-        return {**self._head(kind), "choices": choices, "usage": self.usage(), "dlm_ray": {"seed": self.seed}}
+        object_type = "chat.completion" if self.is_chat else "text_completion"
+        return {**self._head(object_type), "choices": choices, "usage": self.usage(), "dlm_ray": {"seed": self.seed}}
 
     def chunk(self, event: Event) -> dict[str, Any] | None:
-        """What an event adds to a stream, after `take`; None if nothing."""
+        """Return the chunk of an event that `take` has added; None if the event adds nothing to the stream."""
         if "prompt_tokens" in event:
             return None
         text, reason = event.get("text", ""), event.get("finish_reason")
@@ -97,49 +97,54 @@ class Answer:
             chunk["dlm_ray"] = {"canvas": event["canvas"]}
         return chunk
 
-    def beginning(self) -> dict[str, Any]:
-        """The first chunk of a chat."""
+    def first_chunk(self) -> dict[str, Any]:
+        """Return the first chunk of a chat, with the role."""
         choice = {"index": 0, "finish_reason": None, "logprobs": None, "delta": {"role": "assistant", "content": ""}}
         return {**self._head("chat.completion.chunk"), "choices": [choice]}
 
-    def ending(self) -> dict[str, Any]:
-        """The last chunk, with the usage."""
-        kind = "chat.completion.chunk" if self.is_chat else "text_completion"
-        return {**self._head(kind), "choices": [], "usage": self.usage(), "dlm_ray": {"seed": self.seed}}
+    def usage_chunk(self) -> dict[str, Any]:
+        """Return the last chunk, with the usage."""
+        object_type = "chat.completion.chunk" if self.is_chat else "text_completion"
+        return {**self._head(object_type), "choices": [], "usage": self.usage(), "dlm_ray": {"seed": self.seed}}
 
-    def _head(self, kind: str) -> dict[str, Any]:
+    def _head(self, object_type: str) -> dict[str, Any]:
         prefix = "chatcmpl" if self.is_chat else "cmpl"
-        return {"id": f"{prefix}-{self.request_id}", "object": kind, "created": self.created, "model": self.model}
+        return {
+            "id": f"{prefix}-{self.request_id}",
+            "object": object_type,
+            "created": self.created,
+            "model": self.model,
+        }
 
     def _choice(self, index: int, choice: _Choice) -> dict[str, Any]:
-        own: dict[str, Any] = {"index": index, "finish_reason": choice.finish_reason, "logprobs": None}
+        common: dict[str, Any] = {"index": index, "finish_reason": choice.finish_reason, "logprobs": None}
         if self.is_chat:
-            return {**own, "message": {"role": "assistant", "content": choice.text, "refusal": None}}
-        return {**own, "text": choice.text}
+            return {**common, "message": {"role": "assistant", "content": choice.text, "refusal": None}}
+        return {**common, "text": choice.text}
 
 
-def said(data: dict[str, Any]) -> bytes:
-    """One server-sent event."""
+def encode_event(data: dict[str, Any]) -> bytes:
+    """Return the bytes of one server-sent event."""
     return f"data: {json.dumps(data)}\n\n".encode()
 
 
 async def stream(answer: Answer, events: AsyncIterator[list[Event]], include_usage: bool) -> AsyncGenerator[bytes]:
-    """Server-sent chunks up to `[DONE]`; after an error that comes when some are sent already, one event with it and no `[DONE]`."""
+    """Yield server-sent chunks up to `[DONE]`; after an error, its event ends the stream."""
     try:
         if answer.is_chat:
-            yield said(answer.beginning())
-        async for some in events:
+            yield encode_event(answer.first_chunk())
+        async for batch in events:
             chunks = b""
-            for event in some:
+            for event in batch:
                 answer.take(event)
                 chunk = answer.chunk(event)
-                chunks += said(chunk) if chunk is not None else b""
+                chunks += encode_event(chunk) if chunk is not None else b""
             if chunks:
                 yield chunks
         if include_usage:
-            yield said(answer.ending())
+            yield encode_event(answer.usage_chunk())
         yield b"data: [DONE]\n\n"
     except ApiError as error:
         body = error.body
         body["error"]["request_id"] = answer.request_id
-        yield said(body)
+        yield encode_event(body)

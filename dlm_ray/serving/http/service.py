@@ -1,4 +1,4 @@
-"""What becomes of a request that was understood: admitted, made a task, collected or streamed, begun again when a replica is lost."""
+"""The handling of parsed requests: admission, tasks, collected or streamed responses, and retries on a lost replica."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ if TYPE_CHECKING:
     from dlm_ray.serving.jobs import Task
 
 log = logging.getLogger("dlm_ray.serving")
-TRIES = 4
+MAX_TRIES = 4
 
 
 class Backend(Protocol):
-    """Where texts are written: hosts in this process, or replicas behind a handle. Each raises ReplicaLost if its process is gone."""
+    """The engines: workers in this process, or replicas behind a Serve handle, which raise ReplicaLost if they end."""
 
     async def describe(self) -> list[dict[str, Any]]:
-        """The models' cards."""
+        """Return the models' entries in /v1/models."""
 
     def generate(self, task: Task) -> AsyncGenerator[list[Event]]:
-        """Events of a task; whoever stops reading gives its slots back."""
+        """Yield the events of a task in batches; closing the generator frees its slots."""
 
     async def score(self, model: str, text: str, draws: int, seed: int) -> Event:
-        """A text's bound by a model."""
+        """Return a model's bits of a text, or a bound on them."""
 
 
 class Admitted:
-    """A place among those that are under way, for as long as the context lasts or until `leave`."""
+    """The admission of a request, until the context ends or `leave` is called."""
 
     def __init__(self, admission: Admission, key: str, num_texts: int):
         admission.enter(key, num_texts)
@@ -52,110 +52,105 @@ class Admitted:
         self.leave()
 
     def leave(self) -> None:
-        """Once."""
+        """Release the admission; further calls do nothing."""
         if self._is_in:
             self._is_in = False
             self._admission.leave(self._key, self._num_texts)
 
 
 class Service:
-    """What the paths share."""
+    """The request handling that the paths share."""
 
-    def __init__(self, server: Server, backend: Backend, admission: Admission, counts: Metrics):
-        self.server, self.backend, self.admission, self.counts = server, backend, admission, counts
+    def __init__(self, server: Server, backend: Backend, admission: Admission, metrics: Metrics):
+        self.server, self.backend, self.admission, self.metrics = server, backend, admission, metrics
 
     async def check_model(self, name: str) -> None:
-        """Raises ApiError if the service has no such model."""
+        """Raise ApiError if the service has no such model."""
         if name in self.server.model_names:
             return
-        names = [
-            card["id"] for card in await self.backend.describe()
-        ]  # while a service changes, its replicas may have others
+        # During an update of the service, its replicas may have other models than its settings.
+        names = [card["id"] for card in await self.backend.describe()]
         if name not in names:
             raise no_model(name, names)
 
     async def task(
-        self, asked: GenerationRequest, request: Request, *, lengths: Any, length_field: str, **given: Any
+        self, body: GenerationRequest, request: Request, *, lengths: Any, length_field: str, **fields: Any
     ) -> Task:
-        """A task, after the checks that need no tokenizer."""
-        await self.check_model(asked.model)
-        if asked.stream_options is not None and not asked.stream:
-            raise ApiError(400, "stream_options is for stream=true; leave it out", "invalid_value", "stream_options")
+        """Return the task of a request, after the checks that need no tokenizer."""
+        await self.check_model(body.model)
+        if body.stream_options is not None and not body.stream:
+            raise ApiError(400, "stream_options needs stream=true; remove it", "invalid_value", "stream_options")
         return {
             "request_id": request.state.request_id,
-            "model": asked.model,
-            "prompts": given.get("prompts", []),
-            "messages": given.get("messages"),
-            "suffix": given.get("suffix"),
+            "model": body.model,
+            "prompts": fields.get("prompts", []),
+            "messages": fields.get("messages"),
+            "suffix": fields.get("suffix"),
             "lengths": lengths if isinstance(lengths, list) else [] if lengths is None else [lengths],
             "length_field": length_field,
-            "n": asked.n or 1,
-            "seed": asked.seed,
-            "stops": asked.stops(),
-            "options": asked.options(),
-            "is_streamed": bool(asked.stream),
-            "stream_canvas": bool(asked.stream_options and asked.stream_options.denoising),
-            "timeout_seconds": asked.timeout_seconds,
+            "n": body.n or 1,
+            "seed": body.seed,
+            "stops": body.stops(),
+            "options": body.options(),
+            "is_streamed": bool(body.stream),
+            "stream_canvas": bool(body.stream_options and body.stream_options.denoising),
+            "timeout_seconds": body.timeout_seconds,
         }
 
     def admitted(self, request: Request, num_texts: int) -> Admitted:
-        """Raises ApiError if there is no place."""
+        """Admit a request, or raise ApiError beyond the limits."""
         return Admitted(self.admission, request.state.key, num_texts)
 
-    async def answer(self, asked: GenerationRequest, task: Task, request: Request, *, is_chat: bool) -> Response:
-        """Whole or streamed."""
+    async def answer(self, body: GenerationRequest, task: Task, request: Request, *, is_chat: bool) -> Response:
+        """Run a task and return its response, streamed or not."""
         answer = self._answer(task, is_chat)
         num_texts = (len(task["prompts"]) or 1) * task["n"]
         if num_texts > self.server.limits.choices:
-            most = self.server.limits.choices
-            raise ApiError(
-                400,
-                f"{num_texts} texts in one request (prompts times n); at most {most}; ask for fewer",
-                "too_many_choices",
-                "n",
-            )
-        if not asked.stream:
+            limit = self.server.limits.choices
+            message = f"{num_texts} texts in one request (prompts times n); at most {limit} are allowed; reduce n"
+            raise ApiError(400, message, "too_many_choices", "n")
+        if not body.stream:
             with self.admitted(request, num_texts):
                 await self._collect(task, answer, request)
-            return JSONResponse(answer.whole())
+            return JSONResponse(answer.body())
         admitted = self.admitted(request, num_texts)
         try:
             first, events = await self._begin(task)
         except BaseException:
             admitted.leave()
             raise
-        include_usage = bool(asked.stream_options and asked.stream_options.include_usage)
-        behind = _behind(first, events)
-        chunks = stream(answer, behind, include_usage)
+        include_usage = bool(body.stream_options and body.stream_options.include_usage)
+        batches = _with_first(first, events)
+        chunks = stream(answer, batches, include_usage)
 
         async def end() -> None:
             admitted.leave()
             self._count(answer)
-            for one in (chunks, behind, events):
-                await one.aclose()
+            for generator in (chunks, batches, events):
+                await generator.aclose()
 
         return _Stream(chunks, end)
 
-    async def infill_best(self, asked: Infill, given: dict[str, Any], request: Request) -> Response:
-        """Texts of several lengths, of which the one stays whose whole text has the fewest bits a byte."""
-        if asked.stream or (asked.n or 1) > 1:
+    async def infill_best(self, body: Infill, fields: dict[str, Any], request: Request) -> Response:
+        """Infill with several lengths; return the candidate whose whole text has the fewest bits per byte."""
+        if body.stream or (body.n or 1) > 1:
             raise ApiError(
                 400,
-                "several lengths are for one text that is not streamed; leave out stream and n",
+                "several lengths need one text without streaming; remove stream and n",
                 "invalid_value",
                 "length_tokens",
             )
-        assert isinstance(asked.length_tokens, list), "one length needs no choice"
-        lengths = list(dict.fromkeys(asked.length_tokens))
-        task = await self.task(asked, request, lengths=lengths, **given)
+        assert isinstance(body.length_tokens, list), "one length has one candidate"
+        lengths = list(dict.fromkeys(body.length_tokens))
+        task = await self.task(body, request, lengths=lengths, **fields)
         answer = self._answer(task, False)
         with self.admitted(request, len(lengths)):
             await self._collect(task, answer, request)
             texts = [answer.choices[index].text for index in range(len(lengths))]
-            scores = [await self._score(asked.model, asked.prefix + text + asked.suffix) for text in texts]
+            scores = [await self._score(body.model, body.prefix + text + body.suffix) for text in texts]
         best = min(range(len(lengths)), key=lambda index: _or_infinite(scores[index]["bits_per_byte"]))
-        whole = answer.whole()
-        whole["choices"] = [{**whole["choices"][best], "index": 0}]
+        response = answer.body()
+        response["choices"] = [{**response["choices"][best], "index": 0}]
         candidates = [
             {
                 "length_tokens": length,
@@ -165,14 +160,14 @@ class Service:
             }
             for length, text, score in zip(lengths, texts, scores, strict=True)
         ]
-        whole["dlm_ray"] |= {"length_tokens": lengths[best], "candidates": candidates}
-        return JSONResponse(whole)
+        response["dlm_ray"] |= {"length_tokens": lengths[best], "candidates": candidates}
+        return JSONResponse(response)
 
     async def _score(self, model: str, text: str) -> Event:
-        """The bound of a candidate's whole text; without a value if it has none.
+        """Return the score of a candidate's whole text, with None as values if the text cannot be scored.
 
-        That is a text that is empty, or one whose characters are more tokens than those that were written (an incomplete character is), too
-        many for the context.
+        An empty text cannot be scored, nor one that is tokenized into more tokens than were generated (an incomplete
+        character is) and than the context has.
         """
         score = await self.backend.score(model, text, min(16, self.server.limits.score_draws), 0)
         if "error" in score and score["error"][0] == 400:
@@ -181,63 +176,63 @@ class Service:
         return score
 
     def _answer(self, task: Task, is_chat: bool) -> Answer:
-        own = self.server.engine.deadline_seconds
-        return Answer(task["request_id"], task["model"], is_chat, min(own, task["timeout_seconds"] or own))
+        maximum = self.server.engine.deadline_seconds
+        return Answer(task["request_id"], task["model"], is_chat, min(maximum, task["timeout_seconds"] or maximum))
 
     async def _collect(self, task: Task, answer: Answer, request: Request) -> None:
-        """All events, from another replica when one is lost, and none any more when the client is gone."""
+        """Collect all events of a task; retry when its replica is lost, and stop when the client disconnects."""
 
         async def work() -> None:
-            for number in range(1, TRIES + 1):
+            for number in range(1, MAX_TRIES + 1):
                 answer.choices.clear()
                 try:
                     async with aclosing(self.backend.generate(task)) as events:
-                        async for some in events:
-                            for event in some:
+                        async for batch in events:
+                            for event in batch:
                                 answer.take(event)
                     return
                 except ReplicaLost:
-                    log.warning("%s lost its replica, try %d of %d", task["request_id"], number, TRIES)
+                    log.warning("%s lost its replica, try %d of %d", task["request_id"], number, MAX_TRIES)
             raise _lost()
 
         working, gone = asyncio.ensure_future(work()), asyncio.ensure_future(_disconnected(request))
         try:
             await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
             if not working.done():
-                raise ApiError(499, "the client is gone", "client_gone")
+                raise ApiError(499, "the client has disconnected", "client_gone")
             working.result()
         finally:
-            for one in (working, gone):
-                one.cancel()
+            for future in (working, gone):
+                future.cancel()
             await asyncio.gather(working, gone, return_exceptions=True)
             self._count(answer)
 
     async def _begin(self, task: Task) -> tuple[list[Event], AsyncGenerator[list[Event]]]:
-        """The first events and the rest: what is wrong with a request is said before a stream has begun."""
-        for number in range(1, TRIES + 1):
+        """Return the first events and the rest, so that an invalid request fails before its stream starts."""
+        for number in range(1, MAX_TRIES + 1):
             events = self.backend.generate(task)
             try:
                 first = await anext(events)
                 raise_error(first[0])
                 return first, events
             except ReplicaLost:
-                log.warning("%s lost its replica, try %d of %d", task["request_id"], number, TRIES)
+                log.warning("%s lost its replica, try %d of %d", task["request_id"], number, MAX_TRIES)
             except BaseException:
                 await events.aclose()
                 raise
         raise _lost()
 
     def _count(self, answer: Answer) -> None:
-        written = sum(choice.num_tokens for choice in answer.choices.values())
-        self.counts.totals["prompt_tokens_total"] += answer.prompt_tokens
-        self.counts.totals["cached_prompt_tokens_total"] += answer.cached_tokens
-        self.counts.totals["completion_tokens_total"] += written
+        num_completion_tokens = sum(choice.num_tokens for choice in answer.choices.values())
+        self.metrics.totals["prompt_tokens_total"] += answer.prompt_tokens
+        self.metrics.totals["cached_prompt_tokens_total"] += answer.cached_tokens
+        self.metrics.totals["completion_tokens_total"] += num_completion_tokens
         for kind, calls in answer.network_calls.items():
-            self.counts.totals[f"{kind}_calls_total"] += calls
+            self.metrics.totals[f"{kind}_calls_total"] += calls
 
 
 class _Stream(StreamingResponse):
-    """Server-sent events, and `end` whatever becomes of them: a client may leave before the first, and a generator that never began has no end."""
+    """A stream of server-sent events that always calls `end`, even if the client disconnects before the first event."""
 
     def __init__(self, chunks: AsyncGenerator[bytes], end: Callable[[], Awaitable[None]]):
         super().__init__(
@@ -252,18 +247,18 @@ class _Stream(StreamingResponse):
             await self._end()
 
 
-async def _behind(first: list[Event], events: AsyncGenerator[list[Event]]) -> AsyncGenerator[list[Event]]:
-    """A stream again; that its replica is lost is its last event."""
+async def _with_first(first: list[Event], events: AsyncGenerator[list[Event]]) -> AsyncGenerator[list[Event]]:
+    """Yield the first and all other events; a lost replica becomes an error as the last event."""
     yield first
     try:
-        async for some in events:
-            yield some
+        async for batch in events:
+            yield batch
     except ReplicaLost:
         yield [error_event(_lost())]
 
 
 async def _disconnected(request: Request) -> None:
-    """Returns when the client is gone."""
+    """Wait until the client disconnects."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
@@ -274,5 +269,8 @@ def _or_infinite(bits: float | None) -> float:
 
 def _lost() -> ApiError:
     return ApiError(
-        503, "the replica that wrote this text is gone; send the request again", "replica_lost", retry_after_seconds=1
+        503,
+        "the replica that processed this request has ended; send the request again",
+        "replica_lost",
+        retry_after_seconds=1,
     )

@@ -1,1 +1,1 @@
-"""The page on which a text can be seen as it is denoised: plain HTML, CSS and JavaScript, served by the endpoint that it talks to."""
+"""The playground: a page that shows a text while it is denoised, in plain HTML, CSS and JavaScript."""
