@@ -27,7 +27,7 @@ def module_names() -> list[str]:
 
 
 def main() -> None:
-    """Replace build/docs."""
+    """Write the API reference to build/docs."""
     for name in dlm_ray.__all__:  # imported on first use, which pdoc does not trigger
         setattr(dlm_ray, name, getattr(dlm_ray, name))
     names = module_names()

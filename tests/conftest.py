@@ -42,7 +42,8 @@ def ray_session(s3):
     import ray
 
     port, gcs_port = free_port(), free_port()
-    # Its processes know it by its address, whatever other cluster runs on the machine; commands that a test starts have their own.
+    # Its processes know it by its address, whatever other cluster runs on the machine; commands that a test starts have
+    # their own.
     known = {"RAY_GCS_SERVER_PORT": str(gcs_port), "RAY_ADDRESS": f"{ray.util.get_node_ip_address()}:{gcs_port}"}
     os.environ |= known
     folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # socket paths have a limit of 107 characters

@@ -1,4 +1,7 @@
-"""The words and the shape of the code: docstrings that are sentences, the field's names, lines and files of a readable size."""
+"""The words and the shape of the code.
+
+Docstrings that are sentences, the field's names, lines and files of a readable size.
+"""
 
 import ast
 import io

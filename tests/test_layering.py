@@ -1,4 +1,7 @@
-"""The layers of the package: imports go down, Ray stays in runtime, transformers in models and the tokenizer, files say what they are for."""
+"""The layers of the package.
+
+Imports go down, Ray stays in runtime, transformers in models and the tokenizer, files say what they are for.
+"""
 
 import ast
 from pathlib import Path

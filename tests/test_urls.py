@@ -1,4 +1,7 @@
-"""What is typed as a URL is one: it works, or it is refused with what is allowed; no local folder ever gets its name."""
+"""What is typed as a URL is one.
+
+It works, or it is refused with what is allowed; no local folder ever gets its name.
+"""
 
 import asyncio
 import runpy
@@ -30,7 +33,8 @@ ELSEWHERE = "allowed are a local folder, s3://BUCKET/... and gs://BUCKET/..."
 
 @pytest.mark.parametrize(
     ("path", "expected"),
-    [("s3://a/b", True), ("S3://a", True), ("s3:/a/b", True), ("gs://a", True), ("hdfs://h:1/a", True), ("file:///a", True), ("a/b", False),
+    [("s3://a/b", True), ("S3://a", True), ("s3:/a/b", True), ("gs://a", True), ("hdfs://h:1/a", True),
+        ("file:///a", True), ("a/b", False),
      ("/a/b:/c", False), ("a:b", False), ("c:/x", False), ("org/name", False), (Path("s3://a/b"), True)],
 )  # fmt: skip
 def test_a_url_is_known_with_one_slash_or_two(path, expected):
@@ -53,14 +57,17 @@ def run(monkeypatch, capfd, *arguments):
         (["train", "s3://b/recipe.yaml"], f"the recipe s3://b/recipe.yaml: this {LOCAL} file"),
         (["sweep", "sweeps/laptop/block_size", "--out", "gs://b/sweep"], f"--out gs://b/sweep: this {LOCAL} folder"),
         (["sweep", "s3://b/sweep.yaml"], f"the sweep s3://b/sweep.yaml: this {LOCAL} file"),
-        (["sweep", "clip-search", "run", "--data", "d", "--out", "s3://b/clips"], f"--out s3://b/clips: this {LOCAL} folder"),
+        (["sweep", "clip-search", "run", "--data", "d", "--out", "s3://b/clips"], 
+            f"--out s3://b/clips: this {LOCAL} folder"),
         (["quickstart", "--smoke", "--out", "s3://b/quick"], f"--out s3://b/quick: this {LOCAL} folder"),
         (["export", "run", "s3://b/model"], f"FOLDER s3://b/model: this {LOCAL} folder"),
         (["export", "hdfs://b/run", "model"], ELSEWHERE),
         (["serve", "s3://b/serve.yaml"], f"the service's file s3://b/serve.yaml: this {LOCAL} file"),
-        (["data", "build", "s3://b/texts", "--out", "d", "--train-tokenizer", "300"], "SOURCE s3://b/texts: this is read and written on a local"),
+        (["data", "build", "s3://b/texts", "--out", "d", "--train-tokenizer", "300"],
+            "SOURCE s3://b/texts: this is read and written on a local"),
         (["data", "build", "texts", "--out", "s3:/b/d", "--train-tokenizer", "300"], f"--out s3:/b/d: {ELSEWHERE}"),
-        (["data", "build", "texts", "--out", "hdfs://b/d", "--train-tokenizer", "300"], f"--out hdfs://b/d: {ELSEWHERE}"),
+        (["data", "build", "texts", "--out", "hdfs://b/d", "--train-tokenizer", "300"],
+            f"--out hdfs://b/d: {ELSEWHERE}"),
         (["data", "inspect", "hdfs://b/d"], "hdfs:// is not supported; use a local path, s3:// or gs://"),
         (["sample", "s3:/b/run"], ELSEWHERE),
         (["eval", "file:///b/run", "--data", "d"], ELSEWHERE),

@@ -30,7 +30,7 @@ _LINE_SECONDS = 30.0
 
 
 class Update(Protocol):
-    """Reports progress."""
+    """A callback that reports progress."""
 
     def __call__(self, done: int, total: int, note: str = "") -> None:
         """Report how much is done, of how much, and current metrics as text."""

@@ -290,7 +290,7 @@ class Tracking(ConfigNode):
 
 
 class Recipe(ConfigNode):
-    """One training run."""
+    """The configuration of one training run."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     """Name of the run; its directory is <name>-<hash of the keys that change the result>."""

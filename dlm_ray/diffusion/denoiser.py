@@ -47,7 +47,7 @@ class Cache(Protocol):
         """Make slot `target` a copy of slot `source`."""
 
     def release(self, slot: int) -> None:
-        """Empty a slot."""
+        """Empty a slot of the cache."""
 
 
 class Denoiser(Protocol):

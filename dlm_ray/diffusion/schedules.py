@@ -22,7 +22,7 @@ class Schedule(Protocol):
     """A schedule; a custom class (`objective.schedule.name: package.module:Class`) is created without arguments."""
 
     def alpha(self, t: Tensor) -> Tensor:
-        """Return alpha(t)."""
+        """Return alpha(t), the probability that a token is clean."""
 
     def alpha_prime(self, t: Tensor) -> Tensor:
         """Return the derivative d alpha / dt, at most 0."""

@@ -179,7 +179,9 @@ class Engine:
                 job.stream_canvas,
             )
         assert isinstance(rule, SelectionRule), "`resolve_sampling` refuses other rules"
-        params = SamplingParams(rule, options.steps, options.grid, options.temperature, options.top_p, job.stream_canvas)
+        params = SamplingParams(
+            rule, options.steps, options.grid, options.temperature, options.top_p, job.stream_canvas
+        )
         return Request(job.prompt, job.length_tokens, job.number, job.seed, Stops(end_id), params=params)
 
     def _running_updates(self, sampler: SlotSampler[Any]) -> Iterator[SequenceUpdate]:

@@ -93,8 +93,8 @@ def resolve(recipe: Recipe, is_causal: bool, tokenizer: TokenizerIdentity) -> Ne
     if mask_id is not None:
         if recipe.model.mask_token not in ("new", mask_id):
             raise UserError(
-                f"model.mask_token={recipe.model.mask_token}, but model.base={base} already has the mask token {mask_id}; "
-                "remove model.mask_token"
+                f"model.mask_token={recipe.model.mask_token}, but model.base={base} already has the mask token "
+                f"{mask_id}; remove model.mask_token"
             )
         _check_mask_id(recipe, mask_id, config.vocab_size, tokenizer, f"the mask token {mask_id} of model.base={base}")
     elif not is_causal:
@@ -306,7 +306,10 @@ def _check_mask_id(recipe: Recipe, mask_id: int, rows: int, tokenizer: Tokenizer
 
 
 def _stored_config(config: Any, recipe: Recipe, is_causal: bool, mask_id: int | None) -> dict[str, Any]:
-    """Return the configuration that checkpoints and exports store; of ours, stock transformers reads `is_causal` only."""
+    """Return the configuration that checkpoints and exports store.
+
+    Of ours, stock transformers reads `is_causal` only.
+    """
     fields = config.to_dict()
     for unwanted in ("dtype", "_name_or_path", "block_tokens", KEY):
         fields.pop(unwanted, None)

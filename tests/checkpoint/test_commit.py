@@ -147,7 +147,10 @@ def test_an_older_format_is_refused_with_what_to_do(saved):
 
 
 def test_a_chunk_that_is_not_there_is_never_read_as_zeros(saved):
-    """Tensorstore's defaults would leave chunks of zeros out, and read missing chunks as zeros: a loss could not be told from a value."""
+    """Tensorstore's defaults would leave chunks of zeros out, and read missing chunks as zeros.
+
+    A loss could not be told from a value.
+    """
     database = ts.KvStore.open(arrays.database(arrays.key_value_store(saved))).result()
     assert database.read("model.zeros/c/0/0").result().state == "value"
     database.write("model.zeros/c/0/0", None).result()
@@ -292,7 +295,10 @@ def test_a_block_is_read_in_pieces_that_tile_it_on_the_borders_of_its_chunks(off
 
 
 def test_unaligned_writers_are_refused_because_merging_them_would_lose_rows(tmp_path):
-    """What the check of the grid protects from: two databases that each hold half of one chunk; the merge keeps one half, without a word."""
+    """What the check of the grid protects from.
+
+    Two databases that each hold half of one chunk; the merge keeps one half, without a word.
+    """
     base = arrays.key_value_store(str(tmp_path))
     for rank in (0, 1):
         spec = arrays.create_spec(

@@ -43,7 +43,8 @@ def gibibyte(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_loading_needs_its_tensors_and_the_buffer_of_a_chunk(gibibyte, dtype):
-    """In place, and by way of a conversion. A chunk of 4 MiB is on its way at a time: as it was stored, decoded, and converted. With what the
+    """In place, and by way of a conversion. A chunk of 4 MiB is on its way at a time: as it was stored, decoded, and
+    converted. With what the
     allocator keeps for reading threads, resident memory grows by 14 to 26 MiB, for any size of state."""
     done = subprocess.run([sys.executable, "-c", PROGRAM, gibibyte, dtype], capture_output=True, text=True, check=True)
     found = json.loads(done.stdout)

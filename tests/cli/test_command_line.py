@@ -11,7 +11,10 @@ from helpers.processes import ForkedModule
 
 
 def test_help_comes_in_under_a_second_and_imports_nothing_heavy():
-    program = "import sys; sys.argv = ['dlm-ray', '--help']; from dlm_ray.cli.main import main\ntry: main()\nexcept SystemExit: pass\n"
+    program = (
+        "import sys; sys.argv = ['dlm-ray', '--help']; from dlm_ray.cli.main import main\n"
+        "try: main()\nexcept SystemExit: pass\n"
+    )
     program += (
         "print([name for name in ('torch', 'ray', 'transformers', 'matplotlib', 'tensorstore') if name in sys.modules])"
     )

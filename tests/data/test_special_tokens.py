@@ -1,4 +1,7 @@
-"""Text is text, also where it spells a special token out; control tokens come from a chat template and from nothing else."""
+"""Text is text, also where it spells a special token out.
+
+Control tokens come from a chat template and from nothing else.
+"""
 
 import numpy as np
 import pytest
@@ -14,7 +17,8 @@ from dlm_ray.data.tokenizer import encode, encode_text, identity
 
 # As Llama's, Mistral's and Phi's: the start token in front, control tokens between the turns.
 TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}<|turn|>{{ message['role'] }}\n{{ message['content'] | trim }}{{ eos_token }}{% endfor %}"
+    "{{ bos_token }}{% for message in messages %}<|turn|>{{ message['role'] }}\n"
+    "{{ message['content'] | trim }}{{ eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}<|turn|>assistant\n{% endif %}"
 )
 

@@ -1,4 +1,7 @@
-"""The objectives tied to each other by exact identities: 3 tokens, 4 words, float64, every mask enumerated, t by quadrature."""
+"""The objectives tied to each other by exact identities.
+
+3 tokens, 4 words, float64, every mask enumerated, t by quadrature.
+"""
 
 import itertools
 import math
@@ -133,7 +136,9 @@ def test_sedd_at_z_1_is_md4_and_a_scaled_score_costs_n_times_c_minus_1_minus_ln_
 
 
 def test_sedd_is_the_papers_score_entropy():
-    """The literal loss with sbar, log s = f - ln(expm1 sbar) - ln V, and the constant that makes it 0 at the true score."""
+    """The literal loss with sbar, log s = f - ln(expm1 sbar) - ln V, and the constant that makes it 0 at the true
+    score.
+    """
     denoiser, t = TableDenoiser(2), 0.37
     is_masked = np.array([[False, True, False, True]])
     weight = at(Polynomial().weight, t)
@@ -205,7 +210,10 @@ def test_d3pm_without_epsilon_is_the_closed_form(schedule):
 
 
 def test_d3pms_epsilon_makes_the_bound_too_small_and_more_so_for_more_words():
-    """One masked token, uniform prediction, t = 0.5 of T = 1000, epsilon 1e-6: no longer an upper bound at the size of a language."""
+    """One masked token, uniform prediction, t = 0.5 of T = 1000, epsilon 1e-6.
+
+    No longer an upper bound at the size of a language.
+    """
     num_timesteps, t = 1000, 0.5
     objective = D3pm(Absorbing(num_timesteps=num_timesteps), epsilon=1e-6)
     alpha_t, alpha_s = (torch.tensor([value], dtype=torch.float64) for value in (1 - t, 1 - t + 1 / num_timesteps))
@@ -287,7 +295,10 @@ def test_the_count_sampler_over_the_row_is_ardms_loss():
 
 @pytest.mark.parametrize("kind", ["masked", "sedd", "genmd4", "tauldr", "count", "d3pm"])
 def test_a_head_of_zeros_costs_ln_v_a_token(kind):
-    """The first loss of a zero-initialised head; GenMD4 splits it between the integral and the reconstruction, D3PM's epsilon is tiny."""
+    """The first loss of a zero-initialised head.
+
+    GenMD4 splits it between the integral and the reconstruction, D3PM's epsilon is tiny.
+    """
     denoiser, expected = Uniform(), LENGTH * math.log(VOCAB)
     if kind == "masked":
         value = enumerated(Masked(), denoiser)

@@ -52,7 +52,9 @@ OBJECTIVES = {
 
 
 def with_broken_context(denoiser):
-    """The network with hidden states that are NaN at position 1, which in the tests below is a start token of its own document."""
+    """The network with hidden states that are NaN at position 1, which in the tests below is a start token of its own
+    document.
+    """
     hidden, states = denoiser.hidden, denoiser.states
 
     def broken(found):
@@ -95,7 +97,10 @@ def test_what_padding_points_at_adds_neither_nan_nor_inf_to_loss_and_gradients(n
 @pytest.mark.parametrize("shift", [True, False], ids=["shift", "no shift"])
 @pytest.mark.parametrize("length", range(2, 18))
 def test_rows_that_are_not_whole_blocks_are_padded_and_the_text_does_not_see_it(length, shift):
-    """Blocks of 8 stay blocks of 8: what a row begins with has the same nats as in a longer row, and what the padding holds is without effect."""
+    """Blocks of 8 stay blocks of 8.
+
+    What a row begins with has the same nats as in a longer row, and what the padding holds is without effect.
+    """
     denoiser, objective = network(shift), Block(block_tokens=8)
     x_0, document_ids = texts(3)
 

@@ -1,4 +1,7 @@
-"""What a run may go past: a gradient that is not finite, a row that cannot be read. Counted in every checkpoint, and the same after a resume."""
+"""What a run may go past.
+
+A gradient that is not finite, a row that cannot be read. Counted in every checkpoint, and the same after a resume.
+"""
 
 import json
 import math

@@ -1,4 +1,7 @@
-"""Every file of a checkpoint is needed, and damage to any of them is found: by verifying, by loading, and by going on from it."""
+"""Every file of a checkpoint is needed, and damage to any of them is found.
+
+By verifying, by loading, and by going on from it.
+"""
 
 import random
 import shutil
@@ -19,7 +22,9 @@ KINDS = ("flip", "flip", "truncate", "delete")
 
 @pytest.fixture(scope="module")
 def checkpoint(data_folder, tmp_path_factory):
-    """The last checkpoint of a run on two ranks, with its optimizer and averages, and a tensor of several chunks beside it."""
+    """The last checkpoint of a run on two ranks, with its optimizer and averages, and a tensor of several chunks beside
+    it.
+    """
     run_dir = tmp_path_factory.mktemp("damage") / "run"
     recipe = tiny_recipe(
         data_folder, "damage", model__architecture__width=64, training__steps=4, checkpoint__every_steps=4

@@ -1,4 +1,7 @@
-"""A disk that is full: said before a save if it can be known, and during one; the checkpoint before stays, and the run does as its recipe says."""
+"""A disk that is full.
+
+Said before a save if it can be known, and during one; the checkpoint before stays, and the run does as its recipe says.
+"""
 
 import resource
 import subprocess
@@ -96,7 +99,8 @@ def test_room_is_looked_for_before_anything_is_written(small_disk):
     commit.save(str(small_disk / "step_00000001"), {"a": torch.randn(2**18)}, FIELDS)
     with pytest.raises(
         DamageError,
-        match=r"no space left for a checkpoint of 9 MiB, the disk has 7 MiB free; free some, or lower checkpoint.keep_last",
+        match=r"no space left for a checkpoint of 9 MiB, the disk has 7 MiB free; free some, or lower "
+        r"checkpoint.keep_last",
     ):
         commit.save(str(small_disk / "step_00000002"), {"a": torch.randn(2**21)}, FIELDS)
     assert listing.committed_steps(str(small_disk)) == [1] and commit.verify(str(small_disk / "step_00000001")) == []

@@ -1,4 +1,7 @@
-"""A run that is killed at any moment is the run that was not: SIGKILL inside every stage of it, and the same bits at the end."""
+"""A run that is killed at any moment is the run that was not.
+
+SIGKILL inside every stage of it, and the same bits at the end.
+"""
 
 from pathlib import Path
 

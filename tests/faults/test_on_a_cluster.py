@@ -21,7 +21,10 @@ pytestmark = [pytest.mark.ray, pytest.mark.faults]
 
 
 def test_a_driver_that_is_killed_and_one_that_is_asked_to_stop_change_nothing(ray_session, data_folder, tmp_path):
-    """SIGKILL, at once the same command; SIGTERM, exit code 75, the same command: the bits of a run that was left alone."""
+    """SIGKILL, at once the same command.
+
+    SIGTERM, exit code 75, the same command: the bits of a run that was left alone.
+    """
     import ray
 
     recipe = tiny_recipe(

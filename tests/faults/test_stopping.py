@@ -1,4 +1,7 @@
-"""A run that is asked to stop commits first, and the same command goes on: SIGTERM, a file, fewer and more workers, a second writer."""
+"""A run that is asked to stop commits first, and the same command goes on.
+
+SIGTERM, a file, fewer and more workers, a second writer.
+"""
 
 import hashlib
 import json
@@ -93,7 +96,10 @@ def test_a_machine_that_leaves_is_one_more_checkpoint_and_no_end(data_folder, tm
 
 
 def test_two_workers_one_two_and_three_are_one_run(data_folder, tmp_path):
-    """The same rows and masks at every step as one process alone; every row once an epoch; losses equal but for the order of sums."""
+    """The same rows and masks at every step as one process alone.
+
+    Every row once an epoch; losses equal but for the order of sums.
+    """
     recipe = tiny_recipe(
         data_folder, "resized", training__steps=40, checkpoint__every_steps=10, validation__every_steps=40
     )

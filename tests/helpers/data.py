@@ -4,7 +4,10 @@ import json
 
 import torch
 
-SENTENCE = "the model reads a row and writes what it has not seen because every token may be masked or kept as chance will have it"
+SENTENCE = (
+    "the model reads a row and writes what it has not seen because every token may be masked or kept as chance "
+    "will have it"
+)
 WORDS = SENTENCE.split()
 
 

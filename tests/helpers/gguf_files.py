@@ -74,7 +74,8 @@ def write_gguf(path, network, *, quantisations=None, pre="gpt-2", bpe=None, meta
         quantisations: by a part of the tensor's name in the file; float32 without.
         pre: the kind of pre-tokenizer.
         bpe: vocabulary and merges.
-        metadata: more keys below the architecture's name, or full ones with `general.` and `tokenizer.`; None leaves one out.
+        metadata: more keys below the architecture's name, or full ones with `general.` and `tokenizer.`; None leaves
+            one out.
         raw: tensors as (bytes, quantisation) by name, instead of the network's.
 
     Returns:

@@ -78,7 +78,9 @@ def exact_by_states(num_steps, step_of):
 
 
 def independent_positions(x_t, outcomes):
-    """Next states when every masked position n becomes v with probability outcomes[n][v], and stays masked with what is missing."""
+    """Next states when every masked position n becomes v with probability outcomes[n][v], and stays masked with what is
+    missing.
+    """
     masked = [n for n in range(1, 1 + LENGTH) if x_t[n] == MASK]
     for words in itertools.product([*range(VOCAB), MASK], repeat=len(masked)):
         state, p = list(x_t), 1.0

@@ -1,4 +1,4 @@
-"""Tiny networks of every supported family, the same weights in stock transformers, and one sampler rule of every kind."""
+"""Tiny networks of every family, the same weights in stock transformers, and one sampling rule of every kind."""
 
 import copy
 

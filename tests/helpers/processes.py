@@ -25,7 +25,10 @@ PROCESSES.set_forkserver_preload(
 
 
 def run_ranks(function, num_ranks, *arguments, timeout=120):
-    """Run `function(rank, *arguments)` in one process a rank, with the environment of torchrun; return the exit codes."""
+    """Run `function(rank, *arguments)` in one process a rank, with the environment of torchrun.
+
+    Return the exit codes.
+    """
     port = free_port()
     ranks = [
         PROCESSES.Process(target=_run_rank, args=(function, rank, num_ranks, port, arguments))
@@ -44,7 +47,9 @@ def run_ranks(function, num_ranks, *arguments, timeout=120):
 
 
 def _run_rank(function, rank, num_ranks, port, arguments):
-    """Call the function, and leave without the interpreter's end, in which torch's own threads may abort on a busy machine."""
+    """Call the function, and leave without the interpreter's end, in which torch's own threads may abort on a busy
+    machine.
+    """
     import torch
 
     os.environ.update(

@@ -1,4 +1,7 @@
-"""The oracle of the KV cache: a denoiser whose cache holds the committed ids, and which runs every text from its start in every call."""
+"""The oracle of the KV cache.
+
+A denoiser whose cache holds the committed ids, and which runs every text from its start in every call.
+"""
 
 import torch
 

@@ -7,7 +7,10 @@ from dlm_ray.checkpoint import commit, listing
 
 
 def commit_step(run, config, *, with_ema=True, **kinds):
-    """Commit one step of a network with random weights, as the trainer would; return its raw and its averaged weights."""
+    """Commit one step of a network with random weights, as the trainer would.
+
+    Return its raw and its averaged weights.
+    """
     torch.manual_seed(0)
     raw = {name: parameter.detach() for name, parameter in AutoModelForCausalLM.from_config(config).named_parameters()}
     averaged = {name: parameter * 0.5 for name, parameter in raw.items()}

@@ -1,4 +1,7 @@
-"""Tiny tokenizers of the kinds that there are, trained on the spot: each has a start, an end and a padding token of its own but the first."""
+"""Tiny tokenizers of the kinds that there are, trained on the spot.
+
+Each has a start, an end and a padding token of its own but the first.
+"""
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast

@@ -1,4 +1,7 @@
-"""A denoiser small enough to enumerate: 3 tokens after a start token, 4 words, logits from a table that sees the whole masked row."""
+"""A denoiser small enough to enumerate.
+
+3 tokens after a start token, 4 words, logits from a table that sees the whole masked row.
+"""
 
 import itertools
 import math
@@ -10,7 +13,10 @@ MASK = VOCAB
 
 
 class TableDenoiser(torch.nn.Module):
-    """Logits depend on every token of the row through random tables; without shift, so that row i predicts position i."""
+    """Logits depend on every token of the row through random tables.
+
+    Without shift, so that row i predicts position i.
+    """
 
     mask_id = MASK
 
@@ -42,7 +48,10 @@ def texts():
 
 
 def exact_nelbo(denoiser, x_0):
-    """The bound without any sampling of t: sum over sets S of masked positions of (1 / (k C(N, k))) * cross-entropy on S, k = |S|."""
+    """The bound without any sampling of t.
+
+    Sum over sets S of masked positions of (1 / (k C(N, k))) * cross-entropy on S, k = |S|.
+    """
     total = 0.0
     for k in range(1, LENGTH + 1):
         for chosen in itertools.combinations(range(1, 1 + LENGTH), k):

@@ -1,4 +1,5 @@
-"""A run that is killed: real processes of one group, one of which sends itself SIGKILL inside a given moment of the run.
+"""A run that is killed: real processes of one group, one of which sends itself SIGKILL inside a given moment of the
+run.
 
 Nothing of this is in the package: the moments are functions of it, wrapped here, in the process that is to die.
 """

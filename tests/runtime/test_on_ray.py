@@ -109,7 +109,8 @@ def test_more_workers_than_cpus_are_refused_before_anything_starts(ray_session, 
 def test_a_killed_worker_changes_nothing_and_two_workers_take_the_steps_of_one_process(
     ray_session, data_folder, tmp_path
 ):
-    """GenMD4, whose objective has parameters: a run on two Ray workers, one of which gets SIGKILL, ends bit for bit as two
+    """GenMD4, whose objective has parameters: a run on two Ray workers, one of which gets SIGKILL, ends bit for bit as
+    two
     ranks without Ray that nothing happens to, and to rounding as one process."""
     from dlm_ray.runtime.train import fit
 
@@ -181,7 +182,8 @@ def test_a_failure_in_the_workers_comes_back_as_one_message_and_is_not_tried_aga
     assert recipe.parallelism.max_failures == 3
     with pytest.raises(
         FloatingPointError,
-        match=r"step 2 \(rows 12 to 23 of the run's order\) of objective helpers\S+: loss \S+, gradient norm \S+, not finite",
+        match=r"step 2 \(sequences 12 to 23 of the run's order\) of objective helpers\S+: loss \S+, gradient "
+        r"norm \S+, not finite",
     ):
         fit(recipe, tmp_path)
     assert ray.get(attempts.add.remote(0)) == 2  # once by the driver, which checks the recipe, and once by the worker

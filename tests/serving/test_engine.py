@@ -1,4 +1,7 @@
-"""The engine: texts equal those of `TextModel` in any batch; slots are freed; the canvas is streamed; bits do not depend on the slot."""
+"""The engine.
+
+Texts equal those of `TextModel` in any batch; slots are freed; the canvas is streamed; bits do not depend on the slot.
+"""
 
 from dataclasses import replace
 
@@ -16,8 +19,10 @@ from dlm_ray.serving.jobs import TextStream
 
 PARAMS = {
     "ar": [{}, {"temperature": 0.0}, {"temperature": 0.7, "top_p": 0.8}],
-    "block8": [{}, {"rule": "threshold", "threshold": 0.3}, {"rule": "ancestral", "steps": 5, "remask": 0.2}, {"rule": "margin", "top_p": 0.9}],
-    "whole": [{"steps": 4}, {"rule": "threshold"}, {"rule": "ancestral", "steps": 30, "remask": 0.1}, {"rule": "first_hitting", "temperature": 0.5}],
+    "block8": [{}, {"rule": "threshold", "threshold": 0.3}, {"rule": "ancestral", "steps": 5, "remask": 0.2},
+        {"rule": "margin", "top_p": 0.9}],
+    "whole": [{"steps": 4}, {"rule": "threshold"}, {"rule": "ancestral", "steps": 30, "remask": 0.1},
+        {"rule": "first_hitting", "temperature": 0.5}],
     "sedd": [{"steps": 6}, {"rule": "confidence", "steps": 3, "temperature": 0.0}],
 }  # fmt: skip
 
@@ -231,7 +236,8 @@ def test_other_block_sizes_than_the_trained_one_have_their_own_slots(runs):
     with pytest.warns(UserWarning, match="not trained for"):
         assert texts[by_blocks] == model.sample("the model", length_tokens=40, block_tokens=8, rule="first_hitting")[0]
     with pytest.raises(
-        UserError, match="engine.block_tokens=5: this checkpoint is sampled in blocks whose size divides its context of 32"
+        UserError,
+        match="engine.block_tokens=5: this checkpoint is sampled in blocks whose size divides its context",
     ):
         Engine(model, Settings(block_tokens=(5,)))
 
@@ -271,7 +277,7 @@ def poison(monkeypatch, model, is_bad):
 
 
 def company(model, size=3):
-    """Jobs of some lengths, more than there are slots, long enough to go beyond a context of 32 where that is possible."""
+    """Return more jobs than there are slots, some of them longer than a context of 32 where that is possible."""
     length = 22 if model.sampling_target().kind == "whole" else 45
     return [
         job(model, prompt, length - number, seed=number)
@@ -290,9 +296,7 @@ def alone(model, jobs):
 
 @pytest.mark.parametrize("place", ["prompt", "end of prompt", "rule", "stop", "drawing"])
 @pytest.mark.parametrize("name", ["ar", "block8", "whole"])
-def test_a_failing_job_does_not_change_the_texts_of_other_jobs(
-    runs, monkeypatch, name, place
-):
+def test_a_failing_job_does_not_change_the_texts_of_other_jobs(runs, monkeypatch, name, place):
     model = load(runs / name)
     innocents = company(model)
     expected = alone(model, innocents)

@@ -96,7 +96,10 @@ def test_two_processes_write_the_texts_of_one_with_half_the_parameters_each_and_
 
 
 def lose_the_follower(group, checkpoint, pid):
-    """Kill the follower; return the seconds to the next answer, the answers before and after, and the error of `check`."""
+    """Kill the follower.
+
+    Return the seconds to the next answer, the answers before and after, and the error of `check`.
+    """
     worker = EngineWorker(Server(checkpoint=str(checkpoint)), group)
 
     async def events():

@@ -1,6 +1,8 @@
-"""Whatever one request carries, the requests beside it come out as they do alone: every numeric field at its extremes, every length of a text.
+"""Whatever one request carries, the requests beside it come out as they do alone: every numeric field at its extremes,
+every length of a text.
 
-The cases are made from the schemas, so a new field is in them. Calls have fixed shapes here, so "as alone" means bit for bit.
+The cases are made from the schemas, so a new field is in them. Calls have fixed shapes here, so "as alone" means
+bit for bit.
 """
 
 import asyncio
@@ -43,7 +45,9 @@ def numeric_fields(model):
 
 
 def extremes(schema):
-    """The smallest and largest value that passes and the next that does not, both zeros, 1 and its neighbours, subnormal and tiny numbers."""
+    """The smallest and largest value that passes and the next that does not, both zeros, 1 and its neighbours,
+    subnormal and tiny numbers.
+    """
     least, most = (
         schema.get("minimum", schema.get("exclusiveMinimum")),
         schema.get("maximum", schema.get("exclusiveMaximum")),
@@ -111,7 +115,9 @@ class Cases:
         return text
 
     def one_by_one(self):
-        """Every numeric field at every extreme, and every length of a text up to two blocks and one token, in a new order."""
+        """Every numeric field at every extreme, and every length of a text up to two blocks and one token, in a new
+        order.
+        """
         found = []
         for path, base in self.base.items():
             for name, schemas in numeric_fields(self.schemas[path]).items():

@@ -1,4 +1,7 @@
-"""A run of block diffusion: its curriculum over block sizes, its clip search, and what its checkpoint says of itself."""
+"""A run of block diffusion.
+
+Its curriculum over block sizes, its clip search, and what its checkpoint says of itself.
+"""
 
 import shutil
 
@@ -25,7 +28,10 @@ STAGES = [{"block_tokens": 1, "steps": 2}, {"block_tokens": 32, "steps": 3}]
 
 
 def test_block_sizes_come_in_order_and_end_at_the_objectives(data_folder, tmp_path):
-    """LLaDA2.0's warm-up, stable and decay phases are stages; all the steps that are left are at `objective.block_tokens`."""
+    """LLaDA2.0's warm-up, stable and decay phases are stages.
+
+    All the steps that are left are at `objective.block_tokens`.
+    """
     recipe = block(data_folder, curriculum__block_sizes=STAGES)
     assert [curriculum.block_tokens(recipe, step) for step in range(8)] == [1, 1, 32, 32, 32, 4, 4, 4]
     assert curriculum.block_tokens(recipe, None) == 4
@@ -53,7 +59,9 @@ def test_the_future_within_a_block_is_annealed(data_folder):
 
 
 def test_adapting_an_ar_model_at_blocks_of_one_continues_it(data_folder, tmp_path):
-    """With shift and every token masked, the first step of the adaptation is the AR model's own next step, to the last bit."""
+    """With shift and every token masked, the first step of the adaptation is the AR model's own next step, to the last
+    bit.
+    """
     loop.fit(tiny_recipe(data_folder, "base", objective__name="autoregressive"), tmp_path / "base")
     common = {
         "model__architecture": None,
@@ -94,7 +102,10 @@ def test_the_clip_search_replaces_the_clip_and_a_resumed_run_keeps_it(data_folde
 
 
 def test_no_clip_is_searched_while_another_block_size_is_trained(data_folder, tmp_path):
-    """It is measured at `objective.block_tokens`: a stage at another size would be trained on an interval that was found for this one."""
+    """It is measured at `objective.block_tokens`.
+
+    A stage at another size would be trained on an interval that was found for this one.
+    """
     recipe = block(
         data_folder, curriculum={"block_sizes": STAGES, "clip_search": {"every_steps": 1, "sequences": 2, "draws": 1}}
     )

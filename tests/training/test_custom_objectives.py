@@ -1,4 +1,4 @@
-"""Custom objectives, processes and schedules are trained, restored as themselves, sampled, scored, served and exported."""
+"""Custom objectives, processes and schedules are trained, restored, sampled, scored, served and exported as themselves."""
 
 import json
 from pathlib import Path

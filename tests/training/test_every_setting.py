@@ -1,4 +1,7 @@
-"""Every combination of the settings that decide what is masked: refused before a run begins, or trained as each setting promises."""
+"""Every combination of the settings that decide what is masked.
+
+Refused before a run begins, or trained as each setting promises.
+"""
 
 import functools
 import itertools

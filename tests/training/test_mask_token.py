@@ -1,4 +1,7 @@
-"""Which token may be the mask: none that rows hold, because it has probability 0 by definition. And a loss that is infinite ends the run."""
+"""Which token may be the mask.
+
+None that rows hold, because it has probability 0 by definition. And a loss that is infinite ends the run.
+"""
 
 import json
 import math
@@ -135,7 +138,10 @@ def test_a_network_with_more_rows_than_the_tokenizer_has_tokens_may_use_one_of_t
 
 
 def test_data_whose_texts_begin_or_end_otherwise_than_the_bases_are_refused(data, tmp_path):
-    """The same tokens in other roles, as a chat model's end token is another than its base's: the hash of the tokenizer is the same."""
+    """The same tokens in other roles, as a chat model's end token is another than its base's.
+
+    The hash of the tokenizer is the same.
+    """
     tokenizer = load_data_tokenizer(data)
     tokenizer.eos_token = "<|pad|>"
     other = make_data(tmp_path / "other", tokenizer=tokenizer)
@@ -156,7 +162,10 @@ def test_data_whose_texts_begin_or_end_otherwise_than_the_bases_are_refused(data
 
 
 class OverflowsAlone(Masked):
-    """An objective whose loss is infinite at step 3 and whose gradient is not: that of -log p where p is 0 by definition."""
+    """An objective whose loss is infinite at step 3 and whose gradient is not.
+
+    That of -log p where p is 0 by definition.
+    """
 
     def draw(self, key, x_0, maskable):
         self.is_bad = key.step == 2

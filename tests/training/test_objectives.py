@@ -1,4 +1,7 @@
-"""Every objective is a run like any other: it learns, resumes bit for bit, is scored and sampled by what belongs to it."""
+"""Every objective is a run like any other.
+
+It learns, resumes bit for bit, is scored and sampled by what belongs to it.
+"""
 
 import json
 import math
@@ -122,7 +125,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_by_name_and_leaves_the_last_che
     recipe = tiny_recipe(
         data_folder, "bad", objective__name=f"{__name__}:Overflows", training__steps=16, checkpoint__every_steps=4
     )
-    message = r"step 6 \(rows 60 to 71 of the run's order\) of objective test_objectives:Overflows: loss inf, gradient norm nan, not finite"
+    message = (
+        r"step 6 \(sequences 60 to 71 of the run's order\) of objective test_objectives:Overflows: loss inf, gradient "
+        r"norm nan, not finite"
+    )
     with pytest.raises(FloatingPointError, match=message):
         loop.fit(recipe, tmp_path / "run")
     last = listing.latest(str(tmp_path / "run"))

@@ -1,4 +1,7 @@
-"""Asynchronous checkpoints: the training goes on while one is written, and what is written is the state of its own step."""
+"""Asynchronous checkpoints.
+
+The training goes on while one is written, and what is written is the state of its own step.
+"""
 
 import threading
 
@@ -13,7 +16,10 @@ pytestmark = pytest.mark.long
 
 
 def test_training_goes_on_while_a_checkpoint_is_written_which_holds_its_own_step(data_folder, tmp_path, monkeypatch):
-    """The write of step 4 begins when step 6 has been taken: without a copy it would hold that, without a thread it would never begin."""
+    """The write of step 4 begins when step 6 has been taken.
+
+    Without a copy it would hold that, without a thread it would never begin.
+    """
     recipe = tiny_recipe(data_folder, "behind", training__steps=8, checkpoint__every_steps=4, checkpoint__keep_last=9)
     loop.fit(
         recipe.model_copy(update={"checkpoint": recipe.checkpoint.model_copy(update={"asynchronous": False})}),

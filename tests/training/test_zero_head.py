@@ -1,6 +1,8 @@
-"""A network that says nothing gives ln V nats a token: from validation in training, from `eval` and from `/v1/score` alike.
+"""A network that says nothing gives ln V nats a token: from validation in training, from `eval` and from `/v1/score`
+alike.
 
-Its head is zeros, so that every token has the same probability whatever the input is. V counts the tokens that can be predicted: the mask token's
+Its head is zeros, so that every token has the same probability whatever the input is. V counts the tokens that can be
+predicted: the mask token's
 own row has no logit, and a mask token that is one of the vocabulary leaves V - 1.
 """
 

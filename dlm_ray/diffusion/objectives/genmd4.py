@@ -71,7 +71,7 @@ class GenMD4(nn.Module):
 
     @property
     def exponents(self) -> Tensor:
-        """Return w [V]."""
+        """Return the learned exponents w [V]."""
         return F.softplus(self.theta).expand(self.vocab_size)
 
     def draw(self, key: DrawKey, x_0: np.ndarray, maskable: np.ndarray) -> Draw:

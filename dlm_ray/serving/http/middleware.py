@@ -112,7 +112,7 @@ class Middleware:
         self._keys = [key.encode() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
+        """Check and answer one request."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         request_id = self._request_id(scope)

@@ -1,4 +1,8 @@
-"""Block diffusion: one pass over [x_t ; x_0] is every block on its own, K = 1 is the AR model, K = L is masked diffusion, the bound is the enumerated one."""
+"""Block diffusion.
+
+One pass over [x_t ; x_0] is every block on its own, K = 1 is the AR model, K = L is masked diffusion, the bound is the
+enumerated one.
+"""
 
 import itertools
 import math

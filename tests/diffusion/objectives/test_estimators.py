@@ -1,4 +1,7 @@
-"""What the draws of the objectives estimate: the same bound, without bias, some with less variance than others; and GenMD4's gradient."""
+"""What the draws of the objectives estimate.
+
+The same bound, without bias, some with less variance than others; and GenMD4's gradient.
+"""
 
 import itertools
 import math
@@ -86,7 +89,9 @@ def test_a_biased_estimator_would_have_been_seen(drawn):
 
 
 def spread(objective, rows=16, length=257, steps=300):
-    """Standard deviation over batches of the bound per token, for a model whose cross-entropy is 1 + 5 t^2 times a number of the token's own."""
+    """Standard deviation over batches of the bound per token, for a model whose cross-entropy is 1 + 5 t^2 times a
+    number of the token's own.
+    """
     maskable = np.ones((rows, length), dtype=bool)
     maskable[:, 0] = False
     values = []
@@ -99,7 +104,10 @@ def spread(objective, rows=16, length=257, steps=300):
 
 
 def test_variances_are_in_the_order_that_strata_promise():
-    """On rows of 256 tokens: strata beat independent draws, all masked tokens beat one (MD4's argument against tauLDR's estimator)."""
+    """On rows of 256 tokens.
+
+    Strata beat independent draws, all masked tokens beat one (MD4's argument against tauLDR's estimator).
+    """
     table = {
         "stratified": spread(Masked(Absorbing())),
         "antithetic": spread(Masked(Absorbing(times="antithetic"))),
@@ -146,7 +154,10 @@ def test_antithetic_times_hit_every_stratum_once_over_the_whole_global_batch():
     [(Clip(0.3, 0.8), "part"), (Clip(0.3, 0.8, "paper"), "mean"), (Clip(0.6, 0.9, "paper"), "flat")],
 )
 def test_clips_estimate_the_part_of_the_integral_that_they_say(clip, expected):
-    """`unbiased`: the integral over [beta, omega]; `paper`: its mean over the interval, and plain cross-entropy above 0.5."""
+    """`unbiased`.
+
+    The integral over [beta, omega]; `paper`: its mean over the interval, and plain cross-entropy above 0.5.
+    """
     denoiser, values = TableDenoiser(), estimates(Masked(Absorbing(clip=clip)), 7)
     nodes, node_weights = np.polynomial.legendre.leggauss(40)
     total = 0.0
@@ -185,7 +196,10 @@ def test_context_weights_are_carts_sum():
 
 
 def genmd4_bound(denoiser, exponents):
-    """The exact ELBO as a function of w [V], by quadrature and enumeration; differentiable by finite differences alone."""
+    """The exact ELBO as a function of w [V], by quadrature and enumeration.
+
+    Differentiable by finite differences alone.
+    """
     nodes, node_weights = np.polynomial.legendre.leggauss(80)
     total = 0.0
     for x, weight in zip((nodes + 1) / 2, node_weights / 2, strict=True):

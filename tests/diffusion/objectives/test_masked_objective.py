@@ -31,7 +31,10 @@ def batch_of(x_0, is_masked, weight):
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
 def test_the_bound_equals_the_enumerated_one_on_any_schedule(schedule):
-    """Integrates the objective over t by quadrature and over masks by enumeration; t drops out of the enumerated form."""
+    """Integrates the objective over t by quadrature and over masks by enumeration.
+
+    T drops out of the enumerated form.
+    """
     denoiser, x_0 = TableDenoiser(), torch.tensor([0, 2, 1, 3])
     nodes, node_weights = np.polynomial.legendre.leggauss(200)
     integral = 0.0
@@ -120,7 +123,10 @@ def test_normalisations_count_all_tokens_or_the_masked_ones():
 
 
 def diffullama_loss(nll, weight):
-    """What the authors' trainers compute for one micro-batch: the weighted sum over its masked tokens, divided by their number."""
+    """What the authors' trainers compute for one micro-batch.
+
+    The weighted sum over its masked tokens, divided by their number.
+    """
     return (weight * nll).sum() / (weight > 0).sum()
 
 

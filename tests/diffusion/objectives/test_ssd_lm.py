@@ -59,7 +59,10 @@ def batch_of(objective, x_0, rows=6, step=0, documents=None):
 
 
 def test_the_block_attends_as_far_as_annealing_has_come(objective):
-    """What lies behind the block is hidden in any case; before it, the future is seen as the batch's visibility says."""
+    """What lies behind the block is hidden in any case.
+
+    Before it, the future is seen as the batch's visibility says.
+    """
     x_0 = torch.randint(0, VOCAB, (6, ROW), generator=torch.Generator().manual_seed(5))
     batch, seen = batch_of(objective, x_0), []
     toy = Toy()
@@ -130,7 +133,10 @@ def canvas_of(num_rows, context, total):
 
 
 def test_one_step_of_sampled_decoding_has_the_exact_law():
-    """With W_diff = 0 the network sees no noise: the block's tokens are independent, with the softmax of their logits."""
+    """With W_diff = 0 the network sees no noise.
+
+    The block's tokens are independent, with the softmax of their logits.
+    """
     objective, toy, num_samples = SsdLm(VOCAB, WIDTH, block_tokens=BLOCK), Toy(), 20_000
     done = sample_blocks(toy, objective, canvas_of(num_samples, 3, 5), num_steps=3, projection="sampled", seed=1)
     inputs = torch.cat([toy.embed(torch.zeros(1, 3, dtype=torch.long)), torch.zeros(1, BLOCK, WIDTH)], 1)

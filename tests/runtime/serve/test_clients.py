@@ -51,7 +51,10 @@ def test_a_client_that_disconnects_frees_its_slot_within_a_second(deployment, st
     body = {"model": "tiny", "prompt": "the model", "max_tokens": 200_000, "temperature": 0, "stream": stream}
     with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as line:
         content = httpx.Request("POST", url, json=body).content
-        head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(content)}\r\n\r\n"
+        head = (
+            "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+            f"content-length: {len(content)}\r\n\r\n"
+        )
         line.sendall(head.encode() + content)
         until(lambda: active() == 1)
     assert until(lambda: active() == 0) < 1.0

@@ -1,4 +1,7 @@
-"""Several models in one replica, in this process: who is loaded when, what becomes of texts that are under way, and what cannot be loaded."""
+"""Several models in one replica, in this process.
+
+Who is loaded when, what becomes of texts that are under way, and what cannot be loaded.
+"""
 
 import asyncio
 import gc

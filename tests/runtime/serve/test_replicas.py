@@ -1,4 +1,7 @@
-"""Replicas that come and go while requests run: a dead engine, another checkpoint, a kill, load, and the end of the service."""
+"""Replicas that come and go while requests run.
+
+A dead engine, another checkpoint, a kill, load, and the end of the service.
+"""
 
 import os
 import re
@@ -26,7 +29,10 @@ TWO = {"cpus": 0.2, "drain_seconds": 30, "count": 2}
 
 @contextmanager
 def asked_all_the_time(url, model="tiny"):
-    """A list of (when it was asked, text), to which six clients add without an end, half of them streaming; whatever fails is raised at the end."""
+    """A list of (when it was asked, text), to which six clients add without an end, half of them streaming.
+
+    Whatever fails is raised at the end.
+    """
     done, answers = threading.Event(), []
     own = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
     asked = {"model": model, "prompt": "the model", "seed": 7}  # fixed shapes: the text says which weights wrote it

@@ -1,4 +1,7 @@
-"""A replica on two processes on Ray Serve: the texts of one, an end of both when one is lost, and nothing that stays."""
+"""A replica on two processes on Ray Serve.
+
+The texts of one, an end of both when one is lost, and nothing that stays.
+"""
 
 import asyncio
 import os

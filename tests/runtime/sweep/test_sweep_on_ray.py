@@ -1,4 +1,7 @@
-"""A sweep on a real Ray cluster: trials side by side, one that fails, what is left behind, and going on after an interruption."""
+"""A sweep on a real Ray cluster.
+
+Trials side by side, one that fails, what is left behind, and going on after an interruption.
+"""
 
 import json
 import os
@@ -152,7 +155,10 @@ def command(folder, out, *more):
 
 @pytest.mark.slow
 def test_a_sweep_whose_process_was_killed_goes_on_to_the_same_table(data_folder, tmp_path):
-    """Killed when the first of three trials has ended and another is under way; each command has a cluster of its own."""
+    """Killed when the first of three trials has ended and another is under way.
+
+    Each command has a cluster of its own.
+    """
     loaded(tmp_path, data_folder, space={"optimizer.learning_rate": {"grid": [3e-3, 1e-3, 3e-4]}}, trials_at_once=1)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     expected = json.loads(command(tmp_path, whole).communicate(timeout=600)[0])["trials"]

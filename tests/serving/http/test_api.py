@@ -1,4 +1,7 @@
-"""The API over HTTP: OpenAI's client as it is, streams that add up, what is refused and how, keys, limits, and whatever nonsense may come."""
+"""The API over HTTP.
+
+OpenAI's client as it is, streams that add up, what is refused and how, keys, limits, and whatever nonsense may come.
+"""
 
 import asyncio
 import contextlib
@@ -539,7 +542,8 @@ def test_what_has_no_probability_is_not_scored(whole, monkeypatch):
 
 def test_lengths_whose_text_cannot_be_scored_are_chosen_last(runs):
     with hosted(runs / "whole", limits={"score_draws": 4}) as (_, app):
-        # A text without a suffix may end at once, and one of incomplete characters is more tokens when it is read again.
+        # A text without a suffix may end at once, and one of incomplete characters is more tokens when it is read
+        # again.
         empty = {"model": "tiny", "prefix": "", "suffix": ""}
         answers = ask(
             app, *(("POST", "/v1/infill", {**empty, "seed": seed, "length_tokens": [1, 31, 30]}) for seed in range(8))

@@ -1,4 +1,7 @@
-"""The playground in a real browser, by keyboard: a prompt is typed, its text fills position by position, and nothing complains or leaves the machine."""
+"""The playground in a real browser, by keyboard.
+
+A prompt is typed, its text fills position by position, and nothing complains or leaves the machine.
+"""
 
 import threading
 
@@ -34,7 +37,8 @@ def test_a_typed_prompt_is_seen_to_fill_and_an_infilled_one_too(runs, tmp_path):
             page.until("document.querySelectorAll('#canvas .token').length >= 5")
             page.picture(tmp_path / "during.png")
             seen = page.evaluate(
-                "[document.querySelectorAll('#canvas .mask').length, document.querySelectorAll('#canvas .token').length]"
+                "[document.querySelectorAll('#canvas .mask').length, "
+                "document.querySelectorAll('#canvas .token').length]"
             )
             assert 0 < seen[0] < 14 and sum(seen) == 14
             assert page.evaluate("document.querySelector('#canvas .token').style.backgroundColor")
