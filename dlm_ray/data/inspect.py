@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import PreTrainedTokenizerFast
-
 from dlm_ray.data.index import load_data_tokenizer, load_index
 from dlm_ray.data.reading import DataSequence, read_split
+from dlm_ray.data.tokenizer import FastTokenizer
 
 
 def describe(path: str, num_sequences: int = 2) -> dict[str, Any]:
@@ -37,7 +36,7 @@ def describe(path: str, num_sequences: int = 2) -> dict[str, Any]:
     return summary
 
 
-def _segments(sequence: DataSequence, tokenizer: PreTrainedTokenizerFast) -> list[dict[str, Any]]:
+def _segments(sequence: DataSequence, tokenizer: FastTokenizer) -> list[dict[str, Any]]:
     """Return the document number, token count and text of every segment, in order; padding has a negative number."""
     segments = []
     for document in dict.fromkeys(sequence.document_ids.tolist()):

@@ -19,6 +19,8 @@ from dlm_ray.data.special_tokens import refuse_control_tokens, special_tokens
 from dlm_ray.models.gguf import is_gguf
 from dlm_ray.models.gguf_tokenizer import gguf_tokenizer
 
+FastTokenizer = PreTrainedTokenizerFast
+"""A tokenizer of this package: always a fast one, whose byte offsets are known."""
 END_OF_TEXT = "<|endoftext|>"
 
 

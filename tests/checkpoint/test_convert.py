@@ -97,7 +97,7 @@ def test_a_folder_is_copied_with_its_tokenizer_in_another_type(gguf_file, tmp_pa
 def test_directions_that_do_not_exist_are_refused_and_leave_nothing(gguf_file, tmp_path):
     before = sorted(path.name for path in tmp_path.iterdir())
     out = str(tmp_path / "out")
-    with pytest.raises(UserError, match="GGUF is only read"):
+    with pytest.raises(UserError, match="would be a GGUF file, which dlm_ray only reads"):
         convert(str(gguf_file), str(tmp_path / "other.gguf"))
     with pytest.raises(UserError, match="on a local disk alone"):
         convert(str(gguf_file), "s3://bucket/folder")

@@ -110,7 +110,7 @@ def test_pickles_are_never_opened_and_nowhere_is_said_to_be_nowhere(tmp_path, mo
     with pytest.raises(UserError, match="convert it to safetensors"):
         open_pretrained(str(tmp_path)).load({"a": torch.zeros(1)})
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="neither a checkpoint of ours"):
+    with pytest.raises(UserError, match="neither a dlm_ray checkpoint"):
         resolve_folder(str(tmp_path / "empty"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="the hub gave nothing"):

@@ -131,7 +131,7 @@ def test_the_search_changes_the_draws_of_the_steps_behind_it(data_folder):
     [
         (
             {"block_tokens": 5},
-            "objective.block_tokens=5 does not divide the rows' 32 tokens; allowed are 1, 2, 4, 8, 16, 32",
+            "objective.block_tokens=5 does not divide the sequence length 32; allowed are 1, 2, 4, 8, 16, 32",
         ),
         (
             {"curriculum__block_sizes": [{"block_tokens": 12, "steps": 1}]},

@@ -1,4 +1,4 @@
-"""Custom objectives, processes and schedules are trained, restored, sampled, scored, served and exported as themselves."""
+"""Custom objectives, processes and schedules are trained, restored, sampled, scored, served and exported."""
 
 import json
 from pathlib import Path
@@ -157,7 +157,7 @@ def test_what_cannot_be_imported_or_restored_is_refused_with_what_is_missing(dat
     this = __import__(__name__)
     monkeypatch.setattr(this, "Scaled", Masked)
     with pytest.raises(
-        UserError, match=r"holds the parameters \['log_scale'\] of objective.name=.*:Scaled, and the class has \[\]"
+        UserError, match=r"stores the parameters \['log_scale'\] of objective.name=.*:Scaled, but the class has \[\]"
     ):
         dlm_ray.load(tmp_path / "run")
     monkeypatch.delattr(this, "Scaled")

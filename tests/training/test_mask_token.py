@@ -68,7 +68,9 @@ def test_rows_that_hold_the_mask_token_are_refused_with_the_place(which, tmp_pat
     last = load_index(data).tokenizer.vocab_size - 1
     asked = last if which == "last of the vocabulary" else tokenizer.encode(documents[0])[0]
     assert any(asked in tokenizer.encode(text) for text in documents)
-    message = rf"position (\d+) of row (\d+) of {data}/(train-\d+-\d+.tar) holds id {asked}, which is the mask token"
+    message = (
+        rf"position (\d+) of sequence (\d+) of {data}/(train-\d+-\d+.tar) holds id {asked}, which is the mask token"
+    )
     with pytest.raises(UserError, match=message) as raised:
         loop.fit(tiny_recipe(data, model__mask_token=asked, validation__sequences=0), tmp_path / "run")
     position, row, shard = re.match(message, str(raised.value)).groups()

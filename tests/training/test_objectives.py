@@ -239,7 +239,9 @@ def test_it_is_sampled_by_its_own_rules_and_by_no_other(trained):
         options = {"length_tokens": 10, "steps": 4, "rule": rule, "num_samples": 2}
         texts = model.sample("the model", **options)
         assert len(texts) == 2 and model.sample("the model", **options) == texts
-    with pytest.raises(UserError, match="--rule left_to_right does not belong to the checkpoint's objective; one of"):
+    with pytest.raises(
+        UserError, match="rule=left_to_right: does not belong to the checkpoint's objective; must be one of"
+    ):
         model.sample(length_tokens=4, rule="left_to_right")
 
 
@@ -375,7 +377,7 @@ def test_an_export_with_another_tokenizer_or_without_a_description_is_refused(da
     config = json.loads((folder / "config.json").read_text())
     own = config.pop("dlm_ray")
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="is a diffusion model .* that does not say how it was trained"):
+    with pytest.raises(UserError, match="is a diffusion model .* that does not describe its objective"):
         dlm_ray.load(folder)
     (folder / "config.json").write_text(json.dumps({**config, "dlm_ray": {**own, "objective": "package.module:Own"}}))
     with pytest.raises(UserError, match="objective.name=package.module:Own: module package.module cannot be imported"):

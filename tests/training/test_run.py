@@ -142,7 +142,8 @@ def test_a_search_or_the_best_checkpoints_need_held_out_sequences(data_folder, t
     searching = {"objective": {"name": "block", "block_tokens": 4}, "curriculum__clip_search": {"every_steps": 2}}
     for changes, key in ((searching, "curriculum.clip_search"), ({"checkpoint__keep_best": 1}, "checkpoint.keep_best")):
         with pytest.raises(
-            UserError, match=f"{key} measures held-out rows, and data.sources have none; build the data with a larger"
+            UserError,
+            match=f"{key} measures held-out sequences, and data.sources have none; build the data with a larger",
         ):
             loop.fit(tiny_recipe(folder, **changes), tmp_path / key)
     assert "validation" not in loop.fit(
@@ -166,7 +167,7 @@ def test_precision_auto_is_resolved_when_the_run_starts_recorded_and_kept_on_res
     assert with_precision(recipe, gpu, None).training.precision == "bf16"
     assert with_precision(recipe, gpu, recorded).training.precision == "fp32"
     longer = recipe.model_copy(update={"training": recipe.training.model_copy(update={"steps": 6})})
-    with pytest.raises(UserError, match="training.steps: it has 4, and the recipe 6") as error:
+    with pytest.raises(UserError, match="training.steps: the checkpoint has 4, the recipe has 6") as error:
         loop.fit(longer, tmp_path / "run")
     assert "training.precision" not in str(error.value)  # `auto` of the recipe is the recorded precision
 
@@ -215,7 +216,7 @@ def test_a_damaged_checkpoint_and_other_data_are_refused(data_folder, base, tmp_
     other = make_data(tmp_path / "other", vocab=310)
     with pytest.raises(UserError, match="was trained with tokenizer"):
         loop.fit(tiny_recipe(other), tmp_path / "run")
-    with pytest.raises(UserError, match="was built with tokenizer"):
+    with pytest.raises(UserError, match="was made with tokenizer"):
         loop.fit(tiny_recipe(other, model__architecture=None, model__base=str(base[0])), tmp_path / "new")
     victim = max(
         Path(listing.latest(str(tmp_path / "run"))).glob("ocdbt.process_0/d/*"), key=lambda path: path.stat().st_size

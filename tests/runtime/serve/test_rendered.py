@@ -42,7 +42,7 @@ def test_what_is_rendered_of_a_shipped_file_is_a_config_that_serve_deploys(file,
 def test_what_contradicts_itself_or_is_not_there_is_refused_when_serve_builds_it(tmp_path):
     from dlm_ray.runtime.serve import deploy as runtime
 
-    with pytest.raises(UserError, match="replicas.models=2, and there are 1 to hold"):
+    with pytest.raises(UserError, match="replicas.models=2, and there are only 1 models"):
         runtime.application({"checkpoint": "x", "replicas": {"models": 2}})
     with pytest.raises(
         UserError, match=r"models.0.checkpoint=.*neither a checkpoint of ours .*nor a Hugging Face folder"
