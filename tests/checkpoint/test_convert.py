@@ -99,7 +99,7 @@ def test_directions_that_do_not_exist_are_refused_and_leave_nothing(gguf_file, t
     out = str(tmp_path / "out")
     with pytest.raises(UserError, match="would be a GGUF file, which dlm_ray only reads"):
         convert(str(gguf_file), str(tmp_path / "other.gguf"))
-    with pytest.raises(UserError, match="on a local disk alone"):
+    with pytest.raises(UserError, match="on a local disk only"):
         convert(str(gguf_file), "s3://bucket/folder")
     with pytest.raises(UserError, match="exists and is not empty"):
         convert(str(gguf_file), str(tmp_path))

@@ -113,7 +113,7 @@ def test_pickles_are_never_opened_and_nowhere_is_said_to_be_nowhere(tmp_path, mo
     with pytest.raises(UserError, match="neither a dlm_ray checkpoint"):
         resolve_folder(str(tmp_path / "empty"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="the hub gave nothing"):
+    with pytest.raises(UserError, match="the hub has nothing"):
         resolve_folder("nobody/nothing-of-that-name")
 
 

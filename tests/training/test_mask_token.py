@@ -96,7 +96,7 @@ def test_a_token_that_no_text_holds_is_a_mask_in_training_scoring_and_export(dat
     network = setup.resolve(tiny_recipe(data, **base), False, load_index(data).tokenizer)
     assert network.mask_id == mask_id and network.base_has_mask_row
     with pytest.raises(
-        UserError, match=f"model.mask_token=3, and model.base=.* has the mask token {mask_id} already; leave"
+        UserError, match=f"model.mask_token=3, but model.base=.* already has the mask token {mask_id}; remove"
     ):
         setup.resolve(tiny_recipe(data, **base, model__mask_token=3), False, load_index(data).tokenizer)
 

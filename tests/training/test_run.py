@@ -149,7 +149,7 @@ def test_a_search_or_the_best_checkpoints_need_held_out_sequences(data_folder, t
     assert "validation" not in loop.fit(
         tiny_recipe(folder, training__steps=1, optimizer__warmup_steps=0), tmp_path / "run"
     )
-    assert "validation.sequences=6, and data.sources have no held-out rows: nothing is validated" in caplog.text
+    assert "validation.sequences=6, but data.sources have no held-out sequences: validation is skipped" in caplog.text
 
 
 def test_annealing_is_the_papers(data_folder):

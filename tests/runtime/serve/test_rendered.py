@@ -45,6 +45,6 @@ def test_what_contradicts_itself_or_is_not_there_is_refused_when_serve_builds_it
     with pytest.raises(UserError, match="replicas.models=2, and there are only 1 models"):
         runtime.application({"checkpoint": "x", "replicas": {"models": 2}})
     with pytest.raises(
-        UserError, match=r"models.0.checkpoint=.*neither a checkpoint of ours .*nor a Hugging Face folder"
+        UserError, match=r"models.0.checkpoint=.*neither a dlm_ray checkpoint .*nor a Hugging Face folder"
     ):
         runtime.application({"models": [{"checkpoint": str(tmp_path)}]})
