@@ -104,7 +104,8 @@ def test_a_document_that_needs_a_control_token_is_refused_with_its_place(tmp_pat
     documents = ["a b a", "b a", "a b strange a"]
     with pytest.raises(
         UserError,
-        match=r"data-0.jsonl, byte 34, character 4: the tokenizer encodes the text 'strange' only as its control token '</s>'",
+        match=r"data-0.jsonl, byte 34, character 4: the tokenizer encodes the text 'strange' only as its control "
+        r"token '</s>'",
     ):
         make_data(tmp_path / "data", tokenizer=words(), documents=documents, parts=1)
     with pytest.raises(UserError, match="character 2: .*'</s>'"):

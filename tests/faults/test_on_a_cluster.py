@@ -70,11 +70,11 @@ def test_a_file_stops_two_workers_together(ray_session, data_folder, tmp_path):
         parallelism__workers=2,
         validation__sequences=0,
     )
-    told = []
+    notices = []
 
     def stop(event):
-        if event["step"] >= 10 and not told:
-            told.append(event["step"])
+        if event["step"] >= 10 and not notices:
+            notices.append(event["step"])
             (next(tmp_path.glob("filed-*")) / "stop").touch()
 
     with pytest.raises(Stopped, match="asked to stop before step 2000; .* holds its state"):

@@ -98,7 +98,10 @@ def test_a_block_checkpoint_scores_rows_of_any_length_in_the_blocks_it_was_train
     document_ids = np.full((len(sequences), 24), -1)
     for target, field in zip((x_0, document_ids), ("input_ids", "document_ids"), strict=True):
         target[:, :sequence_length] = [getattr(sequence, field) for sequence in sequences]
-    visible = lambda ids: Visibility("bidirectional", document_ids=documents_apart(ids, True, model.device))  # noqa: E731
+
+    def visible(ids):
+        return Visibility("bidirectional", document_ids=documents_apart(ids, True, model.device))
+
     expected = likelihood.token_nats(
         model.denoiser, Block(block_tokens=8), x_0, document_ids, visible, model.device, num_draws=2
     )

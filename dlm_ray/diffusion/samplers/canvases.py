@@ -18,7 +18,7 @@ from torch import Tensor
 from dlm_ray.diffusion.denoiser import Denoiser
 from dlm_ray.diffusion.draws import SAMPLING, generator
 from dlm_ray.diffusion.samplers.adjust import Adjust
-from dlm_ray.diffusion.samplers.rules import Canvas, Rule, SelectionRule
+from dlm_ray.diffusion.samplers.rules import Canvas, Propose, Rule, SelectionRule
 from dlm_ray.diffusion.samplers.whole_canvas import Proposals, grid_times
 from dlm_ray.diffusion.visibility import Visibility
 
@@ -185,7 +185,8 @@ class CanvasSampler:
             now, then = (torch.tensor([time], dtype=torch.float64, device=self.device) for time in (t, s))
             if bool(rule.wanted(sequence.canvas, now, then, sequence.uniform[1]).any()):
                 return
-            sequence.canvas = rule.step(sequence.canvas, _refuse_proposals, t, s, sequence.uniform[1])  # type: ignore[arg-type]
+            refuse: Propose = _refuse_proposals  # type: ignore[assignment]
+            sequence.canvas = rule.step(sequence.canvas, refuse, t, s, sequence.uniform[1])
             sequence.step += 1
 
     def _hidden(self, sequences: list[CanvasState]) -> Tensor:

@@ -388,10 +388,10 @@ def test_a_client_that_goes_away_frees_its_slot_within_a_second(runs, stream):
 def test_a_client_that_is_gone_before_the_first_byte_leaves_nothing_behind(block8, version):
     host, app = block8
     body = {"model": "tiny", "prompt": "the model", "max_tokens": 60, "stream": True}
-    told = iter([{"type": "http.request", "body": json.dumps(body).encode()}])
+    received = iter([{"type": "http.request", "body": json.dumps(body).encode()}])
 
     async def receive():
-        return next(told, {"type": "http.disconnect"})
+        return next(received, {"type": "http.disconnect"})
 
     async def send(message):
         raise OSError("the client is gone")
