@@ -97,8 +97,8 @@ class Replicas(ConfigNode):
     autoscaling: Autoscaling | None = None
     """Number of replicas by load."""
     shards: Positive = 1
-    """Processes on one node that hold a replica's network together (tensor parallelism), for networks that do not fit
-    one GPU: they share its memory, not its work."""
+    """Processes on one node that share a replica's network with FSDP2, for networks that do not fit one GPU: this saves
+    memory and gains no speed (it is not tensor parallelism)."""
     cpus: Annotated[float, Field(gt=0.0)] = 1.0
     """CPUs that Ray reserves per shard."""
     gpus: Annotated[float, Field(ge=0.0)] = 0.0

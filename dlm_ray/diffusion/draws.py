@@ -28,12 +28,15 @@ def generator(seed: int, stream: int, step: int, row: int) -> np.random.Generato
 
 @dataclass(frozen=True)
 class DrawKey:
-    """The rows and the step of a draw; a row is one draw of a sequence in the global batch."""
+    """The key of a micro-batch's random numbers: the seed, the step, and the indices of its sequences.
+
+    A sequence that is drawn several times has an index per copy.
+    """
 
     seed: int
     step: int
     rows: Sequence[int]
-    """Indices of the rows within the global batch."""
+    """Indices of the sequences' copies within the global batch."""
     global_batch_size: int
     block_tokens: int | None = None
     """Positions of a block with its own t, if the step decides (a curriculum); None: the objective decides."""
