@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -40,7 +41,7 @@ def trained_objective(checkpoint: str, model: TextModel) -> Objective:
     """
     manifest = commit.read_manifest(checkpoint)
     network = setup.Network.from_manifest(manifest.model)
-    objective = setup.build_objective(Recipe.model_validate(manifest.recipe), network, model.sequence_length)
+    objective: Any = setup.build_objective(Recipe.model_validate(manifest.recipe), network, model.sequence_length)
     objective.load_state_dict(model.objective.state_dict())
     frozen: Objective = objective.to(model.device).requires_grad_(False)
     return frozen

@@ -92,7 +92,7 @@ def run_arm(arm: Arm, seed: int, runs: Path) -> Outcome:
         )
     model = load(run_dir)
     sequences = read_split(str(runs / "text8" / "data"), "train", BATCH_SIZE)
-    objective: Any = build_objective(arm.settings)
+    objective = build_objective(arm.settings)
     if arm.settings.get("complementary"):
         objective.draws_per_sequence, sequences = 2, sequences[: BATCH_SIZE // 2]
     return Outcome(

@@ -134,7 +134,7 @@ def bounds_by_timesteps(model: TextModel, data: str) -> dict[str, dict[str, floa
     processes |= {"continuous, shifted": Absorbing(shifted), "continuous": Absorbing()}
     bounds = {}
     for name, process in processes.items():
-        objective: Any = OwnTimes(process)
+        objective = OwnTimes(process)
         scored = likelihood.token_nats(
             model.denoiser,
             objective,

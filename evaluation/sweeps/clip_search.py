@@ -104,7 +104,7 @@ def _gradient_variance(
     model: TextModel, clip: Clip, block_tokens: int, batch: Sequence[DataSequence], num_gradients: int, seed: int
 ) -> float:
     """Return the variance of the gradient of one batch under a clip; see `draw_variances`."""
-    objective: Any = Block(Absorbing(clip=clip), block_tokens=block_tokens)
+    objective = Block(Absorbing(clip=clip), block_tokens=block_tokens)
     variances = draw_variances(model, objective, batch, num_losses=2, num_gradients=num_gradients, seed=seed)
     return variances["gradient_variance"]
 
