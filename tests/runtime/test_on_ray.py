@@ -29,8 +29,8 @@ def test_ray_data_streams_the_rows_that_this_process_would_read(ray_session, dat
     """Also over the borders of items and of spans: 5 items of 4 steps in 2 spans."""
     from dlm_ray.runtime.stream import ray_data_stream
 
-    monkeypatch.setattr("dlm_ray.data.reading._READ_AHEAD_ROWS", 16)
-    monkeypatch.setattr("dlm_ray.runtime.stream._SPAN_ITEMS", 3)
+    monkeypatch.setattr("dlm_ray.data.reading._READ_AHEAD_SEQUENCES", 16)
+    monkeypatch.setattr("dlm_ray.runtime.stream._WINDOW_ITEMS", 3)
     index = load_index(data_folder)
     share = {"global_batch_size": 7, "rank": 1, "world_size": 2, "num_steps": 20}
     cursor = Cursor(12, (12,))

@@ -64,5 +64,5 @@ def test_an_address_that_is_taken_is_refused(deployment):
     from dlm_ray.runtime.serve import deploy
 
     deployment.use()
-    with pytest.raises(UserError, match="cannot be listened at"):
+    with pytest.raises(UserError, match="cannot listen on"):
         deploy.start(deployment.settings())

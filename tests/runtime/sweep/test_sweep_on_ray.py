@@ -73,7 +73,7 @@ def test_a_line_that_a_kill_cut_short_is_left_out_of_the_ledger(tmp_path):
     trial = Trial(0, {"seed": 1}, "finished", "", "runs/0", 8)
     whole = json.dumps(asdict(trial)) + "\n"
     (tmp_path / "trials.jsonl").write_text(whole + '{"torn')
-    assert run._read(tmp_path / "trials.jsonl") == {0: trial}
+    assert run._read_ledger(tmp_path / "trials.jsonl") == {0: trial}
     assert (tmp_path / "trials.jsonl").read_text() == whole
 
 
