@@ -43,7 +43,7 @@ def test_ray_data_streams_the_rows_that_this_process_would_read(ray_session, dat
         assert at == expected_at and len(rows) == len(expected_rows)
         for one, two in zip(rows, expected_rows, strict=True):
             assert (one.input_ids == two.input_ids).all() and (one.document_ids == two.document_ids).all()
-            assert (one.part, one.place) == (two.part, two.place) and "row" in one.place
+            assert (one.part, one.place) == (two.part, two.place) and "sequence" in one.place
 
 
 def test_a_damaged_shard_is_named_through_the_stream(ray_session, data_folder, tmp_path):
