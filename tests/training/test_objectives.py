@@ -384,5 +384,5 @@ def test_an_export_with_another_tokenizer_or_without_a_description_is_refused(da
         dlm_ray.load(folder)
     (folder / "config.json").write_text(json.dumps({**config, "dlm_ray": own}))
     train_tokenizer(["another text"], 300).save_pretrained(folder)
-    with pytest.raises(UserError, match="the one that lies with it is another"):
+    with pytest.raises(UserError, match="but its folder holds another one"):
         dlm_ray.load(folder)
