@@ -18,8 +18,7 @@ from dlm_ray.diffusion.samplers.generate import generate_blocks
 from dlm_ray.diffusion.samplers.requests import LOWEST_ENTROPY_NATS, Request, Stops
 from dlm_ray.diffusion.samplers.rules import Rule, SelectionRule
 from dlm_ray.diffusion.samplers.simplex import sample_blocks
-from dlm_ray.diffusion.samplers.whole_canvas import SamplingTarget as Denoised
-from dlm_ray.diffusion.samplers.whole_canvas import sample
+from dlm_ray.diffusion.samplers.whole_canvas import CanvasOutput, sample
 from dlm_ray.diffusion.visibility import Visibility
 from dlm_ray.generation.rules import build_rule
 from dlm_ray.generation.sampling import SamplingOptions, SamplingTarget, resolve_sampling
@@ -290,7 +289,7 @@ class TextModel:
         texts = (self._text(output.ids) for output in batch.texts)
         return GeneratedTexts(texts, calls, [output.stopped_by for output in batch.texts])
 
-    def _texts(self, denoised: Denoised, start: int, length: int) -> GeneratedTexts:
+    def _texts(self, denoised: CanvasOutput, start: int, length: int) -> GeneratedTexts:
         """Return the texts of a whole canvas, whose generated tokens begin at `start`."""
         texts = [self._text(ids[start : start + length].tolist()) for ids in denoised.ids]
         return GeneratedTexts(texts, {"denoising": denoised.num_network_calls, "cache": 0}, ["length"] * len(texts))

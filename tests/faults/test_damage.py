@@ -64,9 +64,9 @@ def check(number, checkpoint, tmp_path):
     damage(victim, kind, rng)
     with pytest.raises(DamageError) as failure:
         commit.load(str(copy), blank(manifest))
-    bad_sequences = commit.verify(str(copy))
-    assert bad_sequences, f"{kind} of {victim.relative_to(copy)} was not found by verify"
-    for said in (str(failure.value), bad_sequences[0]):
+    errors = commit.verify(str(copy))
+    assert errors, f"{kind} of {victim.relative_to(copy)} was not found by verify"
+    for said in (str(failure.value), errors[0]):
         speaks_of_all = victim.name == "manifest.json" or "the index of all tensors" in said
         assert str(victim) in said or ("manifest.json" in said and speaks_of_all), (
             f"{kind} of {victim.relative_to(copy)}: {said}"

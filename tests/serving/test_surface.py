@@ -292,11 +292,11 @@ def in_rounds(cases, chance):
         yield batch, chance.uniform(0, 0.05) if chance.random() < 0.2 else None
 
 
-def put(runs, kind, resolve_sampling, seed):
+def put(runs, kind, build_cases, seed):
     with hosted(runs / kind, **PARTS) as (host, app):
         cases = Cases(host, seed)
         print(f"seed {seed}")  # shown if it fails
-        asyncio.run(beside_innocents(host, app, in_rounds(resolve_sampling(cases), cases.chance), cases.chance))
+        asyncio.run(beside_innocents(host, app, in_rounds(build_cases(cases), cases.chance), cases.chance))
 
 
 @pytest.mark.parametrize("kind", KINDS)

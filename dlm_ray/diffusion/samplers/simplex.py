@@ -19,7 +19,7 @@ from dlm_ray.diffusion.draws import SAMPLING, generator
 from dlm_ray.diffusion.objectives.ssd_lm import SsdLm, alpha_bar
 from dlm_ray.diffusion.samplers.drawing import draw_tokens, nothing_allowed, nucleus, probabilities
 from dlm_ray.diffusion.samplers.rules import Canvas
-from dlm_ray.diffusion.samplers.whole_canvas import SamplingTarget
+from dlm_ray.diffusion.samplers.whole_canvas import CanvasOutput
 from dlm_ray.diffusion.visibility import Visibility
 
 Projection = Literal["greedy", "sampled", "multi_hot"]
@@ -42,7 +42,7 @@ def sample_blocks(
     control_weight: float = 0.0,
     seed: int = 0,
     on_step: Callable[[int, int, Canvas], None] | None = None,
-) -> SamplingTarget:
+) -> CanvasOutput:
     """Generate the masked tail of `canvas` in blocks of the trained length, with `num_steps` network calls each.
 
     Args:
@@ -101,7 +101,7 @@ def sample_blocks(
             + num_positions * torch.arange(num_rows, device=device)[:, None]
         )
         canvas = canvas.revealed(filled.flatten(), tokens[:, :length].flatten())
-    return SamplingTarget(canvas.ids, num_calls)
+    return CanvasOutput(canvas.ids, num_calls)
 
 
 def project(

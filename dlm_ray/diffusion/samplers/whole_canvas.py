@@ -32,7 +32,7 @@ Noise = Literal["float64", "float32_gumbel"]
 
 
 @dataclass(frozen=True)
-class SamplingTarget:
+class CanvasOutput:
     """A finished canvas and its number of network calls."""
 
     ids: Tensor
@@ -69,7 +69,7 @@ def sample(
     noise: Noise = "float64",
     seed: int = 0,
     on_step: Callable[[int, int, Canvas], None] | None = None,
-) -> SamplingTarget:
+) -> CanvasOutput:
     """Reveal every masked position of `canvas`.
 
     Takes `num_steps` steps from t = 1 to 0, or as many as an untimed rule needs.
@@ -112,7 +112,7 @@ def sample(
             done = (step + 1, num_steps) if rule.is_timed else (num_open - int(canvas.is_masked.sum(1).max()), num_open)
             on_step(*done, canvas)
     assert not bool(canvas.is_masked.any()), "a rule reveals every position by time 0"
-    return SamplingTarget(canvas.ids, num_calls)
+    return CanvasOutput(canvas.ids, num_calls)
 
 
 @dataclass
