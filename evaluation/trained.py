@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dlm_ray.checkpoint import commit
+from dlm_ray.checkpoint.manifest import read_manifest
 from dlm_ray.config.recipe import Recipe
 from dlm_ray.data.reading import DataSequence
 from dlm_ray.diffusion.denoiser import Objective
@@ -39,7 +39,7 @@ def trained_objective(checkpoint: str, model: TextModel) -> Objective:
         checkpoint: a step directory.
         model: the model loaded from it.
     """
-    manifest = commit.read_manifest(checkpoint)
+    manifest = read_manifest(checkpoint)
     network = setup.Network.from_manifest(manifest.model)
     objective: Any = setup.build_objective(Recipe.model_validate(manifest.recipe), network, model.sequence_length)
     objective.load_state_dict(model.objective.state_dict())

@@ -14,7 +14,7 @@ import shutil
 from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import ml_dtypes
 import numpy as np
@@ -50,9 +50,11 @@ _MIN_FREE_BYTES = 2**20
 _DATABASE = {"manifest_kind": "single", "max_inline_value_bytes": 1024, "max_decoded_node_bytes": 100_000_000}
 
 Result = TypeVar("Result")
+Spec = dict[str, object]
+"""A specification of tensorstore, in JSON."""
 
 
-def wait(work: Coroutine[Any, Any, Result]) -> Result:
+def wait(work: Coroutine[None, None, Result]) -> Result:
     """Run `work` to its end, in a thread of its own: the caller's thread may run an event loop, as a server's does."""
     with ThreadPoolExecutor(max_workers=1) as thread:
         return thread.submit(asyncio.run, work).result()
@@ -65,7 +67,7 @@ def context(*, one_at_a_time: bool = False) -> ts.Context:
     return ts.Context({**concurrency, "cache_pool": {"total_bytes_limit": 0}})
 
 
-def key_value_store(path: str) -> dict[str, Any]:
+def key_value_store(path: str) -> Spec:
     """Return tensorstore's specification of a directory; AWS_ENDPOINT_URL sets another S3 endpoint.
 
     Raises:
@@ -80,7 +82,7 @@ def key_value_store(path: str) -> dict[str, Any]:
     if scheme == "gs":
         return {"driver": "gcs", "bucket": bucket, "path": inner}
     # Few retries, so that an unreachable endpoint is an error within seconds.
-    spec = {
+    spec: Spec = {
         "driver": "s3",
         "bucket": bucket,
         "path": inner,
@@ -93,12 +95,12 @@ def key_value_store(path: str) -> dict[str, Any]:
     return spec
 
 
-def below(store: dict[str, Any], name: str) -> dict[str, Any]:
+def below(store: Spec, name: str) -> Spec:
     """Return the specification of the directory `name` within a directory."""
     return {**store, "path": f"{store['path']}{name}/"}
 
 
-def database(base: dict[str, Any], name: str = "") -> dict[str, Any]:
+def database(base: Spec, name: str = "") -> Spec:
     """Return the OCDBT database in the directory `base`, at the array `name` (a prefix of its keys)."""
     return {
         "driver": "ocdbt",
@@ -130,9 +132,7 @@ def keys(name: str, shape: Sequence[int], chunk: Sequence[int]) -> set[str]:
     return {f"{name}/zarr.json"} | {"/".join([name, "c", *map(str, index)]) for index in itertools.product(*grid)}
 
 
-def create_spec(
-    store: dict[str, Any], shape: Sequence[int], chunk: Sequence[int], dtype: torch.dtype
-) -> dict[str, Any]:
+def create_spec(store: Spec, shape: Sequence[int], chunk: Sequence[int], dtype: torch.dtype) -> Spec:
     """Return the specification of an array that is created if it does not exist."""
     return {
         "driver": "zarr3",
@@ -149,7 +149,7 @@ def create_spec(
     }
 
 
-def open_spec(store: dict[str, Any]) -> dict[str, Any]:
+def open_spec(store: Spec) -> Spec:
     """Return the specification of an array that must exist, with all its chunks."""
     return {
         "driver": "zarr3",
@@ -173,7 +173,7 @@ def region(offset: Sequence[int], shape: Sequence[int]) -> tuple[slice, ...]:
     return tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
 
 
-async def write_region(spec: dict[str, Any], tensor: Tensor, offset: Sequence[int], shared: ts.Context) -> int:
+async def write_region(spec: Spec, tensor: Tensor, offset: Sequence[int], shared: ts.Context) -> int:
     """Write a CPU tensor at `offset` of the array, wait for the commit, and return the number of bytes.
 
     The array is created if it does not exist. The tensor must not change before the commit.
@@ -248,7 +248,7 @@ def pieces(
 
 
 async def read_region(
-    spec: dict[str, Any],
+    spec: Spec,
     tensor: Tensor,
     offset: Sequence[int],
     stored: torch.dtype,

@@ -14,7 +14,6 @@ import os
 import shutil
 from collections.abc import Coroutine, Mapping
 from pathlib import Path
-from typing import Any
 
 import tensorstore as ts
 import torch
@@ -22,7 +21,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dlm_ray.checkpoint import agreement, arrays, files
-from dlm_ray.checkpoint.layout import Block, block_of, check_tiling
+from dlm_ray.checkpoint.arrays import Spec
+from dlm_ray.checkpoint.layout import Block, Region, block_of, check_tiling
 from dlm_ray.checkpoint.manifest import (
     FORMAT,
     MANIFEST,
@@ -42,7 +42,7 @@ _TENSORS_AT_ONCE = 32
 def save(
     directory: str,
     tensors: Mapping[str, Tensor],
-    manifest_fields: Mapping[str, Any],
+    manifest_fields: Mapping[str, object],
     *,
     group: dist.ProcessGroup | None = None,
 ) -> Manifest:
@@ -67,7 +67,7 @@ def save(
 def save_blocks(
     directory: str,
     blocks: Mapping[str, Block],
-    manifest_fields: Mapping[str, Any],
+    manifest_fields: Mapping[str, object],
     *,
     group: dist.ProcessGroup | None = None,
 ) -> Manifest:
@@ -76,7 +76,7 @@ def save_blocks(
     base = arrays.key_value_store(directory)
     agreement.gathered(lambda: _prepare(directory, base, blocks) if rank == 0 else None, group)
 
-    def write() -> dict[str, Any]:
+    def write() -> dict[str, Region]:
         local = {name: block for name, block in blocks.items() if block.writes}
         _write_blocks(directory, arrays.below(base, f"ocdbt.process_{rank}"), local)
         return {name: (block.offset, tuple(block.local.shape)) for name, block in local.items()}
@@ -110,7 +110,7 @@ def load(directory: str, tensors: Mapping[str, Tensor]) -> Manifest:
     return manifest
 
 
-def copy(source: str, target: str, recipe: Mapping[str, Any]) -> None:
+def copy(source: str, target: str, recipe: Mapping[str, object]) -> None:
     """Commit a copy of `source` at `target`, with optimizer and cursor, as a checkpoint of another recipe's run.
 
     A member of a population continues in this way from the state of a better one; the manifest records the source in
@@ -219,7 +219,7 @@ def _check_fit(directory: str, name: str, block: Block, entry: ArrayEntry) -> No
         raise DamageError(f"{directory}: {name} is stored as {entry.dtype}, but {needed} is needed")
 
 
-def _write_blocks(directory: str, store: dict[str, Any], blocks: Mapping[str, Block]) -> None:
+def _write_blocks(directory: str, store: Spec, blocks: Mapping[str, Block]) -> None:
     """Write this rank's blocks into its own database; blocks on an accelerator are copied a few at a time."""
     shared, limit = arrays.context(), asyncio.Semaphore(_TENSORS_AT_ONCE)
 
@@ -239,10 +239,10 @@ def _write_blocks(directory: str, store: dict[str, Any], blocks: Mapping[str, Bl
     _run({name: write(name, block) for name, block in blocks.items()}, directory)
 
 
-def _run(jobs: Mapping[str, Coroutine[Any, Any, Any]], directory: str) -> None:
+def _run(jobs: Mapping[str, Coroutine[None, None, None]], directory: str) -> None:
     """Await all jobs, then raise the first failure with its tensor's name; no write continues after the return."""
 
-    async def all_of_them() -> list[Any]:
+    async def all_of_them() -> list[BaseException | None]:
         return await asyncio.gather(*jobs.values(), return_exceptions=True)
 
     for name, result in zip(jobs, arrays.wait(all_of_them()), strict=True):
@@ -254,7 +254,7 @@ def _run(jobs: Mapping[str, Coroutine[Any, Any, Any]], directory: str) -> None:
             raise result
 
 
-def _prepare(directory: str, base: dict[str, Any], blocks: Mapping[str, Block]) -> None:
+def _prepare(directory: str, base: Spec, blocks: Mapping[str, Block]) -> None:
     """Refuse a directory with a checkpoint, remove remains of a failed save, and check the storage and its room."""
     if read_key(base, MANIFEST, directory) is not None:
         raise UserError(f"{directory} already holds a checkpoint; it is not overwritten")
@@ -270,7 +270,7 @@ def _prepare(directory: str, base: dict[str, Any], blocks: Mapping[str, Block]) 
         arrays.check_room(directory, needed)
 
 
-def _merge(directory: str, base: dict[str, Any], world_size: int, blocks: Mapping[str, Block]) -> None:
+def _merge(directory: str, base: Spec, world_size: int, blocks: Mapping[str, Block]) -> None:
     """Merge the databases of all ranks, whose data files stay in place, and check that every chunk is listed."""
 
     async def merge() -> set[str]:
@@ -293,9 +293,7 @@ def _merge(directory: str, base: dict[str, Any], world_size: int, blocks: Mappin
     )
 
 
-def _write_manifest(
-    directory: str, base: dict[str, Any], fields: Mapping[str, Any], blocks: Mapping[str, Block]
-) -> Manifest:
+def _write_manifest(directory: str, base: Spec, fields: Mapping[str, object], blocks: Mapping[str, Block]) -> Manifest:
     entries = {
         name: {"shape": list(block.shape), "dtype": arrays.DTYPES[block.local.dtype], "chunk": list(block.chunk)}
         for name, block in blocks.items()
@@ -304,7 +302,7 @@ def _write_manifest(
     return _commit(directory, base, {**fields, "format": FORMAT, "arrays": entries, "files": digests})
 
 
-def _commit(directory: str, base: dict[str, Any], fields: Mapping[str, Any]) -> Manifest:
+def _commit(directory: str, base: Spec, fields: Mapping[str, object]) -> Manifest:
     content = json.loads(json.dumps({**fields, "sha256": ""}))  # as a reader will see it: without tuples
     content["sha256"] = digest_of(content)
     manifest = Manifest.model_validate(content)

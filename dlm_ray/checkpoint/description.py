@@ -5,14 +5,16 @@ An export has it as a key of config.json.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from dlm_ray.checkpoint.commit import Manifest
+from dlm_ray.checkpoint.manifest import Manifest
 from dlm_ray.config.errors import DamageError, UserError
+from dlm_ray.config.manifest_fields import Capabilities, JsonObject, Stored, TokenizerFields
 from dlm_ray.config.objective import resolve_settings
 from dlm_ray.config.sampling import Sampling
+from dlm_ray.config.trees import Tree
 
 KEY = "dlm_ray"
 """The key of config.json; stock transformers keeps it and does not read it."""
@@ -27,20 +29,20 @@ class Description(BaseModel):
     format: Literal[1] = 1
     objective: str
     """`objective.name` of the recipe; the import path of a custom class."""
-    settings: dict[str, Any] = {}
+    settings: Tree = {}
     """The recipe's `objective` section, from which the objective is restored."""
     is_causal: bool
     """Whether the attention of the network is causal."""
-    capabilities: dict[str, Any]
+    capabilities: Stored[Capabilities]
     """Capabilities of the manifest."""
     sampling: Sampling
     """Sampling defaults of the recipe."""
-    tokenizer: dict[str, Any]
+    tokenizer: Stored[TokenizerFields]
     """Fields of a `TokenizerIdentity`."""
 
     @model_validator(mode="before")
     @classmethod
-    def _with_settings(cls, fields: Any) -> Any:
+    def _with_settings(cls, fields: object) -> object:
         """Convert the fields of earlier exports, which had three settings of the objective only."""
         if not isinstance(fields, dict) or "settings" in fields:
             return fields
@@ -63,7 +65,7 @@ class Description(BaseModel):
         )
 
     @classmethod
-    def of_config(cls, fields: dict[str, Any], where: str) -> Description | None:
+    def of_config(cls, fields: JsonObject, where: str) -> Description | None:
         """Return the description in the config.json of an export; None for a folder from another source.
 
         Raises:
@@ -78,7 +80,7 @@ class Description(BaseModel):
                 f"{where}: {KEY} in config.json cannot be read: {error}; export the checkpoint again with this version"
             ) from error
 
-    def objective_settings(self, where: str) -> dict[str, Any]:
+    def objective_settings(self, where: str) -> Tree:
         """Return the settings for `objectives.restore`, with custom classes imported.
 
         Args:

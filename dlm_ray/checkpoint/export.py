@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import tensorstore as ts
 import torch
@@ -16,8 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dlm_ray.checkpoint import arrays, commit
-from dlm_ray.checkpoint.commit import Manifest
 from dlm_ray.checkpoint.description import KEY, OBJECTIVE_FILE, Description
+from dlm_ray.checkpoint.manifest import Manifest, read_manifest
 from dlm_ray.checkpoint.weights import our_checkpoint, weight_prefix
 from dlm_ray.config.errors import UserError
 from dlm_ray.config.paths import local_path
@@ -67,7 +66,7 @@ def export(checkpoint_dir: str, out: str, *, weights: str | None = None, dtype: 
     checkpoint = our_checkpoint(checkpoint_dir)
     if checkpoint is None:
         raise UserError(f"{checkpoint_dir} is not a checkpoint: neither it nor a step in it has a manifest.json")
-    manifest = commit.read_manifest(checkpoint)
+    manifest = read_manifest(checkpoint)
     if manifest.capabilities.get("canvas") == "simplex_blocks":
         raise UserError(
             f"{checkpoint} is an SSD-LM: its blocks see embeddings of noise that no Hugging Face model has, so an "
@@ -124,7 +123,7 @@ def new_folder(out: str) -> Iterator[Path]:
         raise
 
 
-def write_config(config: Mapping[str, Any], folder: Path) -> None:
+def write_config(config: Mapping[str, object], folder: Path) -> None:
     """Write config.json into the folder."""
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
@@ -196,7 +195,7 @@ def _architecture(family: str) -> str:
 
 
 def _card(manifest: Manifest, prefix: str) -> str:
-    model: dict[str, Any] = manifest.model
+    model = manifest.model
     description = "An autoregressive language model; `AutoModelForCausalLM` opens it and `generate` samples from it."
     if not model["is_causal"]:
         description = _DIFFUSION.format(

@@ -11,7 +11,7 @@ import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import tensorstore as ts
 from pydantic import BaseModel, ConfigDict
@@ -170,7 +170,7 @@ def _below(base: ts.KvStore, location: str, prefix: str) -> Iterator[tuple[str, 
             yield name, _parsed(entry["indirect_value"])
 
 
-def _text(key: Any) -> str:
+def _text(key: bytes | str) -> str:
     return key.decode() if isinstance(key, bytes) else str(key)
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from dlm_ray.checkpoint.model_files import ModelFiles
+from dlm_ray.config.manifest_fields import JsonObject
 from dlm_ray.models.gguf import open_gguf
 
 
@@ -20,7 +20,7 @@ class GGUFModel(ModelFiles):
         super().__init__(path)
         self._file = open_gguf(str(path))
 
-    def config(self) -> dict[str, Any]:
+    def config(self) -> JsonObject:
         """See the method of ModelFiles."""
         return self._file.config()
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from dlm_ray.checkpoint.description import OBJECTIVE_FILE
 from dlm_ray.checkpoint.model_files import ModelFiles
 from dlm_ray.config.errors import DamageError, UserError
+from dlm_ray.config.manifest_fields import JsonObject
 from dlm_ray.config.paths import is_url
 
 # The files to download and copy, in addition to *.safetensors.
@@ -32,9 +33,9 @@ class HuggingFaceFolder(ModelFiles):
         self._archive: tuple[str, safe_open] | None = None
         """The most recently used file."""
 
-    def config(self) -> dict[str, Any]:
+    def config(self) -> JsonObject:
         """See the method of ModelFiles."""
-        fields: dict[str, Any] = json.loads((self.path / "config.json").read_text())
+        fields: JsonObject = json.loads((self.path / "config.json").read_text())
         return fields
 
     def names(self) -> Sequence[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch.distributed as dist
@@ -13,6 +12,9 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from dlm_ray.checkpoint import arrays
+
+Region = tuple[Sequence[int], Sequence[int]]
+"""Offset and shape of a block in its tensor."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def block_of(tensor: Tensor) -> Block:
 
 
 def check_tiling(
-    shapes: Mapping[str, Sequence[int]], chunks: Mapping[str, Sequence[int]], regions: Sequence[Mapping[str, Any]]
+    shapes: Mapping[str, Sequence[int]], chunks: Mapping[str, Sequence[int]], regions: Sequence[Mapping[str, Region]]
 ) -> None:
     """Check that the regions that all ranks wrote tile every tensor exactly once, along its chunk grid.
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import tensorstore as ts
 
 from dlm_ray.checkpoint import arrays, files
-from dlm_ray.checkpoint.commit import MANIFEST, read_manifest
+from dlm_ray.checkpoint.manifest import MANIFEST, read_manifest
 from dlm_ray.config.errors import DamageError
 from dlm_ray.config.paths import check_url
 

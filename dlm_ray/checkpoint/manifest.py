@@ -5,14 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any
 
 import tensorstore as ts
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dlm_ray.checkpoint import arrays
+from dlm_ray.checkpoint.arrays import Spec
 from dlm_ray.checkpoint.files import FileDigest
 from dlm_ray.config.errors import DamageError
+from dlm_ray.config.manifest_fields import (
+    Capabilities,
+    CursorFields,
+    JsonObject,
+    ModelFields,
+    RunFields,
+    Stored,
+    TokenizerFields,
+)
 
 FORMAT = 3
 MANIFEST = "manifest.json"
@@ -33,12 +42,12 @@ class Manifest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     format: int
     step: int
-    recipe: dict[str, Any]
-    tokenizer: dict[str, Any]
-    model: dict[str, Any]
-    capabilities: dict[str, Any]
-    cursor: dict[str, Any]
-    extra: dict[str, Any]
+    recipe: JsonObject
+    tokenizer: Stored[TokenizerFields]
+    model: Stored[ModelFields]
+    capabilities: Stored[Capabilities]
+    cursor: Stored[CursorFields]
+    extra: Stored[RunFields]
     arrays: dict[str, ArrayEntry]
     files: dict[str, FileDigest] = {}
     """By name, the files of a checkpoint on a local disk; empty in a bucket."""
@@ -80,17 +89,17 @@ def read_manifest(directory: str) -> Manifest:
     return manifest
 
 
-def serialize(content: Mapping[str, Any]) -> bytes:
+def serialize(content: Mapping[str, object]) -> bytes:
     """Return the bytes of a manifest."""
     return json.dumps(content, indent=1, sort_keys=True).encode()
 
 
-def digest_of(fields: Mapping[str, Any]) -> str:
+def digest_of(fields: Mapping[str, object]) -> str:
     """Return the sha256 of a manifest's fields, other than the sha256."""
     return hashlib.sha256(json.dumps({**fields, "sha256": ""}, sort_keys=True).encode()).hexdigest()
 
 
-def read_key(base: dict[str, Any], name: str, directory: str) -> bytes | None:
+def read_key(base: Spec, name: str, directory: str) -> bytes | None:
     """Return the content of a file in the directory of a checkpoint; None if it does not exist."""
     try:
         result = ts.KvStore.open(base).result().read(name).result(timeout=arrays.ANSWER_SECONDS)

@@ -7,7 +7,6 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from torch import Tensor
 from dlm_ray.checkpoint.arrays import region
 from dlm_ray.checkpoint.layout import block_of
 from dlm_ray.config.errors import UserError
+from dlm_ray.config.manifest_fields import JsonObject
 
 # Buffers in older files of GPT-2 and Llama, which the networks compute.
 _BUFFERS = re.compile(r".*\.(attn\.(masked_)?bias|rotary_emb\.inv_freq)")
@@ -30,7 +30,7 @@ class ModelFiles(ABC):
         """A folder or a file; `data.tokenizer.load_tokenizer` accepts it, too."""
 
     @abstractmethod
-    def config(self) -> dict[str, Any]:
+    def config(self) -> JsonObject:
         """Return the content of config.json."""
 
     @abstractmethod

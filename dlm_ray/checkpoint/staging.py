@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +12,9 @@ from torch.distributed.tensor import DTensor
 
 from dlm_ray.checkpoint.arrays import as_numpy
 from dlm_ray.checkpoint.layout import Block, block_of
+
+_Layout = tuple[torch.Size, torch.dtype, object, object]
+"""Shape, type, placements and mesh of a tensor."""
 
 
 class Staging:
@@ -23,7 +25,7 @@ class Staging:
     """
 
     def __init__(self) -> None:
-        self._blocks: dict[str, tuple[Any, Block]] = {}
+        self._blocks: dict[str, tuple[_Layout, Block]] = {}
 
     def fill(self, tensors: Mapping[str, Tensor]) -> dict[str, Block]:
         """Return the blocks of `tensors`, those that this rank writes as copies; then the tensors may change."""
@@ -33,7 +35,12 @@ class Staging:
         return blocks
 
     def _filled(self, name: str, tensor: Tensor) -> Block:
-        layout = (tensor.shape, tensor.dtype, getattr(tensor, "placements", None), getattr(tensor, "device_mesh", None))
+        layout: _Layout = (
+            tensor.shape,
+            tensor.dtype,
+            getattr(tensor, "placements", None),
+            getattr(tensor, "device_mesh", None),
+        )
         cached = self._blocks.get(name)
         if cached is None or cached[0] != layout:  # computing the layout takes longer than copying a small block
             block = block_of(tensor)

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from torch import Tensor
 
 from dlm_ray.checkpoint import commit, listing
+from dlm_ray.checkpoint.manifest import read_manifest
 from dlm_ray.checkpoint.model_files import fill_with_extra_row
 from dlm_ray.config.errors import UserError
 from dlm_ray.config.paths import check_url
@@ -32,7 +33,7 @@ def load_weights(
     Returns:
         The norms of the new rows, by name.
     """
-    manifest = commit.read_manifest(checkpoint)
+    manifest = read_manifest(checkpoint)
     prefix = weight_prefix(manifest.arrays, weights, checkpoint)
     commit.load(checkpoint, {f"{prefix}.{name}": tensor for name, tensor in tensors.items() if name not in extra_rows})
     return {
@@ -44,7 +45,7 @@ def load_weights(
 def load_objective(checkpoint: str, parameters: Mapping[str, Tensor], weights: str | None = None) -> None:
     """Fill the parameters of an objective by name, from the average or the raw ones, as `load_weights` does."""
     if parameters:
-        prefix = weight_prefix(commit.read_manifest(checkpoint).arrays, weights, checkpoint)
+        prefix = weight_prefix(read_manifest(checkpoint).arrays, weights, checkpoint)
         stored = "ema.objective" if prefix == "ema" else "objective"
         commit.load(checkpoint, {f"{stored}.{name}": tensor for name, tensor in parameters.items()})
 

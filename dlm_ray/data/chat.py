@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from dlm_ray.config.errors import UserError
 from dlm_ray.data.special_tokens import CLOSE, OPEN, SpecialTokens, special_tokens
+from dlm_ray.data.tokenizer import FastTokenizer
 
 _ESCAPED = re.compile(f"{CLOSE}([0-9]+){CLOSE}")
 
 
-def encode_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]], start_id: int) -> list[int]:
+def encode_chat(tokenizer: FastTokenizer, messages: Sequence[Mapping[str, str]], start_id: int) -> list[int]:
     """Return the ids of the messages and of the answer's prefix, without a start token that the template may write.
 
     The template and the messages are encoded as one text, so a token may span both; a special token that a message
@@ -39,6 +39,7 @@ def encode_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]], start_id:
         for place, message in enumerate(messages)
     ]
     text = tokenizer.apply_chat_template(masked, add_generation_prompt=True, tokenize=False)
+    assert isinstance(text, str), "without tokenization, a template gives text"
     text = _ESCAPED.sub(lambda match: chr(int(match[1])), _named(special, text))
     ids: list[int] = special.for_templates.encode(text, add_special_tokens=False).ids
     while ids and ids[0] == start_id:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dlm_ray.config.errors import DamageError, UserError
 from dlm_ray.data import storage
-from dlm_ray.data.tokenizer import TokenizerIdentity, load_tokenizer
+from dlm_ray.data.tokenizer import FastTokenizer, TokenizerIdentity, load_tokenizer
 
 FORMAT = 2
 NAME = "index.json"
@@ -49,7 +48,7 @@ class Index(_Frozen):
     """L, the number of tokens of every sequence."""
     tokenizer: TokenizerIdentity
     splits: dict[str, Split]
-    built_from: dict[str, Any]
+    built_from: dict[str, object]
 
 
 def load_index(path: str) -> Index:
@@ -75,6 +74,6 @@ def load_index(path: str) -> Index:
         raise DamageError(f"{name} cannot be read: {str(error).splitlines()[0]}; build the data again") from error
 
 
-def load_data_tokenizer(path: str) -> Any:
+def load_data_tokenizer(path: str) -> FastTokenizer:
     """Return the tokenizer that a data folder was built with; the folder, local or remote, contains it."""
     return load_tokenizer(storage.join(path, "tokenizer"))

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from dlm_ray.config.manifest_fields import CursorFields
 from dlm_ray.data.index import Index
 
 # Philox counters that separate the permutation of shards from the permutations within windows.
@@ -34,12 +34,12 @@ class Cursor:
         """Return the position before the first sequence."""
         return cls(0, (0,) * num_sources)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> CursorFields:
         """Return the cursor as a manifest holds it."""
         return {"num_sequences": self.num_sequences, "counts": list(self.counts)}
 
     @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> Cursor:
+    def from_dict(cls, fields: CursorFields) -> Cursor:
         """Return the cursor that a manifest holds."""
         return cls(fields["num_sequences"], tuple(fields["counts"]))
 

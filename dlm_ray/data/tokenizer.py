@@ -8,12 +8,13 @@ import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dlm_ray.config.errors import UserError
+from dlm_ray.config.manifest_fields import TokenizerFields
 from dlm_ray.data import storage
 from dlm_ray.data.special_tokens import refuse_control_tokens, special_tokens
 from dlm_ray.models.gguf import is_gguf
@@ -46,12 +47,12 @@ class TokenizerIdentity:
             )
         return ""
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> TokenizerFields:
         """Return the identity as an index or a manifest holds it."""
-        return asdict(self)
+        return cast("TokenizerFields", asdict(self))
 
 
-def load_tokenizer(name_or_folder: str) -> Any:
+def load_tokenizer(name_or_folder: str) -> FastTokenizer:
     """Load a fast tokenizer from a folder, local or remote, a GGUF file, or the Hugging Face hub.
 
     Raises:
@@ -78,7 +79,7 @@ def load_tokenizer(name_or_folder: str) -> Any:
     return _with_end_of_text(tokenizer, name_or_folder)
 
 
-def _with_end_of_text(tokenizer: Any, name: str) -> Any:
+def _with_end_of_text(tokenizer: FastTokenizer, name: str) -> FastTokenizer:
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"tokenizer {name!r} has no end-of-text token (eos_token), which separates documents; choose another"
@@ -111,7 +112,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedToke
     )
 
 
-def identity(tokenizer: Any) -> TokenizerIdentity:
+def identity(tokenizer: FastTokenizer) -> TokenizerIdentity:
     """Return the identity of a tokenizer, which does not depend on padding and truncation."""
     serialised = json.loads(tokenizer.backend_tokenizer.to_str())
     for volatile in ("padding", "truncation"):
@@ -127,7 +128,7 @@ def identity(tokenizer: Any) -> TokenizerIdentity:
     )
 
 
-def encode(tokenizer: Any, documents: list[str]) -> list[tuple[list[int], list[int]]]:
+def encode(tokenizer: FastTokenizer, documents: list[str]) -> list[tuple[list[int], list[int]]]:
     """Return the token ids of each document, and the number of raw UTF-8 bytes that each token stands for.
 
     The bytes of a document sum to its length. The text of a special token inside a document stays text
@@ -146,7 +147,7 @@ def encode(tokenizer: Any, documents: list[str]) -> list[tuple[list[int], list[i
     ]
 
 
-def encode_text(tokenizer: Any, text: str) -> list[int]:
+def encode_text(tokenizer: FastTokenizer, text: str) -> list[int]:
     """Return the token ids of one text, without a start token; as in `encode`, no text becomes a control token.
 
     Raises:

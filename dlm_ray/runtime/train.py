@@ -11,9 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dlm_ray.checkpoint import commit, listing
+from dlm_ray.checkpoint import listing
+from dlm_ray.checkpoint.manifest import read_manifest
 from dlm_ray.config.errors import DamageError, Stopped, StorageError, UserError
 from dlm_ray.config.load import dump, run_name
+from dlm_ray.config.manifest_fields import RunMetrics
 from dlm_ray.config.paths import local_path
 from dlm_ray.config.recipe import Elastic, Parallelism, Recipe
 from dlm_ray.config.trees import with_absolute_paths
@@ -49,7 +51,7 @@ class RunResult:
     step: int
     already_finished: bool
     """Whether the run had finished before this call."""
-    metrics: dict[str, Any] = field(default_factory=dict)
+    metrics: RunMetrics = field(default_factory=lambda: RunMetrics())
     """Metrics of the last step, with the last validation."""
 
 
@@ -143,7 +145,7 @@ def _finished(recipe: Recipe, run_dir: Path) -> RunResult | None:
     latest = listing.latest(str(run_dir))
     if latest is None:
         return None
-    manifest = commit.read_manifest(latest)
+    manifest = read_manifest(latest)
     if manifest.step < recipe.training.steps:
         return None
     return RunResult(run_dir, latest, manifest.step, already_finished=True, metrics=manifest.extra["metrics"])
@@ -196,10 +198,10 @@ def _worker(config: dict[str, Any]) -> None:
     torch.set_num_threads(max(1, int(recipe.parallelism.cpus_per_worker)))
     is_first = ray.train.get_context().get_world_rank() == 0
 
-    def report(metrics: dict[str, Any], directory: str | None) -> None:
+    def report(metrics: RunMetrics, directory: str | None) -> None:
         # Every rank has written its part into the final directory, so Ray has nothing to copy.
         ray.train.report(
-            metrics,
+            dict(metrics),
             checkpoint=ray.train.Checkpoint(directory) if is_first and directory else None,
             checkpoint_dir_name=Path(str(directory)).name,
             checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from dlm_ray.config.manifest_fields import Capabilities
 from dlm_ray.config.objective import rules_of
 from dlm_ray.config.recipe import Recipe
 from dlm_ray.diffusion.denoiser import Objective
 from dlm_ray.diffusion.likelihood import block_tokens_of
 
 
-def capabilities(recipe: Recipe, objective: Objective, sequence_length: int) -> dict[str, Any]:
+def capabilities(recipe: Recipe, objective: Objective, sequence_length: int) -> Capabilities:
     """Return the likelihood kind, infilling, canvas, block size, rules, context length and document mask of a run."""
     is_simplex = objective.canvas == "simplex"
     block_tokens = sequence_length

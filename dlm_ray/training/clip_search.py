@@ -16,7 +16,7 @@ from dlm_ray.data.reading import DataSequence
 from dlm_ray.diffusion import clip_search
 from dlm_ray.diffusion.absorbing import Absorbing, Clip
 from dlm_ray.diffusion.clip_search import Measured
-from dlm_ray.diffusion.objectives import Block
+from dlm_ray.diffusion.objectives.block import Block
 from dlm_ray.training import curriculum
 from dlm_ray.training.step import TrainModule
 from dlm_ray.training.validate import reshard

@@ -10,8 +10,9 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import cast
 
+from dlm_ray.config.manifest_fields import FaultFields
 from dlm_ray.config.recipe import Recipe
 from dlm_ray.data.order import Cursor, Order
 from dlm_ray.data.reading import DataSequence
@@ -28,9 +29,9 @@ class Faults:
     skipped_sequences: dict[str, int] = field(default_factory=dict)
     """The number of skipped sequences by the error of their shard."""
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> FaultFields:
         """Return the counts as a manifest holds them."""
-        return asdict(self)
+        return cast("FaultFields", asdict(self))
 
     def count_step(self, is_skipped: bool) -> None:
         """Count one step, taken or skipped."""

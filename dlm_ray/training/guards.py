@@ -9,20 +9,22 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from types import FrameType
 
 from pydantic import ValidationError
 
 from dlm_ray.config.errors import UserError
 from dlm_ray.config.load import NOT_IN_RESULT
 from dlm_ray.config.recipe import Recipe
-from dlm_ray.config.trees import differences
+from dlm_ray.config.trees import Tree, differences
 from dlm_ray.data.index import Index
 
+_Handler = Callable[[int, FrameType | None], object] | int | None
+"""A handler as `signal.signal` takes and returns it."""
 STOP_FILE = "stop"
 """A file of this name in a run directory makes the run commit after the current step and stop."""
 
@@ -74,7 +76,7 @@ class StopRequest:
     def __init__(self, run_dir: Path):
         self._file = run_dir / STOP_FILE
         self._has_signal = False
-        self._previous_handler: Any = None
+        self._previous_handler: _Handler = None
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
@@ -109,7 +111,7 @@ def check_same_run(
     recipe: Recipe,
     identity: list[str],
     checkpoint: str,
-    checkpoint_recipe: dict[str, Any],
+    checkpoint_recipe: Tree,
     checkpoint_identity: list[str],
 ) -> None:
     """Raise UserError, with every difference, unless a checkpoint belongs to this recipe's run.
@@ -137,9 +139,9 @@ def check_same_run(
         )
 
 
-def _result(recipe: Recipe) -> dict[str, Any]:
+def _result(recipe: Recipe) -> Tree:
     """Return the fields of a recipe that change the result, without the folders of data and base."""
-    content = recipe.model_dump(mode="json", exclude=NOT_IN_RESULT)
+    content: Tree = recipe.model_dump(mode="json", exclude=NOT_IN_RESULT)
     for source in content["data"]["sources"]:
         del source["path"]
     if content["model"]["base"] is not None:

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 from dlm_ray.checkpoint import agreement
 from dlm_ray.config.errors import DamageError, Stopped
+from dlm_ray.config.manifest_fields import RunMetrics
 from dlm_ray.config.paths import local_path
 from dlm_ray.config.recipe import Recipe
 from dlm_ray.data.order import Cursor
 from dlm_ray.data.reading import DataSequence, check_ids, held_out_sequences
-from dlm_ray.diffusion.objectives import Block
+from dlm_ray.diffusion.objectives.block import Block
 from dlm_ray.training import clip_search, curriculum, guards
 from dlm_ray.training import optimizer as optimization
 from dlm_ray.training.faults import LossAlarm, bad_sequences, write_bad_step
@@ -24,7 +25,7 @@ from dlm_ray.training.step import StepResult, micro_batches, train_step
 from dlm_ray.training.stream import Stream, local_stream
 from dlm_ray.training.validate import validate
 
-Report = Callable[[dict[str, Any], str | None], None]
+Report = Callable[[RunMetrics, str | None], None]
 
 
 def fit(
@@ -35,7 +36,7 @@ def fit(
     report: Report | None = None,
     is_machine_leaving: Callable[[], bool] | None = None,
     patience_seconds: float = 0.0,
-) -> dict[str, Any]:
+) -> RunMetrics:
     """Train until `training.steps`, from the last committed checkpoint of `run_dir` if it has one.
 
     Args:
@@ -102,11 +103,11 @@ class TrainingLoop:
         check_ids(held_out, run.network.mask_id, run.network.vocab_size)
         self._clock = ThroughputClock()
         self._unchecked: _CompletedStep | None = None
-        self._metrics: dict[str, Any] = {}
+        self._metrics: dict[str, float | None] = {}
         # Kept apart from `_metrics`, which every log line repeats: validation belongs to the step that it measured.
-        self._validation: dict[str, Any] = {}
+        self._validation: RunMetrics = {}
 
-    def train(self, stream: Stream) -> dict[str, Any]:
+    def train(self, stream: Stream) -> RunMetrics:
         """Run every stage for every remaining step; see `fit` for the result and the errors."""
         run = self.run
         for sequences, cursor in self._batches(stream):
@@ -122,7 +123,11 @@ class TrainingLoop:
         if self._metrics_log is not None:
             self._metrics_log.close()
         assert run.step == self.num_steps, f"the stream ended after step {run.step} of {self.num_steps}"
-        return {"step": run.step, "checkpoint": run.checkpoint, **self._metrics, **self._validation}
+        return {"step": run.step, "checkpoint": run.checkpoint, **self._all_metrics()}
+
+    def _all_metrics(self) -> RunMetrics:
+        """Return the last logged metrics, with the last validation."""
+        return cast("RunMetrics", self._metrics | self._validation)
 
     @property
     def _is_last(self) -> bool:
@@ -176,7 +181,8 @@ class TrainingLoop:
         if run.step % recipe.tracking.log_every_steps != 0 and not self._is_last:
             return
         index = run.step - 1
-        self._metrics |= result.metrics()
+        step_metrics = result.metrics()
+        self._metrics |= step_metrics
         if recipe.curriculum.block_sizes:
             self._metrics["block_tokens"] = curriculum.block_tokens(recipe, index)
         self._metrics |= {
@@ -185,8 +191,8 @@ class TrainingLoop:
             "tokens_per_second": self._clock.tokens_per_second(),
         }
         if self._metrics_log is not None:
-            faults: dict[str, Any] = {}
-            if self._alarm.is_spike(run.step, self._metrics["loss"]):
+            faults: dict[str, int] = {}
+            if self._alarm.is_spike(run.step, step_metrics["loss"]):
                 faults["loss_spike"] = True
             if run.faults.skipped_steps:
                 faults["skipped_steps"] = run.faults.skipped_steps
@@ -284,7 +290,7 @@ class TrainingLoop:
     def _snapshot(self) -> Snapshot:
         """Return the state to save, once the step is known to be finite."""
         self._check_finite(self._unchecked)
-        metrics = self._metrics | self._validation
+        metrics = self._all_metrics()
         return Snapshot(self.run.tensors(), self.run.manifest_fields(metrics), metrics)
 
     def _record_save(self, saved: Saved) -> None:

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from dlm_ray.config.errors import UserError
 from dlm_ray.config.recipe import Recipe
@@ -50,7 +49,7 @@ class MetricsLog:
             return []
         return [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
 
-    def write(self, step: int, **values: Any) -> None:
+    def write(self, step: int, **values: object) -> None:
         """Write one event that follows `step` optimizer steps."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,13 +15,15 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from dlm_ray.checkpoint import agreement, commit, listing
-from dlm_ray.checkpoint.commit import Manifest
+from dlm_ray.checkpoint.manifest import Manifest, read_manifest
 from dlm_ray.config.errors import UserError
+from dlm_ray.config.manifest_fields import ManifestFields, RunMetrics
 from dlm_ray.config.recipe import Recipe
 from dlm_ray.data.index import load_data_tokenizer
 from dlm_ray.data.order import Cursor, Order
 from dlm_ray.data.reading import open_sources
-from dlm_ray.diffusion.objectives import Block, Masked
+from dlm_ray.diffusion.objectives.block import Block
+from dlm_ray.diffusion.objectives.masked import Masked
 from dlm_ray.models.device import pick_device
 from dlm_ray.training import clip_search, guards, setup, state, teacher
 from dlm_ray.training import optimizer as optimization
@@ -73,7 +74,7 @@ class Run:
 
     def _build(self) -> None:
         """Build the network, the objective and the optimizer, and load the checkpoint or the initial weights."""
-        manifest = commit.read_manifest(self.checkpoint) if self.checkpoint else None
+        manifest = read_manifest(self.checkpoint) if self.checkpoint else None
         self.recipe = setup.with_precision(self.recipe, self.device, manifest.recipe if manifest else None)
         tokenizer = self.indexes[0].tokenizer
         if manifest is None:
@@ -121,26 +122,26 @@ class Run:
         self.faults = Faults(**manifest.extra.get("faults", {}))
         optimization.set_step(self.optimizer, manifest.step - self.faults.skipped_steps)
         self.step, self.cursor = manifest.step, Cursor.from_dict(manifest.cursor)
-        if manifest.extra.get("clip"):
+        if clip := manifest.extra.get("clip"):
             assert isinstance(self.objective, Block), "only block objectives search a clip"
-            self.clip = clip_search.apply(self.recipe, self.objective, manifest.extra["clip"])
+            self.clip = clip_search.apply(self.recipe, self.objective, clip)
         log.info("resumed from %s", checkpoint)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return every tensor of the run by its name in a checkpoint."""
         return state.tensors(self.root, self.optimizer, self.ema)
 
-    def manifest_fields(self, metrics: dict[str, Any]) -> dict[str, Any]:
+    def manifest_fields(self, metrics: RunMetrics) -> ManifestFields:
         """Return the fields of the manifest of the current step."""
         return {
             "step": self.step,
             "recipe": self.recipe.model_dump(mode="json"),
             "tokenizer": self.indexes[0].tokenizer.as_dict(),
-            "model": {**self.network.as_manifest(), "objective": self.recipe.objective.name},
+            "model": self.network.as_manifest(self.recipe.objective.name),
             "capabilities": capabilities(self.recipe, self.objective, self.sequence_length),
             "cursor": self.cursor.as_dict(),
             "extra": {
-                "metrics": dict(metrics),
+                "metrics": metrics,
                 "faults": self.faults.as_dict(),
                 "data": self.data_identity,
                 "clip": self.clip,
@@ -158,7 +159,8 @@ def process_group(recipe: Recipe) -> Iterator[None]:
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         dist.init_process_group(backend)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        store = dist.HashStore()  # type: ignore[attr-defined]  # public, but not among torch's explicit exports
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
     try:
         yield
     finally:

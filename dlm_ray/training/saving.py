@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch.distributed as dist
 from torch import Tensor
@@ -16,6 +16,7 @@ from dlm_ray.checkpoint import commit, listing
 from dlm_ray.checkpoint.layout import block_of
 from dlm_ray.checkpoint.staging import Staging
 from dlm_ray.config.errors import UserError
+from dlm_ray.config.manifest_fields import RunMetrics
 from dlm_ray.config.recipe import Checkpoint
 
 log = logging.getLogger(__name__)
@@ -26,9 +27,9 @@ class Snapshot(NamedTuple):
 
     tensors: Mapping[str, Tensor]
     """Every tensor by its name in the checkpoint."""
-    fields: Mapping[str, Any]
+    fields: Mapping[str, object]
     """The fields of the manifest."""
-    metrics: dict[str, Any]
+    metrics: RunMetrics
     """The metrics of the step, for the report of the save."""
 
 
@@ -38,7 +39,7 @@ class Saved(NamedTuple):
     step: int
     directory: str | None
     """The committed directory; None if the save failed and the run continues."""
-    metrics: dict[str, Any]
+    metrics: RunMetrics
     """The metrics of `step`."""
     blocked_seconds: float
     """How long the training waited for the save."""
@@ -50,7 +51,7 @@ class _Pending(NamedTuple):
     step: int
     directory: str
     future: Future[None]
-    metrics: dict[str, Any]
+    metrics: RunMetrics
 
 
 class Saver:
@@ -111,7 +112,7 @@ class Saver:
             yield saved
 
     def begin(
-        self, step: int, tensors: Mapping[str, Tensor], fields: Mapping[str, Any], metrics: dict[str, Any]
+        self, step: int, tensors: Mapping[str, Tensor], fields: Mapping[str, object], metrics: RunMetrics
     ) -> None:
         """Save the state of `step`; if asynchronous, return once `tensors` are copied and may change."""
         assert self._pending is None, "the previous save must end before the next one begins"

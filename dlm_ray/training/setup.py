@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
+from transformers import PreTrainedConfig
 
-from dlm_ray.checkpoint import commit, weights
+from dlm_ray.checkpoint import weights
 from dlm_ray.checkpoint.description import KEY
+from dlm_ray.checkpoint.manifest import read_manifest
 from dlm_ray.checkpoint.pretrained import open_pretrained
 from dlm_ray.config.errors import UserError
+from dlm_ray.config.manifest_fields import JsonObject, ModelFields
 from dlm_ray.config.objective import OBJECTIVES, resolve_settings
 from dlm_ray.config.recipe import Recipe
+from dlm_ray.config.trees import Tree
 from dlm_ray.data.index import Index, load_data_tokenizer
 from dlm_ray.data.tokenizer import TokenizerIdentity, identity, load_tokenizer
 from dlm_ray.diffusion import objectives
@@ -31,7 +34,7 @@ log = logging.getLogger(__name__)
 class Network:
     """The network of a run, and its entry in a checkpoint's manifest."""
 
-    config: dict[str, Any]
+    config: JsonObject
     """The Hugging Face configuration, the mask token's embedding row included."""
     mask_id: int | None
     shift: bool
@@ -51,12 +54,18 @@ class Network:
         """Width D of the hidden states."""
         return int(self.config.get("hidden_size") or self.config["n_embd"])
 
-    def as_manifest(self) -> dict[str, Any]:
-        """Return the fields that a checkpoint's manifest stores."""
-        return {"config": self.config, "mask_id": self.mask_id, "shift": self.shift, "is_causal": self.is_causal}
+    def as_manifest(self, objective: str) -> ModelFields:
+        """Return the fields that a checkpoint's manifest stores; `objective` is the name of the run's objective."""
+        return {
+            "config": self.config,
+            "mask_id": self.mask_id,
+            "shift": self.shift,
+            "is_causal": self.is_causal,
+            "objective": objective,
+        }
 
     @classmethod
-    def from_manifest(cls, fields: dict[str, Any]) -> Network:
+    def from_manifest(cls, fields: ModelFields) -> Network:
         """Restore the network from a checkpoint's manifest."""
         return cls(
             config=fields["config"], mask_id=fields["mask_id"], shift=fields["shift"], is_causal=fields["is_causal"]
@@ -139,7 +148,7 @@ def check_held_out(recipe: Recipe, indexes: Sequence[Index]) -> None:
         )
 
 
-def with_precision(recipe: Recipe, device: torch.device, started_with: Mapping[str, Any] | None) -> Recipe:
+def with_precision(recipe: Recipe, device: torch.device, started_with: Tree | None) -> Recipe:
     """Return the recipe with `training.precision: auto` replaced by the precision that the run uses.
 
     Args:
@@ -212,7 +221,7 @@ def _check_blocks(recipe: Recipe, sequence_length: int) -> None:
 
 
 def build(
-    recipe: Recipe, network: Network, objective: Any, mesh: DeviceMesh, device: torch.device
+    recipe: Recipe, network: Network, objective: Objective, mesh: DeviceMesh, device: torch.device
 ) -> tuple[TrainModule, HuggingFaceDenoiser]:
     """Return the sharded root module and its denoiser; memory is allocated, weights are not initialized."""
     denoiser = parallel.build(
@@ -229,7 +238,7 @@ def build(
     return root, denoiser
 
 
-def init_weights(recipe: Recipe, network: Network, denoiser: HuggingFaceDenoiser, objective: Any) -> None:
+def init_weights(recipe: Recipe, network: Network, denoiser: HuggingFaceDenoiser, objective: Objective) -> None:
     """Initialize the weights of a new run: at random, or from the base.
 
     A base without a mask token gets a new embedding row: the mean of the embeddings plus N(0, 1/D) noise (DiffuGPT).
@@ -260,11 +269,11 @@ def load_base_weights(base: str, denoiser: HuggingFaceDenoiser, *, extra_rows: s
         log.info("new row of %s for the mask token: norm %.3f", name, norm)
 
 
-def describe_base(base: str) -> tuple[dict[str, Any], int | None, TokenizerIdentity]:
+def describe_base(base: str) -> tuple[JsonObject, int | None, TokenizerIdentity]:
     """Return the configuration, mask id and tokenizer identity of a base."""
     checkpoint = weights.our_checkpoint(base)
     if checkpoint is not None:
-        manifest = commit.read_manifest(checkpoint)
+        manifest = read_manifest(checkpoint)
         return manifest.model["config"], manifest.model["mask_id"], TokenizerIdentity(**manifest.tokenizer)
     files = open_pretrained(base)
     fields = files.config()
@@ -305,12 +314,12 @@ def _check_mask_id(recipe: Recipe, mask_id: int, rows: int, tokenizer: Tokenizer
         )
 
 
-def _stored_config(config: Any, recipe: Recipe, is_causal: bool, mask_id: int | None) -> dict[str, Any]:
+def _stored_config(config: PreTrainedConfig, recipe: Recipe, is_causal: bool, mask_id: int | None) -> JsonObject:
     """Return the configuration that checkpoints and exports store.
 
     Of ours, stock transformers reads `is_causal` only.
     """
-    fields = config.to_dict()
+    fields: JsonObject = config.to_dict()
     for unwanted in ("dtype", "_name_or_path", "block_tokens", KEY):
         fields.pop(unwanted, None)
     fields["is_causal"] = is_causal

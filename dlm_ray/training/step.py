@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,24 +17,28 @@ from dlm_ray.config.recipe import Recipe
 from dlm_ray.data.reading import DataSequence
 from dlm_ray.diffusion.denoiser import Batch, LossSum, Objective
 from dlm_ray.diffusion.draws import Draw, DrawKey, maskable_positions
+from dlm_ray.diffusion.objectives.block import Block
+from dlm_ray.models.denoiser import HuggingFaceDenoiser
 from dlm_ray.training import curriculum
 
 
 class TrainModule(nn.Module):
     """The root module that FSDP2 wraps; its forward runs the whole objective, so that collectives keep one order."""
 
-    def __init__(self, denoiser: nn.Module, objective: Objective):
+    def __init__(self, denoiser: HuggingFaceDenoiser, objective: Objective):
         super().__init__()
         self.denoiser = denoiser
-        # An objective is a module, too; what it computes is typed by the protocol.
-        self.objective: Any = objective
+        self.objective = objective
 
-    def forward(self, batch: Batch, score_only: bool = False, draws: Sequence[Draw] = ()) -> Any:
+    def forward(
+        self, batch: Batch, score_only: bool = False, draws: Sequence[Draw] = ()
+    ) -> LossSum | Tensor | list[Tensor]:
         """Return the LossSum of the micro-batch.
 
         With `score_only`, return the [R] nats of the scored positions; with `draws`, the nats of each of these draws.
         """
         if draws:
+            assert isinstance(self.objective, Block), "only block objectives share a pass between draws"
             return self.objective.nll_of_draws(self.denoiser, batch, draws)
         if score_only:
             return self.objective.token_nll(self.denoiser, batch)
@@ -162,7 +165,7 @@ def train_step(
         loss: LossSum = root(batch)
         # FSDP2 averages gradients over ranks; the loss is a sum over them.
         total = loss.total(count, num_maskable)
-        (total * (dist.get_world_size() / count)).backward()
+        torch.autograd.backward(total * (dist.get_world_size() / count))
         names = (*loss.by_name, *loss.by_token, *loss.over_tokens)
         divisors = (
             *[num_scored] * len(loss.by_name),

@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from dlm_ray.config.errors import UserError
+from dlm_ray.config.manifest_fields import JsonObject
 from dlm_ray.config.recipe import Recipe
 from dlm_ray.diffusion.visibility import Visibility
 from dlm_ray.models import families, parallel
+from dlm_ray.models.denoiser import HuggingFaceDenoiser
 from dlm_ray.training import setup
 
 
 class Teacher(nn.Module):
     """A separate FSDP root: its parameters are in no checkpoint, EMA or optimizer of the run."""
 
-    def __init__(self, denoiser: nn.Module):
+    def __init__(self, denoiser: HuggingFaceDenoiser):
         super().__init__()
-        self.denoiser: Any = denoiser
+        self.denoiser = denoiser
 
     def forward(self, input_ids: Tensor, visibility: Visibility) -> tuple[Tensor, ...]:
         """Map ids [B, L] to the embeddings and the hidden states [B, L, D] after every layer."""
-        states: tuple[Tensor, ...] = self.denoiser.states(input_ids, visibility)
-        return states
+        return self.denoiser.states(input_ids, visibility)
 
 
-def describe(recipe: Recipe) -> dict[str, Any]:
+def describe(recipe: Recipe) -> JsonObject:
     """Return the configuration of the base.
 
     Raises:

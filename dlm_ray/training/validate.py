@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from dlm_ray.config.manifest_fields import Validation
 from dlm_ray.config.recipe import Recipe
 from dlm_ray.data.reading import DataSequence
 from dlm_ray.diffusion.denoiser import Objective
@@ -32,7 +32,7 @@ def validate(
     rank: int,
     world_size: int,
     device: torch.device,
-) -> dict[str, Any]:
+) -> Validation:
     """Return nats per token, bits per byte, and the unweighted cross-entropy by bin of t of the sequences.
 
     Collective: every rank passes the same sequences. The bound is that of `eval`: it covers all of t, independent of
@@ -82,7 +82,7 @@ def validate(
             "block_nll_by_t": means,
         }
     num_bytes = sum(int(sequence.num_bytes.sum()) for sequence in sequences)
-    result: dict[str, Any] = {
+    result: Validation = {
         "nats_per_token": nats / int(maskable_positions(document_ids).sum()),
         "bits_per_byte": bits_per_byte(nats, num_bytes),
     }

@@ -21,7 +21,7 @@ from typing import Any
 from dlm_ray.evaluation.studies import setup
 from dlm_ray.evaluation.studies.runner import Arm, Outcome, Study
 
-from dlm_ray.checkpoint.commit import read_manifest
+from dlm_ray.checkpoint.manifest import read_manifest
 from dlm_ray.checkpoint.weights import our_checkpoint
 from dlm_ray.config.errors import UserError
 from dlm_ray.config.load import read_tree

@@ -12,7 +12,7 @@ import torch
 from dlm_ray.evaluation.studies.variance import draw_variances
 from dlm_ray.evaluation.trained import stack, trained_objective, visibility_of
 
-from dlm_ray.checkpoint import commit
+from dlm_ray.checkpoint.manifest import read_manifest
 from dlm_ray.checkpoint.weights import our_checkpoint
 from dlm_ray.config.sweep import Measure
 from dlm_ray.data.reading import DataSequence, read_split
@@ -46,7 +46,7 @@ def measure(run_dir: str, settings: Measure, data: str) -> dict[str, Any]:
     """
     checkpoint = our_checkpoint(run_dir)
     assert checkpoint is not None, f"{run_dir} has a checkpoint, because the trial is finished"
-    manifest = commit.read_manifest(checkpoint)
+    manifest = read_manifest(checkpoint)
     model = load(checkpoint)
     scored = model.score(
         data, max_sequences=settings.sequences, draws_per_sequence=settings.draws_per_sequence, seed=_SEED

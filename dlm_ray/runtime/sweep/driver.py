@@ -14,6 +14,7 @@ from dlm_ray.runtime import cluster  # noqa: F401  imported first: it sets the v
 from ray import tune
 
 from dlm_ray.checkpoint import commit, listing
+from dlm_ray.checkpoint.manifest import read_manifest
 from dlm_ray.config.load import run_name
 from dlm_ray.config.recipe import Recipe
 from dlm_ray.config.space import Settings
@@ -131,5 +132,5 @@ def _copy(point: Point, run_dir: Path, recipe: Recipe) -> None:
     (run_dir / "metrics.jsonl").write_text("".join(kept))
     donor, copy = (listing.step_directory(str(run), point["step"]) for run in (point["run_dir"], run_dir))
     fields = recipe.model_dump(mode="json")
-    fields["training"]["precision"] = commit.read_manifest(donor).recipe["training"]["precision"]  # `auto` is resolved
+    fields["training"]["precision"] = read_manifest(donor).recipe["training"]["precision"]  # `auto` is resolved
     commit.copy(donor, copy, fields)

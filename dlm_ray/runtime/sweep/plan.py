@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypedDict
+from typing import Final, TypedDict
 
 from dlm_ray.checkpoint import listing
 from dlm_ray.config.recipe import Recipe
@@ -14,7 +14,7 @@ from dlm_ray.config.space import Settings
 from dlm_ray.config.sweep_load import Loaded
 from dlm_ray.runtime.events import complete_lines
 
-METRIC = "bits_per_byte"
+METRIC: Final = "bits_per_byte"
 """What searchers and schedulers judge trials by: the validation bound."""
 
 

@@ -14,7 +14,7 @@ from dlm_ray.runtime import cluster  # imported first: it sets the variables tha
 
 # isort: split
 from dlm_ray.checkpoint import listing
-from dlm_ray.checkpoint.commit import read_manifest
+from dlm_ray.checkpoint.manifest import read_manifest
 from dlm_ray.config import space as spaces
 from dlm_ray.config.errors import UserError
 from dlm_ray.config.load import dump
@@ -219,8 +219,7 @@ def _last_bound(trial: Trial) -> float | None:
     latest = listing.latest(trial.run_dir) if trial.run_dir and trial.status != "failed" else None
     if latest is None:
         return None
-    bound: float = read_manifest(latest).extra["metrics"]["validation"][METRIC]
-    return bound
+    return read_manifest(latest).extra["metrics"]["validation"][METRIC]
 
 
 def _confirmed(plan: Plan, winners: Sequence[TrialResult], emit: Emit) -> list[TrialResult]:
