@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import EllipsisType
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,6 +20,14 @@ from dlm_ray.config.paths import is_url
 
 # The files to download and copy, in addition to *.safetensors.
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
+
+
+class _Slice(Protocol):
+    """A tensor in a safetensors file, of which regions are read."""
+
+    def get_shape(self) -> list[int]: ...
+
+    def __getitem__(self, region: tuple[slice, ...] | EllipsisType) -> Tensor: ...
 
 
 class HuggingFaceFolder(ModelFiles):
@@ -52,14 +61,14 @@ class HuggingFaceFolder(ModelFiles):
 
     def read(self, name: str, region: tuple[slice, ...] | None = None) -> Tensor:
         """See the method of ModelFiles."""
-        tensor: Tensor = self._slice(name)[region or ...]
-        return tensor
+        return self._slice(name)[region or ...]
 
-    def _slice(self, name: str) -> Any:
+    def _slice(self, name: str) -> _Slice:
         file = self._files()[name]
         if self._archive is None or self._archive[0] != file:
             self._archive = (file, _opened(file))
-        return self._archive[1].get_slice(name)
+        tensor: _Slice = self._archive[1].get_slice(name)  # type: ignore[no-untyped-call]  # not annotated
+        return tensor
 
     def _files(self) -> dict[str, str]:
         """Return the file of every tensor in the folder."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Self
 
 _PARAMETER = re.compile(r"(?<![\w.\-])(?:`(\w+)`|(\w+)=)")
 
@@ -20,13 +20,13 @@ class UserError(ValueError):
 
     field: str | None = None
     """The recipe key or Python parameter that is wrong; None if the error is not about a single one."""
-    value: Any = None
+    value: object = None
     """The value that was refused."""
     allowed: str = ""
     """What is allowed, as a clause such as "must be more than 0 and at most 1"."""
 
     @classmethod
-    def of(cls, field: str, value: Any, allowed: str, fix: str = "") -> Self:
+    def of(cls, field: str, value: object, allowed: str, fix: str = "") -> Self:
         """Return an error about one value, with the message `field=value: allowed; fix`.
 
         Args:

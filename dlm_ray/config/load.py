@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any
 
 import yaml
 from pydantic import ValidationError
@@ -21,7 +20,7 @@ from dlm_ray.config.recipe import Recipe
 from dlm_ray.config.trees import Tree, parse_yaml, set_key
 
 # Keys that do not change the result of a run: where it runs, how it is tracked, and what it does when something fails.
-NOT_IN_RESULT: dict[str, Any] = {
+NOT_IN_RESULT: dict[str, bool | set[str]] = {
     "parallelism": True,
     "tracking": True,
     "checkpoint": True,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Sequence
-from typing import Any, get_args, get_origin
+from typing import get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -63,7 +63,7 @@ def _is_branch(part: str | int) -> bool:
     return is_class or part.startswith(("literal[", "constrained-", "function-")) or part in ("int", "float", "str")
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) < 60 else text[:57] + "..."
 
@@ -102,7 +102,7 @@ def _class_at(location: Location, model: type[BaseModel]) -> type[BaseModel] | N
     return current
 
 
-def _class_in(annotation: Any) -> type[BaseModel] | None:
+def _class_in(annotation: object) -> type[BaseModel] | None:
     """Return the configuration class in an annotation such as `Ema | None` or `tuple[Source, ...]`, if there is one."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation

@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 from pydantic_core import PydanticCustomError
 
 from dlm_ray.config.imports import import_class, is_class_path
 from dlm_ray.config.parts import ConfigNode, Positive
+from dlm_ray.config.trees import Tree
 
 CanvasKind = Literal["autoregressive", "block", "whole", "simplex"]
 
@@ -80,7 +81,7 @@ def rules_of(objective: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(rule for spec in (OBJECTIVES["masked"], *OBJECTIVES.values()) for rule in spec.rules))
 
 
-def resolve_settings(fields: Mapping[str, Any]) -> dict[str, Any]:
+def resolve_settings(fields: Mapping[str, object]) -> Tree:
     """Return the settings that `build` and `restore` of an objective take: complete, with the classes of class paths.
 
     Args:
@@ -89,7 +90,7 @@ def resolve_settings(fields: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: if a custom class cannot be imported or does not meet its protocol.
     """
-    settings = {**Objective().model_dump(), **fields}
+    settings: Tree = {**Objective().model_dump(), **fields}
     if settings["name"] not in OBJECTIVES:
         settings["name"] = import_class(settings["name"], "objective.name", allowed=NAMES, requires=_OF_OBJECTIVE)
     if settings["process"] is not None:
@@ -294,7 +295,7 @@ class Objective(ConfigNode):
 _SPECIFIC_KEYS = tuple(key for key in Objective.model_fields if any(key in spec.keys for spec in OBJECTIVES.values()))
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     return (
         str(value.model_dump(exclude_defaults=True))
         if isinstance(value, ConfigNode)

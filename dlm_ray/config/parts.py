@@ -19,7 +19,7 @@ class ConfigNode(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _refuse_booleans_for_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+    def _refuse_booleans_for_numbers(cls, value: object, info: ValidationInfo) -> object:
         """Refuse `yes` and `on`, which YAML reads as true and pydantic would take as the number 1."""
         if isinstance(value, bool):
             annotation = cls.model_fields[str(info.field_name)].annotation
@@ -28,7 +28,7 @@ class ConfigNode(BaseModel):
         return value
 
 
-def _leaves(annotation: Any) -> tuple[Any, ...]:
+def _leaves(annotation: object) -> tuple[object, ...]:
     """Return the plain types in an annotation such as `Annotated[int, ...] | Elastic`."""
     arguments = get_args(annotation)
     return tuple(leaf for part in arguments for leaf in _leaves(part)) if arguments else (annotation,)

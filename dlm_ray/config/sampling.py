@@ -6,9 +6,10 @@ and command-line options (`LocalSampling`) are these models; `generation.samplin
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Literal, Union, get_args, get_origin
 
 from pydantic import Field, ValidationError
 from pydantic.fields import FieldInfo
@@ -142,7 +143,7 @@ def allowed_values(name: str) -> str:
     return f"must be {number}" + (f", {limits}" if limits else "")
 
 
-def option_errors(values: dict[str, Any]) -> list[UserError]:
+def option_errors(values: Mapping[str, object]) -> list[UserError]:
     """Return an error for each value that is not in its option's range; all names are fields of `LocalSampling`."""
     try:
         LocalSampling.model_validate(values)
@@ -152,7 +153,7 @@ def option_errors(values: dict[str, Any]) -> list[UserError]:
     return []
 
 
-def _parts(annotation: Any) -> tuple[Any, ...]:
+def _parts(annotation: object) -> tuple[object, ...]:
     """Return the members of a union or a tuple, without their metadata; a Literal is one member."""
     origin = get_origin(annotation)
     if origin is Annotated:

@@ -9,17 +9,16 @@ import json
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 from dlm_ray.config.sweep import Dimension, Sweep
 from dlm_ray.config.sweep_checks import case_name
 from dlm_ray.config.trees import Tree, set_key
 
-Settings = dict[str, Any]
+Settings = dict[str, object]
 """Values by recipe key; None removes the key."""
 
 
-def settings_of(space: Mapping[str, Dimension], pick: Callable[[str, Dimension], Any]) -> Settings:
+def settings_of(space: Mapping[str, Dimension], pick: Callable[[str, Dimension], object]) -> Settings:
     """Return one point of the space.
 
     Args:
@@ -35,7 +34,7 @@ def settings_of(space: Mapping[str, Dimension], pick: Callable[[str, Dimension],
 
 
 def combinations(
-    space: Mapping[str, Dimension], values_of: Callable[[Dimension], tuple[Any, ...]]
+    space: Mapping[str, Dimension], values_of: Callable[[Dimension], tuple[object, ...]]
 ) -> Iterator[Settings]:
     """Yield every combination of the values that `values_of` returns per dimension; keys without any are left out."""
     partial: list[Settings] = [{}]
@@ -81,7 +80,7 @@ def trials(sweep: Sweep) -> list[Settings]:
     return [sampled(grids[number % len(grids)]) for number in range(count)]
 
 
-def sample(leaf: Dimension, rng: random.Random) -> Any:
+def sample(leaf: Dimension, rng: random.Random) -> object:
     """Return a random value of a dimension."""
     if leaf.values is not None:
         return rng.choice(leaf.values)
@@ -109,7 +108,7 @@ def digest(settings: Settings) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """Return a value for display; a clip is shown as its interval."""
     if isinstance(value, dict):
         if set(value) >= {"beta", "omega"}:

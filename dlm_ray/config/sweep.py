@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
@@ -19,9 +19,9 @@ class Dimension(ConfigNode):
     A value may be null, which removes the key from the recipe, or a mapping.
     """
 
-    grid: tuple[Any, ...] | None = None
+    grid: tuple[object, ...] | None = None
     """Values that are all tried."""
-    choice: tuple[Any, ...] | None = None
+    choice: tuple[object, ...] | None = None
     """Values of which each trial takes one, at random or by Optuna."""
     uniform: Range | None = None
     """[low, high) of a continuous value, at random or by Optuna."""
@@ -35,12 +35,12 @@ class Dimension(ConfigNode):
 
     @field_validator("cases", mode="before")
     @classmethod
-    def _names(cls, cases: Any) -> Any:
+    def _names(cls, cases: object) -> object:
         """Turn the names of cases into strings; YAML reads the case `4:` as a number."""
         return {case_name(value): dimension for value, dimension in cases.items()} if isinstance(cases, dict) else cases
 
     @property
-    def values(self) -> tuple[Any, ...] | None:
+    def values(self) -> tuple[object, ...] | None:
         """Values of a discrete dimension, else None."""
         return self.grid if self.grid is not None else self.choice
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dlm_ray.config.sweep import Dimension, Sweep
@@ -16,7 +16,7 @@ METRICS = {
 """What is reported of every trial, and whether the lowest or the highest value is best."""
 
 
-def case_name(value: Any) -> str:
+def case_name(value: object) -> str:
     """Return a value as the name of a case, as YAML writes it: `true`, `null`, `4`."""
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 

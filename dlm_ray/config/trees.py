@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Hashable, object]:
     seen = set()
     for key_node, _ in node.value:
         key = loader.construct_object(key_node)
@@ -73,7 +73,7 @@ def set_key(tree: Tree, override: str) -> list[str]:
         value = yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
     except yaml.YAMLError as error:
         return [f"{override!r}: the value is not YAML ({getattr(error, 'problem', error)})"]
-    node: Any = tree
+    node: object = tree
     for key in keys[:-1]:
         if isinstance(node, list) and key.isdecimal() and int(key) < len(node):
             node = node[int(key)]
@@ -96,7 +96,7 @@ def set_key(tree: Tree, override: str) -> list[str]:
     return []
 
 
-def differences(before: Any, after: Any, key: str = "") -> Iterator[tuple[str, str, str]]:
+def differences(before: object, after: object, key: str = "") -> Iterator[tuple[str, str, str]]:
     """Yield (dotted key, value before, value after) wherever two trees differ; values are JSON, `null` if absent."""
     if isinstance(before, dict) and isinstance(after, dict):
         for name in dict.fromkeys([*before, *after]):

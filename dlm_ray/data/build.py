@@ -1,18 +1,18 @@
-"""Build one part of a data folder: tokenize, split and pack its documents, and write its shards. Needs no Ray."""
+"""Build one chunk of a data folder: tokenize, split and pack its documents, and write its shards. Needs no Ray."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 from dlm_ray.config.errors import UserError
 from dlm_ray.data import packing, shards, sources, storage
 from dlm_ray.data.index import FORMAT, NAME, Index
 from dlm_ray.data.special_tokens import ControlTokenError
-from dlm_ray.data.tokenizer import TokenizerIdentity, encode, identity, load_tokenizer
+from dlm_ray.data.tokenizer import FastTokenizer, TokenizerIdentity, encode, identity, load_tokenizer
 
 SPLITS = ("train", "held_out")
 _ENCODE_DOCUMENTS = 64
@@ -29,39 +29,64 @@ class Settings:
     sequences_per_shard: int
 
 
-def build_part(part: sources.SourceChunk, tokenizer_folder: str, settings: Settings, out: str) -> dict[str, Any]:
-    """Write the shards of one part, then its marker, which tells a later build that the shards are complete.
+class ChunkShard(shards.ShardFields):
+    """The entry of a shard in an index, with the number of its chunk."""
+
+    part: int
+
+
+class SplitResult(TypedDict):
+    """The counts and the shards of one split, of one chunk or of the whole folder."""
+
+    sequences: int
+    tokens: int
+    bytes: int
+    documents: int
+    shards: list[ChunkShard]
+
+
+ChunkResult = dict[str, SplitResult]
+"""What a chunk adds to each split, by the split's name."""
+
+
+def build_chunk(chunk: sources.SourceChunk, tokenizer_folder: str, settings: Settings, out: str) -> ChunkResult:
+    """Write the shards of one chunk, then its marker, which tells a later build that the shards are complete.
 
     Returns:
-        By split: sequences, tokens, bytes, documents and the shards, as in the index.
+        The counts and the shards of each split.
     """
-    done = finished_part(part, settings, out)
+    done = finished_chunk(chunk, settings, out)
     if done is not None:
         return done
     tokenizer = load_tokenizer(tokenizer_folder)
-    writers = {split: _SplitWriter(split, part.number, settings, identity(tokenizer), out) for split in SPLITS}
-    for number, text, tokens, num_bytes in _encoded(sources.located_documents(part, settings.text_field), tokenizer):
+    writers = {split: _SplitWriter(split, chunk.number, settings, identity(tokenizer), out) for split in SPLITS}
+    for number, text, tokens, num_bytes in _encoded(sources.located_documents(chunk, settings.text_field), tokenizer):
         if tokens:
             writers[split_of(text, settings.held_out)].add(number, tokens, num_bytes)
     result = {split: writer.finish() for split, writer in writers.items()}
-    marker = {"inputs": _fingerprint(part, settings), "result": result}
-    storage.write(_marker(part, out), json.dumps(marker, sort_keys=True).encode())
+    marker = {"inputs": _fingerprint(chunk, settings), "result": result}
+    storage.write(_marker(chunk, out), json.dumps(marker, sort_keys=True).encode())
     return result
 
 
 def write_index(
     out: str,
-    results: Sequence[dict[str, Any]],
+    results: Sequence[ChunkResult],
     sequence_length: int,
     tokenizer: TokenizerIdentity,
-    built_from: dict[str, Any],
+    built_from: Mapping[str, object],
 ) -> Index:
-    """Write index.json, which makes `out` a data folder, from the results of all parts in order."""
+    """Write index.json, which makes `out` a data folder, from the results of all chunks in order."""
     splits = {}
     for split in SPLITS:
-        parts = [result[split] for result in results]
-        sums = {key: sum(part[key] for part in parts) for key in ("sequences", "tokens", "bytes", "documents")}
-        splits[split] = {**sums, "shards": [shard for part in parts for shard in part["shards"]]}
+        by_chunk = [result[split] for result in results]
+        splits[split] = SplitResult(
+            sequences=sum(result["sequences"] for result in by_chunk),
+            tokens=sum(result["tokens"] for result in by_chunk),
+            bytes=sum(result["bytes"] for result in by_chunk),
+            documents=sum(result["documents"] for result in by_chunk),
+            shards=[shard for result in by_chunk for shard in result["shards"]],
+        )
     fields = {
         "format": FORMAT,
         "sequence_length": sequence_length,
@@ -74,15 +99,15 @@ def write_index(
     return index
 
 
-def finished_part(part: sources.SourceChunk, settings: Settings, out: str) -> dict[str, Any] | None:
-    """Return an earlier build's result of this part; None if its inputs, settings or shard sizes differ."""
-    name = _marker(part, out)
+def finished_chunk(chunk: sources.SourceChunk, settings: Settings, out: str) -> ChunkResult | None:
+    """Return an earlier build's result of this chunk; None if its inputs, settings or shard sizes differ."""
+    name = _marker(chunk, out)
     if not storage.exists(name):
         return None
     marker = json.loads(storage.read(name))
-    if marker["inputs"] != _fingerprint(part, settings):
+    if marker["inputs"] != _fingerprint(chunk, settings):
         return None
-    result: dict[str, Any] = marker["result"]
+    result: ChunkResult = marker["result"]
     shards = [shard for split in result.values() for shard in split["shards"]]
     is_complete = all(storage.size(storage.join(out, shard["file"])) == shard["size_bytes"] for shard in shards)
     return result if is_complete else None
@@ -94,7 +119,9 @@ def split_of(text: str, held_out: float) -> str:
     return "held_out" if int.from_bytes(digest[:8], "big") < held_out * 2**64 else "train"
 
 
-def _encoded(documents: Iterable[tuple[str, str]], tokenizer: Any) -> Iterator[tuple[int, str, list[int], list[int]]]:
+def _encoded(
+    documents: Iterable[tuple[str, str]], tokenizer: FastTokenizer
+) -> Iterator[tuple[int, str, list[int], list[int]]]:
     """Yield (number, text, tokens, bytes of each token) for (place, text) pairs; encode several documents at a time."""
     batch: list[tuple[str, str]] = []
     number = 0
@@ -116,48 +143,54 @@ def _encoded(documents: Iterable[tuple[str, str]], tokenizer: Any) -> Iterator[t
 
 
 class _SplitWriter:
-    """Packs the documents of one split of one part, and writes a shard whenever enough sequences are complete."""
+    """Packs the documents of one split of one chunk, and writes a shard whenever enough sequences are complete."""
 
-    def __init__(self, split: str, part: int, settings: Settings, tokenizer: TokenizerIdentity, out: str):
-        self._name, self._part, self._out = f"{split}-{part:05d}", part, out
+    def __init__(self, split: str, chunk: int, settings: Settings, tokenizer: TokenizerIdentity, out: str):
+        self._name, self._chunk, self._out = f"{split}-{chunk:05d}", chunk, out
         self._sequences_per_shard = settings.sequences_per_shard
         self._packer = packing.Packer(settings.sequence_length, tokenizer.start_id, tokenizer.end_id)
         self._sequences: list[packing.PackedSequence] = []
-        self._shards: list[dict[str, Any]] = []
-        self._sums = {"documents": 0, "tokens": 0, "bytes": 0}
+        self._shards: list[ChunkShard] = []
+        self._documents = self._tokens = self._bytes = 0
 
     def add(self, number: int, tokens: list[int], num_bytes: list[int]) -> None:
-        """Add document `number` of the part."""
-        self._sums["documents"] += 1
-        self._sums["tokens"] += len(tokens) + 1  # its end-of-text token is scored
-        self._sums["bytes"] += sum(num_bytes)
+        """Add document `number` of the chunk."""
+        self._documents += 1
+        self._tokens += len(tokens) + 1  # its end-of-text token is scored
+        self._bytes += sum(num_bytes)
         self._sequences += self._packer.add(number, tokens, num_bytes)
         while len(self._sequences) >= self._sequences_per_shard:
             self._write()
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self) -> SplitResult:
         """Write the remaining sequences; return the sequences, tokens, bytes, documents and shards of the split."""
         self._sequences += self._packer.finish()
         while self._sequences:
             self._write()
         num_sequences = sum(shard["sequences"] for shard in self._shards)
-        return {**self._sums, "sequences": num_sequences, "shards": self._shards}
+        return {
+            "documents": self._documents,
+            "tokens": self._tokens,
+            "bytes": self._bytes,
+            "sequences": num_sequences,
+            "shards": self._shards,
+        }
 
     def _write(self) -> None:
         name = f"{self._name}-{len(self._shards):05d}.tar"
         shard = shards.write_shard(self._out, name, self._sequences[: self._sequences_per_shard])
-        self._shards.append({"part": self._part, **shard})
+        self._shards.append({"part": self._chunk, **shard})
         self._sequences = self._sequences[self._sequences_per_shard :]
 
 
-def _marker(part: sources.SourceChunk, out: str) -> str:
-    return storage.join(out, f"parts/{part.number:05d}.json")
+def _marker(chunk: sources.SourceChunk, out: str) -> str:
+    return storage.join(out, f"parts/{chunk.number:05d}.json")
 
 
-def _fingerprint(part: sources.SourceChunk, settings: Settings) -> str:
-    """Return the sha256 of the settings and of the content of every file that the part reads."""
-    digest = hashlib.sha256(json.dumps([part.as_dict(), vars(settings)], sort_keys=True).encode())
-    for piece in part.pieces:
+def _fingerprint(chunk: sources.SourceChunk, settings: Settings) -> str:
+    """Return the sha256 of the settings and of the content of every file that the chunk reads."""
+    digest = hashlib.sha256(json.dumps([chunk.as_dict(), vars(settings)], sort_keys=True).encode())
+    for piece in chunk.pieces:
         with open(piece.path, "rb") as stream:
             if piece.kind == "jsonl":
                 # The previous byte decides whether a line begins here, and the last line may continue in the next

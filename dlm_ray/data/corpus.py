@@ -9,7 +9,7 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from dlm_ray.config.errors import UserError
 from dlm_ray.data import storage
@@ -18,7 +18,16 @@ _MIN_BYTES = 2 * 2**20
 _EXCLUDED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "pydoc_data"}
 
 
-def write_corpus(path: str, max_bytes: int | None = None) -> dict[str, Any]:
+class CorpusFields(TypedDict):
+    """The size of a corpus, and its identity."""
+
+    documents: int
+    bytes: int
+    sha256: str
+    """Hash of the file, which is equal for Pythons with equal corpora."""
+
+
+def write_corpus(path: str, max_bytes: int | None = None) -> CorpusFields:
     """Write a JSONL file of {"path", "text"} records, one per module or documentation topic.
 
     Args:
@@ -26,7 +35,7 @@ def write_corpus(path: str, max_bytes: int | None = None) -> dict[str, Any]:
         max_bytes: the largest size of the file; later records are left out. None writes all of them.
 
     Returns:
-        documents, bytes, and the sha256 of the file, which is equal for Pythons with equal corpora.
+        The counts and the hash of the file.
 
     Raises:
         UserError: if this Python is installed without its sources.

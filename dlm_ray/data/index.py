@@ -23,7 +23,7 @@ class Shard(_Frozen):
 
     file: str
     part: int
-    """The part of the build that wrote the shard; documents are numbered within a part."""
+    """Number of the `sources.SourceChunk` that the shard holds; documents are numbered within a chunk."""
     sequences: int
     sha256: str
     size_bytes: int

@@ -14,7 +14,7 @@ class PackedSequence(NamedTuple):
     input_ids: np.ndarray
     """[L] int32."""
     document_ids: np.ndarray
-    """[L] int32: number of the document within its part; -1 for padding."""
+    """[L] int32: number of the document within its `sources.SourceChunk`; -1 for padding."""
     num_bytes: np.ndarray
     """[L] int32: raw UTF-8 bytes that the token stands for; 0 for start tokens, end-of-text tokens and padding."""
 

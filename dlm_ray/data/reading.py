@@ -31,8 +31,8 @@ class DataSequence(NamedTuple):
     document_ids: np.ndarray
     num_bytes: np.ndarray
     source: int
-    part: int
-    """Together with the document id, it identifies a document of the source."""
+    chunk: int
+    """Number of the `sources.SourceChunk`; with the document id, it identifies a document of the source."""
     finding: str = ""
     """For padding that replaces an unreadable sequence: the error of its shard."""
     place: str = ""
@@ -189,10 +189,10 @@ def check_ids(sequences: Sequence[DataSequence], mask_id: int | None, vocab_size
         )
 
 
-def _padding(sequence_length: int, source: int, part: int, finding: str) -> DataSequence:
+def _padding(sequence_length: int, source: int, chunk: int, finding: str) -> DataSequence:
     """Return a sequence of padding that replaces an unreadable one."""
     zeros = np.zeros(sequence_length, dtype=np.int32)
-    return DataSequence(zeros, zeros - 1, zeros, source, part, finding)
+    return DataSequence(zeros, zeros - 1, zeros, source, chunk, finding)
 
 
 def _check(path: str, shard: Shard, copy: BinaryIO | None = None) -> None:

@@ -8,7 +8,7 @@ import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, BinaryIO
+from typing import BinaryIO, TypedDict
 
 import numpy as np
 import webdataset
@@ -19,11 +19,20 @@ from dlm_ray.data.packing import PackedSequence
 FIELDS = ("document_ids", "input_ids", "num_bytes")
 
 
-def write_shard(folder: str, name: str, sequences: Sequence[PackedSequence]) -> dict[str, Any]:
+class ShardFields(TypedDict):
+    """The entry of one shard in an index."""
+
+    file: str
+    sequences: int
+    sha256: str
+    size_bytes: int
+
+
+def write_shard(folder: str, name: str, sequences: Sequence[PackedSequence]) -> ShardFields:
     """Write `<folder>/<name>` with one sample per sequence, whose members are `<key>.<field>.npy`.
 
     Returns:
-        file, sequences, sha256 and size_bytes, as in the index.
+        The entry of the shard in the index, without the chunk.
     """
     content = _tar(name.removesuffix(".tar"), sequences)
     storage.write(storage.join(folder, name), content)

@@ -1,4 +1,4 @@
-"""Read text files, JSONL, parquet, and folders of them in parts of a few megabytes and in a fixed order."""
+"""Read text files, JSONL, parquet, and folders of them in chunks of a few megabytes and in a fixed order."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from dlm_ray.config.errors import DamageError, UserError
 from dlm_ray.config.paths import local_path
 
-PART_BYTES = 8 * 2**20
+CHUNK_BYTES = 8 * 2**20
 
 
 @dataclass(frozen=True)
@@ -30,51 +29,51 @@ class Piece:
 
 @dataclass(frozen=True)
 class SourceChunk:
-    """The documents that one task tokenizes and writes into its own shards."""
+    """Pieces of files, whose documents one task tokenizes and writes into its own shards."""
 
     number: int
     pieces: tuple[Piece, ...]
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Return the chunk as a build's marker holds it, so that an interrupted build recognizes its work."""
         return {"number": self.number, "pieces": [asdict(piece) for piece in self.pieces]}
 
 
-def list_parts(inputs: Sequence[str]) -> list[SourceChunk]:
-    """Divide files, folders (walked in sorted order) and globs into parts.
+def list_chunks(inputs: Sequence[str]) -> list[SourceChunk]:
+    """Divide files, folders (walked in sorted order) and globs into chunks.
 
     Raises:
         UserError: if an input does not exist.
     """
-    parts: list[SourceChunk] = []
+    chunks: list[SourceChunk] = []
     pieces: list[Piece] = []
     num_bytes = 0
     for path in _files(inputs):
         for piece in _pieces(path):
-            if pieces and num_bytes + piece.size_bytes > PART_BYTES:
-                parts.append(SourceChunk(len(parts), tuple(pieces)))
+            if pieces and num_bytes + piece.size_bytes > CHUNK_BYTES:
+                chunks.append(SourceChunk(len(chunks), tuple(pieces)))
                 pieces, num_bytes = [], 0
             pieces.append(piece)
             num_bytes += piece.size_bytes
     if pieces:
-        parts.append(SourceChunk(len(parts), tuple(pieces)))
-    return parts
+        chunks.append(SourceChunk(len(chunks), tuple(pieces)))
+    return chunks
 
 
-def documents(part: SourceChunk, text_field: str) -> Iterator[str]:
-    """Yield the documents of a part: a whole text file, a line of a JSONL file, or a row of a parquet file.
+def documents(chunk: SourceChunk, text_field: str) -> Iterator[str]:
+    """Yield the documents of a chunk: a whole text file, a line of a JSONL file, or a row of a parquet file.
 
     Raises:
         UserError: if a line or row has no such field, or text is not UTF-8.
         DamageError: if a line is not JSON.
     """
-    for _, text in located_documents(part, text_field):
+    for _, text in located_documents(chunk, text_field):
         yield text
 
 
-def located_documents(part: SourceChunk, text_field: str) -> Iterator[tuple[str, str]]:
-    """Yield (place, document) of a part; the place is the file, and the position in it."""
-    for piece in part.pieces:
+def located_documents(chunk: SourceChunk, text_field: str) -> Iterator[tuple[str, str]]:
+    """Yield (place, document) of a chunk; the place is the file, and the position in it."""
+    for piece in chunk.pieces:
         if piece.kind == "text":
             yield piece.path, _text(piece.path)
         elif piece.kind == "parquet":
@@ -84,7 +83,7 @@ def located_documents(part: SourceChunk, text_field: str) -> Iterator[tuple[str,
 
 
 def _files(inputs: Sequence[str]) -> Iterator[Path]:
-    """Yield the files as absolute paths, because the reader of a part may run in another folder."""
+    """Yield the files as absolute paths, because the reader of a chunk may run in another folder."""
     for pattern in inputs:
         path = local_path(pattern, "SOURCE", "files or folders on a local disk").absolute()
         if path.is_dir():
@@ -116,8 +115,8 @@ def _pieces(path: Path) -> Iterator[Piece]:
         for group in range(metadata.num_row_groups):
             yield Piece(str(path), "parquet", group, group + 1, metadata.row_group(group).total_byte_size)
     elif path.suffix == ".jsonl":
-        for first in range(0, size, PART_BYTES):
-            last = min(size, first + PART_BYTES)
+        for first in range(0, size, CHUNK_BYTES):
+            last = min(size, first + CHUNK_BYTES)
             yield Piece(str(path), "jsonl", first, last, last - first)
     elif path.name.endswith(".jsonl.gz"):
         yield Piece(str(path), "jsonl.gz", 0, size, size)

@@ -13,12 +13,15 @@ import json
 import re
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, cast
 from weakref import WeakKeyDictionary
 
 from tokenizers import Encoding, Tokenizer
 
 from dlm_ray.config.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 OPEN, CLOSE = "\ufdd0", "\ufdd1"
 """Noncharacters of Unicode, which text must not contain; they enclose the names of special tokens."""
@@ -98,14 +101,15 @@ class SpecialTokens:
         return backend
 
 
-_CACHE: WeakKeyDictionary[Any, SpecialTokens] = WeakKeyDictionary()
+_CACHE: WeakKeyDictionary[PreTrainedTokenizerFast, SpecialTokens] = WeakKeyDictionary()
 
 
-def special_tokens(tokenizer: Any) -> SpecialTokens:
+def special_tokens(tokenizer: PreTrainedTokenizerFast) -> SpecialTokens:
     """Return the special tokens of a fast tokenizer: tokens marked as special, and tokens with a role (start, ...)."""
     if tokenizer not in _CACHE:
         ids = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-        ids |= {str(text): tokenizer.convert_tokens_to_ids(str(text)) for text in tokenizer.all_special_tokens}
+        names = [str(text) for text in tokenizer.all_special_tokens]
+        ids |= {name: cast("int", tokenizer.convert_tokens_to_ids(name)) for name in names}
         roles = ("bos", "eos", "pad", "sep", "cls", "mask")
         role_ids = {getattr(tokenizer, f"{role}_token_id", None) for role in roles}
         only_unknown = {tokenizer.unk_token_id} - role_ids

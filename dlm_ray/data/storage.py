@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from dlm_ray.config.errors import UserError
 from dlm_ray.config.paths import check_url
+
+if TYPE_CHECKING:
+    from pyarrow import fs
 
 
 def is_remote(path: str) -> bool:
@@ -87,7 +90,7 @@ def names(folder: str) -> list[str]:
     return sorted(info.base_name for info in infos if info.is_file)
 
 
-def _remote(path: str) -> tuple[Any, str]:
+def _remote(path: str) -> tuple[fs.FileSystem, str]:
     """Return pyarrow's filesystem for a URL, and the path within it; AWS_ENDPOINT_URL sets another S3 endpoint."""
     from pyarrow import fs
 

@@ -126,7 +126,7 @@ def score_data(
         seed=seed,
         progress=progress,
     )
-    documents = number_documents([sequence.part for sequence in sequences], document_ids)
+    documents = number_documents([sequence.chunk for sequence in sequences], document_ids)
     num_bytes = np.stack([sequence.num_bytes for sequence in sequences]).astype(np.float64)
     return Scored(
         likelihood.by_document(scored.nats, documents),

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from dlm_ray.runtime import cluster  # imported first: it sets the variables that Ray reads when it is imported
 
@@ -21,8 +20,8 @@ from dlm_ray.config.paths import check_url
 from dlm_ray.config.trees import differences
 from dlm_ray.data import index as indexes
 from dlm_ray.data import sources, storage
-from dlm_ray.data.build import Settings, build_part, write_index
-from dlm_ray.data.tokenizer import identity, load_tokenizer, train_tokenizer
+from dlm_ray.data.build import ChunkResult, Settings, build_chunk, write_index
+from dlm_ray.data.tokenizer import FastTokenizer, identity, load_tokenizer, train_tokenizer
 
 # A byte-pair encoding of a few thousand pieces does not change with more text than this.
 _TOKENIZER_BYTES = 64 * 2**20
@@ -70,7 +69,7 @@ def build(
     if not 0 <= held_out < 1:
         raise UserError.of("held_out", held_out, "a share of the documents must be at least 0 and below 1")
     check_url(out, "out")
-    chunks = sources.list_parts(inputs)
+    chunks = sources.list_chunks(inputs)
     out = out if storage.is_remote(out) else str(Path(out).absolute())
     with tempfile.TemporaryDirectory() as folder:
         used = load_tokenizer(tokenizer) if tokenizer is not None else None
@@ -84,7 +83,7 @@ def build(
         }
         _refuse_other_settings(out, built_from)
         _store_tokenizer(Path(folder), out)
-        results: dict[int, dict[str, Any]] = {}
+        results: dict[int, ChunkResult] = {}
         for number, result in _run(chunks, storage.join(out, "tokenizer"), settings, out):
             results[number] = result
             if progress is not None:
@@ -119,16 +118,16 @@ def _warn_of_empty_splits(index: indexes.Index, held_out: float) -> None:
 
 def _run(
     chunks: Sequence[sources.SourceChunk], tokenizer_folder: str, settings: Settings, out: str
-) -> Iterator[tuple[int, dict[str, Any]]]:
+) -> Iterator[tuple[int, ChunkResult]]:
     """Yield (number, result) of every chunk as it is finished, from tasks of Ray Data."""
     if not chunks:
         return
     with cluster.session():
         # User errors are returned as values, because Ray would wrap an exception beyond recognition.
-        def task(item: dict[str, Any]) -> dict[str, Any]:
+        def task(item: dict[str, int]) -> dict[str, int | str]:
             chunk = chunks[item["id"]]
             try:
-                result = json.dumps(build_part(chunk, tokenizer_folder, settings, out))
+                result = json.dumps(build_chunk(chunk, tokenizer_folder, settings, out))
             except UserError as error:
                 return {"number": chunk.number, "result": "", "error": str(error), "kind": type(error).__name__}
             return {"number": chunk.number, "result": result, "error": "", "kind": ""}
@@ -139,7 +138,7 @@ def _run(
             yield item["number"], json.loads(item["result"])
 
 
-def _trained(chunks: Sequence[sources.SourceChunk], text_field: str, vocab_size: int) -> Any:
+def _trained(chunks: Sequence[sources.SourceChunk], text_field: str, vocab_size: int) -> FastTokenizer:
     """Return a tokenizer that is trained on documents spread evenly over the chunks."""
 
     def sample() -> Iterator[str]:
@@ -155,7 +154,7 @@ def _trained(chunks: Sequence[sources.SourceChunk], text_field: str, vocab_size:
     return train_tokenizer(sample(), vocab_size)
 
 
-def _refuse_other_settings(out: str, built_from: dict[str, Any]) -> None:
+def _refuse_other_settings(out: str, built_from: Mapping[str, object]) -> None:
     """Raise UserError if `out` has an index that was built from other inputs or settings."""
     name = storage.join(out, indexes.NAME)
     if not storage.exists(name):
@@ -163,8 +162,8 @@ def _refuse_other_settings(out: str, built_from: dict[str, Any]) -> None:
     before = json.loads(storage.read(name))["built_from"]
     changes = [
         f"{key.removeprefix('settings.')} was {old}, now {new}"
-        for part in ("settings", "inputs")
-        for key, old, new in differences(before[part], built_from[part], part)
+        for section in ("settings", "inputs")
+        for key, old, new in differences(before[section], built_from[section], section)
     ]
     if changes:
         raise UserError(

@@ -59,7 +59,7 @@ def _start() -> None:
         probe.bind(("", 0))
         port = probe.getsockname()[1]
     os.environ["RAY_GCS_SERVER_PORT"] = str(port)
-    os.environ["RAY_ADDRESS"] = f"{ray.util.get_node_ip_address()}:{port}"
+    os.environ["RAY_ADDRESS"] = f"{ray.util.get_node_ip_address()}:{port}"  # type: ignore[no-untyped-call]  # Ray does not annotate it
     try:
         # Ray Train asks the dashboard's State API whether a controller has died, and leaks placement groups without it.
         ray.init(
@@ -128,14 +128,20 @@ def _connect(address: str) -> None:
         ) from error
 
 
+def resources() -> dict[str, float]:
+    """Return the resources of the connected cluster, by kind."""
+    total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]  # Ray does not annotate it
+    return total
+
+
 def check_fits(parallelism: Parallelism) -> None:
     """Check that the connected cluster has the resources of the fewest workers; Ray would wait for them for ever.
 
     Raises:
         UserError: if it does not.
     """
-    resources = ray.cluster_resources()
-    cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
+    available = resources()
+    cpus, gpus = available.get("CPU", 0.0), available.get("GPU", 0.0)
     workers = parallelism.fewest_workers
     needed = workers * parallelism.cpus_per_worker
     if needed > cpus:

@@ -7,9 +7,10 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-OnEvent = Callable[[dict[str, Any]], None]
+from dlm_ray.config.manifest_fields import JsonObject
+
+OnEvent = Callable[[JsonObject], None]
 """Called with the fields of one line of metrics.jsonl."""
 
 _POLL_SECONDS = 0.5

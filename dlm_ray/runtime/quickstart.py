@@ -23,7 +23,7 @@ import torch
 
 from dlm_ray.checkpoint.export import export
 from dlm_ray.config.errors import UserError
-from dlm_ray.data.corpus import write_corpus
+from dlm_ray.data.corpus import CorpusFields, write_corpus
 from dlm_ray.data.index import load_index
 from dlm_ray.evaluation.generation import ngram_statistics
 from dlm_ray.evaluation.text_baselines import unigram_score, xz_bits_per_byte
@@ -166,7 +166,7 @@ class _Stages:
 
 def _prepare_and_train(
     stages: _Stages, recipes: dict[str, Recipe], out: Path, size: Size
-) -> tuple[dict[str, Any], dict[str, RunResult], str]:
+) -> tuple[CorpusFields, dict[str, RunResult], str]:
     """Build the corpus and the data, and train the base, the adaptation and the control.
 
     Returns:

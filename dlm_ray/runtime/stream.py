@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from typing import Any
+from typing import TypedDict, cast
 
 import numpy as np
 
@@ -74,21 +74,40 @@ def _groups(
         for (references, cursors), group in zip(window, dataset.iter_rows(), strict=True):
             if group["error"]:
                 raise DamageError(group["error"])
-            yield list(zip(group_by_step(_sequences(group), references), cursors, strict=True))
+            yield list(zip(group_by_step(_sequences(cast("_Group", group)), references), cursors, strict=True))
 
 
-def _sequences(group: dict[str, Any]) -> list[DataSequence]:
+def _sequences(group: _Group) -> list[DataSequence]:
     """Return the sequences of a reader's item."""
     arrays = (
         group["input_ids"],
         group["document_ids"],
         group["num_bytes"],
         group["source"].tolist(),
-        group["part"].tolist(),
+        group["chunk"].tolist(),
         group["finding"],
         group["place"],
     )
     return [DataSequence(*fields) for fields in zip(*arrays, strict=True)]
+
+
+class _Item(TypedDict):
+    """The sequences of several steps of one rank, by reference."""
+
+    references: list[tuple[int, int, int]]
+
+
+class _Group(TypedDict, total=False):
+    """The sequences of an item, stacked; only `error` if a shard is damaged."""
+
+    input_ids: np.ndarray
+    document_ids: np.ndarray
+    num_bytes: np.ndarray
+    source: np.ndarray
+    chunk: np.ndarray
+    finding: np.ndarray
+    place: np.ndarray
+    error: str
 
 
 class _Reader:
@@ -97,7 +116,7 @@ class _Reader:
     def __init__(self, paths: Sequence[str], order: Order, on_bad_sample: str):
         self._reader = ShardReader(paths, order.indexes, on_bad_sample=on_bad_sample)
 
-    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+    def __call__(self, item: _Item) -> _Group:
         """Return the arrays of an item's sequences, or its error."""
         try:
             sequences = self._reader.read([SequenceReference(*reference) for reference in item["references"]])
@@ -108,7 +127,7 @@ class _Reader:
             "document_ids": np.stack([sequence.document_ids for sequence in sequences]),
             "num_bytes": np.stack([sequence.num_bytes for sequence in sequences]),
             "source": np.array([sequence.source for sequence in sequences]),
-            "part": np.array([sequence.part for sequence in sequences]),
+            "chunk": np.array([sequence.chunk for sequence in sequences]),
             "finding": np.array([sequence.finding for sequence in sequences]),
             "place": np.array([sequence.place for sequence in sequences]),
             "error": "",

@@ -9,13 +9,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from dlm_ray.checkpoint import listing
 from dlm_ray.checkpoint.manifest import read_manifest
 from dlm_ray.config.errors import DamageError, Stopped, StorageError, UserError
 from dlm_ray.config.load import dump, run_name
-from dlm_ray.config.manifest_fields import RunMetrics
+from dlm_ray.config.manifest_fields import JsonObject, RunMetrics
 from dlm_ray.config.paths import local_path
 from dlm_ray.config.recipe import Elastic, Parallelism, Recipe
 from dlm_ray.config.trees import with_absolute_paths
@@ -154,7 +153,7 @@ def _finished(recipe: Recipe, run_dir: Path) -> RunResult | None:
 def _trainer(recipe: Recipe, run_dir: Path) -> TorchTrainer:
     parallelism = recipe.parallelism
     use_gpu = parallelism.device == "cuda" or (
-        parallelism.device == "auto" and ray.cluster_resources().get("GPU", 0) >= parallelism.fewest_workers
+        parallelism.device == "auto" and cluster.resources().get("GPU", 0) >= parallelism.fewest_workers
     )
     return TorchTrainer(
         _worker,
@@ -188,7 +187,7 @@ def _scaling(parallelism: Parallelism, use_gpu: bool) -> ray.train.ScalingConfig
     )
 
 
-def _worker(config: dict[str, Any]) -> None:
+def _worker(config: JsonObject) -> None:
     """Run `training.loop.fit` in a worker, with rows from Ray Data and checkpoints reported to Ray."""
     import torch
 
@@ -231,7 +230,7 @@ def _is_machine_leaving() -> bool:
 class _EndOnPermanentFailure(ray.train.UserCallback):
     """Ends the run at once for a user error, damage or divergence, which a restart would only repeat."""
 
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+    def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:
         permanent = _permanent(worker_exceptions)
         if permanent is not None:
             raise permanent  # Ray ends a run whose callback fails

@@ -81,7 +81,7 @@ def training_step(shape: Shape, name: str, device: torch.device) -> Callable[[in
     random = np.random.default_rng(0)
     zeros = np.zeros(shape.sequence_length, dtype=np.int32)  # one document per sequence
     sequences = [
-        DataSequence(random.integers(0, shape.vocab_size, shape.sequence_length), zeros, zeros, source=0, part=0)
+        DataSequence(random.integers(0, shape.vocab_size, shape.sequence_length), zeros, zeros, source=0, chunk=0)
         for _ in range(shape.batch_size)
     ]
 

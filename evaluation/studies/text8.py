@@ -74,8 +74,8 @@ def build_data(
         text_field="text",
         sequences_per_shard=_SEQUENCES_PER_SHARD,
     )
-    chunks = sources.list_parts([str(converted)])
-    results = [build.build_part(chunk, str(data / "tokenizer"), settings, str(data)) for chunk in chunks]
+    chunks = sources.list_chunks([str(converted)])
+    results = [build.build_chunk(chunk, str(data / "tokenizer"), settings, str(data)) for chunk in chunks]
     build.write_index(str(data), results, sequence_length, tokenizer, {"settings": {}, "inputs": []})
     raw.unlink()
     fingerprint = {**corpus, "documents": len(texts), "characters": sum(map(len, texts))}

@@ -17,7 +17,7 @@ from dlm_ray.data.index import load_index
 from dlm_ray.data.inspect import describe
 from dlm_ray.data.order import Cursor, Order, SequenceReference
 from dlm_ray.data.reading import ShardReader, iterate_sequences, open_sources, read_split
-from dlm_ray.data.sources import documents, list_parts
+from dlm_ray.data.sources import documents, list_chunks
 from dlm_ray.data.tokenizer import load_tokenizer
 
 
@@ -47,7 +47,7 @@ def test_the_held_out_documents_are_there_byte_for_byte_and_in_no_other_split(da
         for row in read_split(data_folder, split):
             for document in np.unique(row.document_ids[row.document_ids >= 0]):
                 ids = row.input_ids[row.document_ids == document][1:]
-                pieces.setdefault((row.part, int(document)), []).extend(ids.tolist())
+                pieces.setdefault((row.chunk, int(document)), []).extend(ids.tolist())
         assert sorted(tokenizer.decode(ids, skip_special_tokens=True) for ids in pieces.values()) == sorted(expected)
         index = load_index(data_folder).splits[split]
         assert index.bytes == sum(len(text.encode()) for text in expected)
@@ -141,38 +141,38 @@ def test_inspect_shows_what_is_there(data_folder):
 
 
 def test_jsonl_lines_are_read_once_wherever_the_file_is_cut(tmp_path, monkeypatch):
-    monkeypatch.setattr("dlm_ray.data.sources.PART_BYTES", 50)
+    monkeypatch.setattr("dlm_ray.data.sources.CHUNK_BYTES", 50)
     texts = [f"text number {i} " + "x" * (i % 37) for i in range(40)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    parts = list_parts([str(tmp_path / "a.jsonl")])
-    assert len(parts) > 5
-    assert [text for part in parts for text in documents(part, "text")] == texts
+    chunks = list_chunks([str(tmp_path / "a.jsonl")])
+    assert len(chunks) > 5
+    assert [text for chunk in chunks for text in documents(chunk, "text")] == texts
 
 
 def test_an_edit_of_any_byte_of_a_document_makes_its_part_anew(data_folder, tmp_path, monkeypatch):
-    """Also of the line that begins in a part and ends behind it."""
+    """Also of the line that begins in a chunk and ends behind it."""
     from dlm_ray.data import build
 
-    monkeypatch.setattr("dlm_ray.data.sources.PART_BYTES", 200)
+    monkeypatch.setattr("dlm_ray.data.sources.CHUNK_BYTES", 200)
     file = tmp_path / "a.jsonl"
     file.write_text("".join(json.dumps({"text": f"{i} " + "ABCDEFGH" * 8}) + "\n" for i in range(12)))
-    parts = list_parts([str(file)])
+    chunks = list_chunks([str(file)])
     settings = build.Settings(load_index(data_folder).tokenizer.sha256, 32, 0.2, "text", 64)
     out, tokenizer, content = str(tmp_path / "out"), f"{data_folder}/tokenizer", file.read_bytes()
-    for part in parts:
-        build.build_part(part, tokenizer, settings, out)
-    texts = [list(documents(part, "text")) for part in parts]
+    for chunk in chunks:
+        build.build_chunk(chunk, tokenizer, settings, out)
+    texts = [list(documents(chunk, "text")) for chunk in chunks]
     changes = 0
     for at in range(190, 420):
         if content[at : at + 1] in b"ABCDEFGH":
             file.write_bytes(content[:at] + b"Z" + content[at + 1 :])
-            for part, before in zip(parts, texts, strict=True):
-                if list(documents(part, "text")) != before:
+            for chunk, before in zip(chunks, texts, strict=True):
+                if list(documents(chunk, "text")) != before:
                     changes += 1
-                    assert build.finished_part(part, settings, out) is None
+                    assert build.finished_chunk(chunk, settings, out) is None
     assert changes > 100
     file.write_bytes(content)
-    assert all(build.finished_part(part, settings, out) for part in parts)
+    assert all(build.finished_chunk(chunk, settings, out) for chunk in chunks)
 
 
 def test_parts_are_found_from_any_folder(tmp_path, monkeypatch):
@@ -180,15 +180,15 @@ def test_parts_are_found_from_any_folder(tmp_path, monkeypatch):
     (tmp_path / "in/a.txt").write_text("zero")
     monkeypatch.chdir(tmp_path)
     for given in ("in", "in/a.txt", "in/*.txt"):
-        [part] = list_parts([given])
-        assert [piece.path for piece in part.pieces] == [str(tmp_path / "in/a.txt")]
+        [chunk] = list_chunks([given])
+        assert [piece.path for piece in chunk.pieces] == [str(tmp_path / "in/a.txt")]
 
 
 def test_text_without_a_utf8_form_is_refused_by_its_place(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"text": "half \\ud83d pair"}\n')
-    [part] = list_parts([str(tmp_path / "a.jsonl")])
+    [chunk] = list_chunks([str(tmp_path / "a.jsonl")])
     with pytest.raises(UserError, match="a.jsonl, byte 17: an unpaired surrogate at character 5"):
-        list(documents(part, "text"))
+        list(documents(chunk, "text"))
 
 
 def test_parquet_folders_and_patterns_are_sources(tmp_path):
@@ -199,12 +199,12 @@ def test_parquet_folders_and_patterns_are_sources(tmp_path):
     parquet.write_table(pyarrow.table({"body": ["one", "two"]}), tmp_path / "in" / "b.parquet")
     (tmp_path / "in" / "a.txt").write_text("zero")
     (tmp_path / "in" / ".hidden").write_text("never")
-    [part] = list_parts([str(tmp_path / "in")])
-    assert list(documents(part, "body")) == ["zero", "one", "two"]
+    [chunk] = list_chunks([str(tmp_path / "in")])
+    assert list(documents(chunk, "body")) == ["zero", "one", "two"]
     with pytest.raises(UserError, match="no column 'text'"):
-        list(documents(part, "text"))
+        list(documents(chunk, "text"))
     with pytest.raises(UserError, match="not a file, a folder"):
-        list_parts([str(tmp_path / "nothing*.txt")])
+        list_chunks([str(tmp_path / "nothing*.txt")])
 
 
 def test_shards_on_s3_are_the_same_shards(s3, data_folder, tmp_path):
@@ -254,15 +254,15 @@ def test_a_part_is_written_to_s3_as_to_the_disk_and_recognised_when_it_is_finish
 
     source = tmp_path / "in.jsonl"
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in make_documents(20)))
-    part = SourceChunk(0, (Piece(str(source), "jsonl", 0, source.stat().st_size, source.stat().st_size),))
+    chunk = SourceChunk(0, (Piece(str(source), "jsonl", 0, source.stat().st_size, source.stat().st_size),))
     settings = build.Settings(identity(load_tokenizer(f"{data_folder}/tokenizer")).sha256, 32, 0.2, "text", 64)
     results = [
-        build.build_part(part, f"{data_folder}/tokenizer", settings, out)
+        build.build_chunk(chunk, f"{data_folder}/tokenizer", settings, out)
         for out in (str(tmp_path / "out"), f"{s3}/out")
     ]
     assert results[0] == results[1]
     name = results[0]["train"]["shards"][0]["file"]
     assert storage.read(f"{s3}/out/{name}") == (tmp_path / "out" / name).read_bytes()
-    assert build.finished_part(part, settings, f"{s3}/out") == results[1]
+    assert build.finished_chunk(chunk, settings, f"{s3}/out") == results[1]
     source.write_text(source.read_text().replace("token", "TOKEN"))
-    assert build.finished_part(part, settings, f"{s3}/out") is None  # the input has changed
+    assert build.finished_chunk(chunk, settings, f"{s3}/out") is None  # the input has changed

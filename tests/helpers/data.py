@@ -49,7 +49,7 @@ def make_data(
         source.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents[number::parts]))
         piece = sources.Piece(str(source), "jsonl", 0, source.stat().st_size, source.stat().st_size)
         results.append(
-            build.build_part(sources.SourceChunk(number, (piece,)), str(folder / "tokenizer"), settings, str(folder))
+            build.build_chunk(sources.SourceChunk(number, (piece,)), str(folder / "tokenizer"), settings, str(folder))
         )
     build.write_index(str(folder), results, sequence_length, tokenizer_identity, {"settings": {}, "inputs": []})
     return str(folder)

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.ray
 def test_a_build_into_s3_from_relative_paths_is_the_build_on_the_disk(ray_session, s3, tmp_path, monkeypatch):
     from dlm_ray.runtime.build import build
 
-    monkeypatch.setattr("dlm_ray.data.sources.PART_BYTES", 4000)
+    monkeypatch.setattr("dlm_ray.data.sources.CHUNK_BYTES", 4000)
     (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in make_documents(20)))
     monkeypatch.chdir(tmp_path)
     options = {"train_tokenizer_vocab": 300, "sequence_length": 32, "held_out": 0.2}

@@ -43,7 +43,7 @@ def test_ray_data_streams_the_rows_that_this_process_would_read(ray_session, dat
         assert at == expected_at and len(rows) == len(expected_rows)
         for one, two in zip(rows, expected_rows, strict=True):
             assert (one.input_ids == two.input_ids).all() and (one.document_ids == two.document_ids).all()
-            assert (one.part, one.place) == (two.part, two.place) and "sequence" in one.place
+            assert (one.chunk, one.place) == (two.chunk, two.place) and "sequence" in one.place
 
 
 def test_a_damaged_shard_is_named_through_the_stream(ray_session, data_folder, tmp_path):
@@ -73,10 +73,10 @@ def test_a_build_is_reproducible_and_goes_on_where_it_was_interrupted(ray_sessio
         progress=lambda done, total: steps.append((done, total)),
         **options,
     )
-    num_parts = steps[-1][1]
-    assert steps[-1] == (num_parts, num_parts) and num_parts > 3
+    num_chunks = steps[-1][1]
+    assert steps[-1] == (num_chunks, num_chunks) and num_chunks > 3
     content = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.tar")}
-    # An interrupted build: no index, a part missing and one shard cut short.
+    # An interrupted build: no index, a chunk missing and one shard cut short.
     (tmp_path / "out/index.json").unlink()
     (tmp_path / "out/parts/00001.json").unlink()
     victim = tmp_path / "out/train-00002-00000.tar"

@@ -18,6 +18,7 @@ from ray import serve
 from ray.serve.exceptions import RayServeException
 
 from dlm_ray.config.errors import UserError
+from dlm_ray.config.manifest_fields import JsonObject
 from dlm_ray.config.server import Server
 from dlm_ray.config.server_file import read_keys, validate_server
 from dlm_ray.runtime.serve.replicas import Ingress, Replica
@@ -29,7 +30,7 @@ _OTHER_CALLS = 16
 _INGRESS_CPUS = 0.1
 
 
-def application(args: dict[str, Any]) -> serve.Application:
+def application(args: JsonObject) -> serve.Application:
     """Return the application of a service's configuration; `import_path` of a Serve configuration names this function.
 
     Raises:
@@ -38,7 +39,7 @@ def application(args: dict[str, Any]) -> serve.Application:
     server = pinned(validate_server(args, APPLICATION))
     config = server.model_dump(mode="json")
     # A new replica must work before the one that it replaces stops accepting requests; that one finishes what it has.
-    shutdown: dict[str, Any] = {
+    shutdown: JsonObject = {
         "graceful_shutdown_timeout_s": server.drain_seconds,
         "graceful_shutdown_wait_loop_s": 0.2,
         "max_surge_percent": 100,
@@ -61,13 +62,14 @@ def application(args: dict[str, Any]) -> serve.Application:
         **shutdown,
     )
     needs_keys = server.http.is_public or bool(read_keys(server.http.api_keys_file))
-    return ingress.bind(config, needs_keys, engine.bind(config))
+    bound: serve.Application = ingress.bind(config, needs_keys, engine.bind(config))
+    return bound
 
 
-def _scaling(server: Server) -> dict[str, Any]:
+def _scaling(server: Server) -> JsonObject:
     """Return Serve's options for the number of replicas and for the shards of each."""
     replicas, scaling = server.replicas, server.replicas.autoscaling
-    options: dict[str, Any] = {"num_replicas": replicas.count}
+    options: JsonObject = {"num_replicas": replicas.count}
     if scaling is not None:
         options = {
             "autoscaling_config": {
@@ -84,7 +86,7 @@ def _scaling(server: Server) -> dict[str, Any]:
     return options
 
 
-def rendered(server: Server) -> dict[str, Any]:
+def rendered(server: Server) -> JsonObject:
     """Return a configuration for `serve deploy` and for KubeRay's RayService."""
     return {
         "proxy_location": "EveryNode",
@@ -110,7 +112,7 @@ def start(server: Server) -> str:
     server = pinned(server)
     _check_port(http.host, http.port)
     fewest = replicas.autoscaling.min_replicas if replicas.autoscaling is not None else replicas.count
-    _check_room(server, fewest, ray.cluster_resources(), "the cluster's")
+    _check_room(server, fewest, cluster.resources(), "the cluster's")
     serve.start(
         http_options=serve.HTTPOptions(host=http.host, port=http.port, request_timeout_s=None),
         proxy_location="HeadOnly",
@@ -139,7 +141,8 @@ def replace(server: Server) -> str:
             f"{before.http.host}:{before.http.port}, and an address cannot be changed without a pause; keep it, or "
             "start another service"
         )
-    _check_room(server, 1, ray.available_resources(), "the resources that the running service leaves free,")
+    free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]  # Ray does not annotate it
+    _check_room(server, 1, free, "the resources that the running service leaves free,")
     try:
         _deploy(server)
     except UserError as error:
@@ -157,7 +160,7 @@ def replace_running(server: Server) -> str:
 def stop() -> None:
     """Stop accepting requests, finish the accepted ones, and shut the service down."""
     serve.delete(APPLICATION)
-    serve.shutdown()
+    serve.shutdown()  # type: ignore[no-untyped-call]  # Ray does not annotate it
 
 
 def run(server: Server, on_ready: Callable[[str, dict[str, str]], None]) -> None:

@@ -16,6 +16,7 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
+from dlm_ray.config.manifest_fields import JsonObject
 from dlm_ray.config.server import Server
 from dlm_ray.config.server_file import read_keys
 from dlm_ray.serving.errors import Event, ReplicaLost
@@ -30,7 +31,7 @@ T = TypeVar("T")
 class Replica:
     """A replica: engines of the service's models, as many at once as it may hold."""
 
-    async def __init__(self, server: dict[str, Any]):  # type: ignore[misc]  # Serve awaits it
+    async def __init__(self, server: JsonObject):  # type: ignore[misc]  # Serve awaits it
         # These import torch, which the ingress does without.
         from dlm_ray.runtime.serve.shards import Shards
         from dlm_ray.serving.model_pool import ModelPool
@@ -44,7 +45,7 @@ class Replica:
         if self._shards:
             self._shards.watch()
 
-    async def describe(self) -> list[dict[str, Any]]:
+    async def describe(self) -> list[JsonObject]:
         """Return the descriptions of all models."""
         return await self._pool.describe()
 
@@ -69,10 +70,10 @@ class Replica:
 class ReplicaClient:
     """The ingress's side of the replicas; implements `serving.http.service.Backend` with a Serve handle."""
 
-    def __init__(self, handle: DeploymentHandle):
+    def __init__(self, handle: DeploymentHandle[Replica]):
         self._handle = handle
 
-    async def describe(self) -> list[dict[str, Any]]:
+    async def describe(self) -> list[JsonObject]:
         """Return the descriptions of all models, from any replica."""
         return await _result(self._handle.describe.remote())
 
@@ -99,7 +100,7 @@ class ReplicaClient:
 class Ingress:
     """The HTTP ingress in front of the replicas."""
 
-    def __init__(self, server: dict[str, Any], needs_keys: bool, engine: DeploymentHandle):
+    def __init__(self, server: JsonObject, needs_keys: bool, engine: DeploymentHandle[Replica]):
         _log_requests()
         self._server = Server.model_validate(server)
         self._keys = read_keys(self._server.http.api_keys_file)
@@ -118,7 +119,7 @@ class Ingress:
         sequences = count * self._server.models_at_once * (engine.slots + engine.max_waiting)
         return build(self._server, self._backend, self._keys, sequences, has_request_ids=True)
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> JsonObject:
         """Return the configuration that the service runs with."""
         return self._server.model_dump(mode="json")
 

@@ -10,6 +10,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from dlm_ray.config.manifest_fields import JsonObject
 from dlm_ray.config.server import Server
 from dlm_ray.generation.loading import load_network
 from dlm_ray.models.device import pick_device
@@ -21,7 +22,7 @@ log = logging.getLogger("dlm_ray.serving")
 class Follower:
     """An actor that holds one shard of the network."""
 
-    def __init__(self, server: dict[str, Any], rank: int):
+    def __init__(self, server: JsonObject, rank: int):
         self._server, self._rank = Server.model_validate(server), rank
 
     def start(self) -> None:

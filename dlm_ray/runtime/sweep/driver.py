@@ -6,7 +6,7 @@ import json
 import tempfile
 import threading
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 from dlm_ray.runtime import cluster  # noqa: F401  imported first: it sets the variables that Ray reads
 
@@ -18,7 +18,7 @@ from dlm_ray.checkpoint.manifest import read_manifest
 from dlm_ray.config.load import run_name
 from dlm_ray.config.recipe import Recipe
 from dlm_ray.config.space import Settings
-from dlm_ray.runtime.sweep.plan import Clone, Plan, Trial, Validation, clones_of
+from dlm_ray.runtime.sweep.plan import Clone, Plan, Suggestion, Trial, Validation, clones_of
 from dlm_ray.runtime.train import fit
 
 _POLL_SECONDS = 0.3
@@ -32,7 +32,7 @@ class Point(TypedDict):
     step: int
 
 
-def drive(config: dict[str, Any], plan: Plan, known: dict[int, Trial]) -> None:
+def drive(config: Suggestion, plan: Plan, known: dict[int, Trial]) -> None:
     """Run one trial.
 
     Args:

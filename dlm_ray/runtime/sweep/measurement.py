@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-from dlm_ray.runtime import cluster  # noqa: F401  imported first: it sets the variables that Ray reads
+from dlm_ray.runtime import cluster  # imported first: it sets the variables that Ray reads
 
 # isort: split
 import ray
 
 from dlm_ray.checkpoint import listing
+from dlm_ray.config.manifest_fields import JsonObject
 from dlm_ray.evaluation.sweeps.measure import measure
 from dlm_ray.evaluation.sweeps.ranking import TrialResult
 from dlm_ray.runtime.sweep.plan import Plan, Trial
@@ -26,8 +26,8 @@ def measured(plan: Plan, trials: Sequence[Trial], emit: Callable[[str], None]) -
         trials: ended trials.
         emit: called with a message per measured trial.
     """
-    waiting: dict[ray.ObjectRef[Any], Trial] = {}
-    measurements: dict[int, dict[str, Any]] = {}
+    waiting: dict[ray.ObjectRef[JsonObject], Trial] = {}
+    measurements: dict[int, JsonObject] = {}
     for trial in trials:
         latest = listing.latest(trial.run_dir) if trial.run_dir else None
         note = plan.folder(trial.number) / "measured.json"
@@ -48,19 +48,19 @@ def measured(plan: Plan, trials: Sequence[Trial], emit: Callable[[str], None]) -
     return [_result(plan, trial, measurements.get(trial.number, {})) for trial in trials]
 
 
-def _task(plan: Plan, trial: Trial) -> ray.ObjectRef[Any]:
+def _task(plan: Plan, trial: Trial) -> ray.ObjectRef[JsonObject]:
     """Start the measurement of a trial."""
     recipe = plan.recipe(trial.settings)
-    on_gpu = recipe.parallelism.device != "cpu" and ray.cluster_resources().get("GPU", 0) >= 1
+    on_gpu = recipe.parallelism.device != "cpu" and cluster.resources().get("GPU", 0) >= 1
     options = {"num_cpus": recipe.parallelism.cpus_per_worker, "num_gpus": int(on_gpu), "max_retries": 1}
     data = recipe.data.sources[0].path
-    task: ray.ObjectRef[Any] = (
+    task: ray.ObjectRef[JsonObject] = (
         ray.remote(measure).options(**options).remote(trial.run_dir, plan.loaded.sweep.measure, data)
     )
     return task
 
 
-def _result(plan: Plan, trial: Trial, measurement: dict[str, Any]) -> TrialResult:
+def _result(plan: Plan, trial: Trial, measurement: JsonObject) -> TrialResult:
     curve = plan.curve(Path(trial.run_dir), plan.recipe(trial.settings)) if trial.run_dir else []
     return TrialResult(
         trial.number,

@@ -25,6 +25,13 @@ Clone = TypedDict("Clone", {"from": int, "step": int, "run_dir": str, "settings"
 """
 
 
+class Suggestion(TypedDict):
+    """The configuration of a trial: what a searcher suggests, and Tune hands to the driver."""
+
+    number: int
+    settings: Settings
+
+
 @dataclass(frozen=True)
 class Trial:
     """An ended trial, as a line of trials.jsonl."""

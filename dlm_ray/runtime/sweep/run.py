@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from dlm_ray.runtime import cluster  # imported first: it sets the variables that Ray reads when it is imported
 
@@ -18,6 +18,7 @@ from dlm_ray.checkpoint.manifest import read_manifest
 from dlm_ray.config import space as spaces
 from dlm_ray.config.errors import UserError
 from dlm_ray.config.load import dump
+from dlm_ray.config.manifest_fields import JsonObject
 from dlm_ray.config.paths import local_path
 from dlm_ray.config.recipe import Recipe
 from dlm_ray.config.space import Settings
@@ -43,7 +44,19 @@ _MAX_CORNERS = 10_000
 _NOT_IN_ANSWER = {"trials_at_once"}
 
 
-def sweep(loaded: Loaded, out: Path, *, resume: bool = False, emit: Emit = lambda message: None) -> dict[str, Any]:
+class SweepResult(TypedDict):
+    """The results of a sweep."""
+
+    trials: list[JsonObject]
+    """The trials, the best first; the fields of `results.json`."""
+    confirmed: list[float | None]
+    """Bits per byte of the confirming runs."""
+    files: list[str]
+    """The files that were written."""
+    seconds: float
+
+
+def sweep(loaded: Loaded, out: Path, *, resume: bool = False, emit: Emit = lambda message: None) -> SweepResult:
     """Run a sweep in `out` and write results.parquet, results.json, report.html and best.yaml there.
 
     Args:
@@ -54,7 +67,7 @@ def sweep(loaded: Loaded, out: Path, *, resume: bool = False, emit: Emit = lambd
         emit: called with progress messages.
 
     Returns:
-        `trials` and `confirmed` results, `files` that were written, and `seconds`.
+        The results, and the files that were written.
 
     Raises:
         UserError: if `out` has a sweep and it is a different one or `resume` is False, or if the trials do not fit the

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from dlm_ray.runtime import cluster  # noqa: F401  imported first: it sets the variables that Ray reads
 
@@ -12,23 +12,27 @@ from ray import tune
 from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import FIFOScheduler, PopulationBasedTraining, TrialScheduler
 
+from dlm_ray.config.manifest_fields import JsonObject
 from dlm_ray.config.sweep import Dimension, Sweep
 from dlm_ray.config.sweep_checks import case_name
 from dlm_ray.runtime.sweep.plan import METRIC, Plan
+
+if TYPE_CHECKING:
+    from ray.tune.execution.tune_controller import TuneController
 
 
 def scheduler_of(plan: Plan) -> TrialScheduler:
     """Return the scheduler of the plan's trials: none for confirming runs, one per group if it ranks by groups."""
     sweep = plan.loaded.sweep
     if plan.is_confirming or sweep.scheduler.name == "none":
-        return FIFOScheduler()
+        return FIFOScheduler()  # type: ignore[no-untyped-call]  # Ray does not annotate it
     return _PerGroup(sweep) if sweep.rank_by and sweep.scheduler.name != "pbt" else _scheduler(sweep)
 
 
 def _scheduler(sweep: Sweep) -> TrialScheduler:
     """Return the scheduler that the sweep names."""
     options = sweep.scheduler
-    judged: dict[str, Any] = {"metric": METRIC, "mode": "min"}
+    judged: JsonObject = {"metric": METRIC, "mode": "min"}
     if options.name == "asha":
         return tune.schedulers.ASHAScheduler(
             time_attr="tokens",
@@ -61,7 +65,7 @@ class _PerGroup(FIFOScheduler):
     """One scheduler for each value of `rank_by`: a trial is stopped only by trials that it is ranked with."""
 
     def __init__(self, sweep: Sweep):
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # Ray does not annotate it
         self._sweep = sweep
         self._groups: dict[str, TrialScheduler] = {}
 
@@ -73,24 +77,24 @@ class _PerGroup(FIFOScheduler):
             self._groups[group] = _scheduler(self._sweep)
         return self._groups[group]
 
-    def on_trial_add(self, tune_controller: Any, trial: TuneTrial) -> None:
+    def on_trial_add(self, tune_controller: TuneController, trial: TuneTrial) -> None:
         """Pass the call on to the group's scheduler."""
         self._of(trial).on_trial_add(tune_controller, trial)
 
-    def on_trial_result(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> str:
+    def on_trial_result(self, tune_controller: TuneController, trial: TuneTrial, result: JsonObject) -> str:
         """Return the decision of the group's scheduler."""
         decision: str = self._of(trial).on_trial_result(tune_controller, trial, result)
         return decision
 
-    def on_trial_complete(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> None:
+    def on_trial_complete(self, tune_controller: TuneController, trial: TuneTrial, result: JsonObject) -> None:
         """Pass the call on to the group's scheduler."""
         self._of(trial).on_trial_complete(tune_controller, trial, result)
 
-    def on_trial_remove(self, tune_controller: Any, trial: TuneTrial) -> None:
+    def on_trial_remove(self, tune_controller: TuneController, trial: TuneTrial) -> None:
         """Pass the call on to the group's scheduler."""
         self._of(trial).on_trial_remove(tune_controller, trial)
 
-    def on_trial_error(self, tune_controller: Any, trial: TuneTrial) -> None:
+    def on_trial_error(self, tune_controller: TuneController, trial: TuneTrial) -> None:
         """Pass the call on to the group's scheduler."""
         self._of(trial).on_trial_error(tune_controller, trial)
 
@@ -98,7 +102,7 @@ class _PerGroup(FIFOScheduler):
 class _Population(PopulationBasedTraining):
     """Population-based training in which a trial that becomes a copy of another keeps its number."""
 
-    def _get_new_config(self, trial: TuneTrial, trial_to_clone: TuneTrial) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _get_new_config(self, trial: TuneTrial, trial_to_clone: TuneTrial) -> tuple[JsonObject, JsonObject]:
         config, operations = super()._get_new_config(trial, trial_to_clone)
         return {**config, "number": trial.config["number"]}, operations
 
@@ -109,7 +113,7 @@ class _WithinRanges:
 
     leaves: dict[str, Dimension]
 
-    def __call__(self, config: dict[str, Any]) -> dict[str, Any]:
+    def __call__(self, config: JsonObject) -> JsonObject:
         settings = dict(config["settings"])
         for key, leaf in self.leaves.items():
             if leaf.range is not None:
@@ -117,7 +121,7 @@ class _WithinRanges:
         return {**config, "settings": settings}
 
 
-def _mutation(leaf: Dimension) -> Any:
+def _mutation(leaf: Dimension) -> object:
     """Return a dimension in Tune's terms."""
     if leaf.choice is not None:
         return list(leaf.choice)

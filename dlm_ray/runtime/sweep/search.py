@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 from dlm_ray.runtime import cluster  # noqa: F401  imported first: it sets the variables that Ray reads
 
@@ -12,6 +12,7 @@ from ray.tune.search import Searcher
 
 from dlm_ray.config import space as spaces
 from dlm_ray.config.errors import UserError
+from dlm_ray.config.manifest_fields import JsonObject
 from dlm_ray.config.space import Settings
 from dlm_ray.config.sweep import Dimension, Sweep
 from dlm_ray.runtime.sweep.plan import METRIC
@@ -30,14 +31,14 @@ class Listed(Searcher):
         super().__init__()
         self.waiting = list(trials)
 
-    def suggest(self, trial_id: str) -> Any:
+    def suggest(self, trial_id: str) -> JsonObject:
         """Return the next trial as {"number", "settings"}, or FINISHED."""
         if not self.waiting:
-            return Searcher.FINISHED
+            return cast("JsonObject", Searcher.FINISHED)  # a string, which Ray's annotation leaves out
         number, settings = self.waiting.pop(0)
         return {"number": number, "settings": settings}
 
-    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+    def on_trial_complete(self, trial_id: str, result: JsonObject | None = None, error: bool = False) -> None:
         """Do nothing: a list does not learn."""
 
     def save(self, checkpoint_path: str) -> None:
@@ -82,7 +83,7 @@ class Tpe(Listed):
         for settings, value in ended:
             self._study.add_trial(self._as_trial(settings, value))
 
-    def suggest(self, trial_id: str) -> Any:
+    def suggest(self, trial_id: str) -> JsonObject:
         """Return an unfinished trial, or a new one, as {"number", "settings"}."""
         if self.waiting:
             number, settings = self.waiting.pop(0)
@@ -91,7 +92,7 @@ class Tpe(Listed):
             number, self._next = self._next, self._next + 1
         trial = self._study.ask()
 
-        def pick(key: str, leaf: Dimension) -> Any:
+        def pick(key: str, leaf: Dimension) -> object:
             name = _parameter_name(key, leaf)
             if leaf.values is not None:
                 return leaf.values[trial.suggest_categorical(name, range(len(leaf.values)))]
@@ -101,7 +102,7 @@ class Tpe(Listed):
         self._running[trial_id] = trial
         return {"number": number, "settings": spaces.settings_of(self._space, pick)}
 
-    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+    def on_trial_complete(self, trial_id: str, result: JsonObject | None = None, error: bool = False) -> None:
         """Learn from the bound of a trial, or from its failure."""
         import optuna
 
@@ -113,10 +114,10 @@ class Tpe(Listed):
         """Return an ended trial in Optuna's terms; without a value it has failed."""
         import optuna
 
-        parameters: dict[str, Any] = {}
+        parameters: dict[str, object] = {}
         distributions: dict[str, optuna.distributions.BaseDistribution] = {}
 
-        def pick(key: str, leaf: Dimension) -> Any:
+        def pick(key: str, leaf: Dimension) -> object:
             name, setting = _parameter_name(key, leaf), settings[key]
             if leaf.values is not None:
                 parameters[name] = leaf.values.index(setting)

@@ -10,12 +10,10 @@ import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from dlm_ray.runtime import cluster  # imported first: it sets the variables that Ray reads when it is imported
 
 # isort: split
-import ray
 from ray import tune
 from ray.tune.experiment import Trial as TuneTrial
 
@@ -38,7 +36,7 @@ def check_fits(recipes: Sequence[Recipe], trials_at_once: int) -> None:
     Raises:
         UserError: if they do not; the message says how many do.
     """
-    resources = ray.cluster_resources()
+    resources = cluster.resources()
     for recipe in recipes:
         cluster.check_fits(recipe.parallelism)
     needs = {
@@ -93,7 +91,7 @@ def run(plan: Plan, searcher: Listed, num_trials: int, known: dict[int, Trial], 
         tuner.fit()
 
 
-def _population(searcher: Listed) -> dict[str, Any]:
+def _population(searcher: Listed) -> dict[str, object]:
     """Return the trials of a population as a grid; Tune's PBT accepts no search algorithm."""
     settings = dict(searcher.waiting)
     return {
@@ -108,11 +106,11 @@ class _TrialEnd(tune.Callback):
     def __init__(self, plan: Plan, known: dict[int, Trial], on_trial: OnTrial):
         self._plan, self._known, self._on_trial = plan, known, on_trial
 
-    def on_trial_complete(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
+    def on_trial_complete(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: object) -> None:
         """Report a trial whose driver returned or that the scheduler stopped."""
         self._end(trial.config["number"], "")
 
-    def on_trial_error(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
+    def on_trial_error(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: object) -> None:
         """Report a trial whose driver raised an exception or died."""
         number = trial.config["number"]
         note = self._plan.folder(number) / "failure.txt"
