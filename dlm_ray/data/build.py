@@ -10,9 +10,10 @@ from typing import TypedDict
 
 from dlm_ray.config.errors import UserError
 from dlm_ray.data import packing, shards, sources, storage
+from dlm_ray.data.identity import TokenizerIdentity
 from dlm_ray.data.index import FORMAT, NAME, Index
 from dlm_ray.data.special_tokens import ControlTokenError
-from dlm_ray.data.tokenizer import FastTokenizer, TokenizerIdentity, encode, identity, load_tokenizer
+from dlm_ray.data.tokenizer import FastTokenizer, encode, identity, load_tokenizer
 
 SPLITS = ("train", "held_out")
 _ENCODE_DOCUMENTS = 64

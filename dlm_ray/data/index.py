@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dlm_ray.config.errors import DamageError, UserError
 from dlm_ray.data import storage
-from dlm_ray.data.tokenizer import FastTokenizer, TokenizerIdentity, load_tokenizer
+from dlm_ray.data.identity import TokenizerIdentity
+
+if TYPE_CHECKING:
+    from dlm_ray.data.tokenizer import FastTokenizer
 
 FORMAT = 2
 NAME = "index.json"
@@ -76,4 +80,6 @@ def load_index(path: str) -> Index:
 
 def load_data_tokenizer(path: str) -> FastTokenizer:
     """Return the tokenizer that a data folder was built with; the folder, local or remote, contains it."""
+    from dlm_ray.data.tokenizer import load_tokenizer  # imports transformers, which reading shards does without
+
     return load_tokenizer(storage.join(path, "tokenizer"))

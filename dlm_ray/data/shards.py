@@ -11,7 +11,6 @@ from functools import cache
 from typing import BinaryIO, TypedDict
 
 import numpy as np
-import webdataset
 
 from dlm_ray.data import storage
 from dlm_ray.data.packing import PackedSequence
@@ -56,15 +55,15 @@ class SampleLayout:
 
 @cache
 def sample_layout(sequence_length: int) -> SampleLayout:
-    """Return the layout of samples of L tokens, measured on a shard of two samples."""
-    blank = PackedSequence(*(np.zeros(sequence_length, np.int32) for _ in FIELDS))
-    with tarfile.open(fileobj=io.BytesIO(_tar("x", [blank, blank])), mode="r:") as archive:
-        members = archive.getmembers()
-    offsets = {
-        member.name.split(".")[1]: member.offset_data + member.size - 4 * sequence_length
-        for member in members[: len(FIELDS)]
-    }
-    return SampleLayout(members[len(FIELDS)].offset, offsets)
+    """Return the layout of samples of L tokens: for each field a header of the archive, and an .npy file of int32."""
+    content = io.BytesIO()
+    np.save(content, np.zeros(sequence_length, dtype=np.int32))
+    size = content.tell()
+    stride_bytes = tarfile.BLOCKSIZE * (1 + -(-size // tarfile.BLOCKSIZE))
+    first = tarfile.BLOCKSIZE + size - 4 * sequence_length  # after both headers
+    return SampleLayout(
+        len(FIELDS) * stride_bytes, {field: number * stride_bytes + first for number, field in enumerate(FIELDS)}
+    )
 
 
 def read_sequence(stream: BinaryIO, number: int, sequence_length: int) -> dict[str, np.ndarray]:
@@ -86,6 +85,8 @@ def read_sequence(stream: BinaryIO, number: int, sequence_length: int) -> dict[s
 
 def _tar(prefix: str, sequences: Sequence[PackedSequence]) -> bytes:
     """Return the bytes of a shard; owner, mode and time are fixed."""
+    import webdataset  # imports torch, which reading shards does without
+
     buffer = io.BytesIO()
     writer = webdataset.TarWriter(buffer, user="dlm_ray", group="dlm_ray", mode=0o644, mtime=0)
     for number, sequence in enumerate(sequences):

@@ -1,4 +1,4 @@
-"""Tokenizers of Hugging Face, a trained byte-level BPE, and the identity that links data and checkpoints."""
+"""Tokenizers of Hugging Face, and a trained byte-level BPE: load, train, identify, and encode text."""
 
 from __future__ import annotations
 
@@ -6,16 +6,14 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import cast
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dlm_ray.config.errors import UserError
-from dlm_ray.config.manifest_fields import TokenizerFields
 from dlm_ray.data import storage
+from dlm_ray.data.identity import TokenizerIdentity
 from dlm_ray.data.special_tokens import refuse_control_tokens, special_tokens
 from dlm_ray.models.gguf import is_gguf
 from dlm_ray.models.gguf_tokenizer import gguf_tokenizer
@@ -23,33 +21,6 @@ from dlm_ray.models.gguf_tokenizer import gguf_tokenizer
 FastTokenizer = PreTrainedTokenizerFast
 """A tokenizer of this package: always a fast one, whose byte offsets are known."""
 END_OF_TEXT = "<|endoftext|>"
-
-
-@dataclass(frozen=True)
-class TokenizerIdentity:
-    """The identity of a tokenizer: equal content has an equal sha256, independent of its location and name."""
-
-    name: str
-    sha256: str
-    vocab_size: int
-    """Number of ids, including added tokens; every id is smaller."""
-    start_id: int
-    """The token that begins every segment: beginning-of-text, or end-of-text for tokenizers without one."""
-    end_id: int
-
-    def differs_from(self, other: TokenizerIdentity) -> str:
-        """Return the difference for a message; empty if all ids, the start and the end token mean the same."""
-        if self.sha256 != other.sha256:
-            return f"tokenizer {self.name} (sha256 {self.sha256[:12]}) and not {other.name} ({other.sha256[:12]})"
-        if (self.start_id, self.end_id) != (other.start_id, other.end_id):
-            return (
-                f"start token {self.start_id} and end token {self.end_id}, and not {other.start_id} and {other.end_id}"
-            )
-        return ""
-
-    def as_dict(self) -> TokenizerFields:
-        """Return the identity as an index or a manifest holds it."""
-        return cast("TokenizerFields", asdict(self))
 
 
 def load_tokenizer(name_or_folder: str) -> FastTokenizer:

@@ -16,7 +16,8 @@ from dlm_ray.checkpoint.pretrained import open_pretrained
 from dlm_ray.config.errors import UserError
 from dlm_ray.config.objective import rules_of
 from dlm_ray.data import storage
-from dlm_ray.data.tokenizer import TokenizerIdentity, identity, load_tokenizer
+from dlm_ray.data.identity import TokenizerIdentity
+from dlm_ray.data.tokenizer import identity, load_tokenizer
 from dlm_ray.diffusion import objectives
 from dlm_ray.diffusion.denoiser import NetworkFacts, Objective
 from dlm_ray.diffusion.objectives.autoregressive import Autoregressive

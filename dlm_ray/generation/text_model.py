@@ -11,7 +11,8 @@ from dlm_ray.config.errors import UserError
 from dlm_ray.config.objective import rules_of
 from dlm_ray.config.sampling import ResolvedSampling, Sampling
 from dlm_ray.data.chat import encode_chat
-from dlm_ray.data.tokenizer import TokenizerIdentity, encode_text
+from dlm_ray.data.identity import TokenizerIdentity
+from dlm_ray.data.tokenizer import encode_text
 from dlm_ray.diffusion import likelihood
 from dlm_ray.diffusion.samplers.adjust import banned, chained, forced
 from dlm_ray.diffusion.samplers.generate import generate_blocks

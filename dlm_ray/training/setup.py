@@ -19,8 +19,9 @@ from dlm_ray.config.manifest_fields import JsonObject, ModelFields
 from dlm_ray.config.objective import OBJECTIVES, resolve_settings
 from dlm_ray.config.recipe import Recipe
 from dlm_ray.config.trees import Tree
+from dlm_ray.data.identity import TokenizerIdentity
 from dlm_ray.data.index import Index, load_data_tokenizer
-from dlm_ray.data.tokenizer import TokenizerIdentity, identity, load_tokenizer
+from dlm_ray.data.tokenizer import identity, load_tokenizer
 from dlm_ray.diffusion import objectives
 from dlm_ray.diffusion.denoiser import NetworkFacts, Objective
 from dlm_ray.models import families, parallel

@@ -7,10 +7,10 @@ from dataclasses import astuple
 import numpy as np
 import pytest
 
+from dlm_ray.data.identity import TokenizerIdentity
 from dlm_ray.data.index import FORMAT, Index, Shard, Split
 from dlm_ray.data.order import Cursor, Order
 from dlm_ray.data.reading import rank_batches
-from dlm_ray.data.tokenizer import TokenizerIdentity
 
 
 def index(*shard_rows):

@@ -15,8 +15,8 @@ from helpers.recipes import tiny_recipe
 
 from dlm_ray.config.objective import NAMES, Objective
 from dlm_ray.config.recipe import Curriculum
+from dlm_ray.data.identity import TokenizerIdentity
 from dlm_ray.data.reading import DataSequence
-from dlm_ray.data.tokenizer import TokenizerIdentity
 from dlm_ray.diffusion.objectives import Masked
 from dlm_ray.models import families, parallel
 from dlm_ray.training import clip_search, curriculum, optimizer, run, setup
