@@ -128,7 +128,7 @@ def chunk_shape(write_shape: Sequence[int], itemsize: int) -> list[int]:
 
 def keys(name: str, shape: Sequence[int], chunk: Sequence[int]) -> set[str]:
     """Return the keys of an array in its database: the metadata and every chunk."""
-    grid = [range(-(-size // part)) for size, part in zip(shape, chunk, strict=True)]
+    grid = [range(-(-size // length)) for size, length in zip(shape, chunk, strict=True)]
     return {f"{name}/zarr.json"} | {"/".join([name, "c", *map(str, index)]) for index in itertools.product(*grid)}
 
 
@@ -228,20 +228,20 @@ class Budget:
 def pieces(
     offset: Sequence[int], shape: Sequence[int], chunk: Sequence[int], itemsize: int
 ) -> Iterator[tuple[slice, ...]]:
-    """Divide a block into parts of a few megabytes along the chunks of the array, so that each chunk is read once.
+    """Divide a block into pieces of a few megabytes along the chunks of the array, so that each chunk is read once.
 
     Yields:
-        The index of a part within the block.
+        The index of a piece within the block.
     """
-    sizes = [min(part, size) for part, size in zip(chunk, shape, strict=True)]
+    sizes = [min(length, size) for length, size in zip(chunk, shape, strict=True)]
     # Small chunks are combined, first along the last dimension, which is contiguous in memory.
     for dimension in reversed(range(len(sizes))):
         others = math.prod(sizes) // max(1, sizes[dimension]) * itemsize
         fit = max(1, CHUNK_BYTES // max(1, others * chunk[dimension])) * chunk[dimension]
         sizes[dimension] = min(shape[dimension], max(sizes[dimension], fit))
     cuts = []
-    for start, length, size, part in zip(offset, shape, sizes, chunk, strict=True):
-        whole = max(part, size // part * part)
+    for start, length, size, chunk_length in zip(offset, shape, sizes, chunk, strict=True):
+        whole = max(chunk_length, size // chunk_length * chunk_length)
         edges = [start, *range((start // whole + 1) * whole, start + length, whole), start + length]
         cuts.append([slice(low - start, high - start) for low, high in itertools.pairwise(edges)])
     return itertools.product(*cuts)
@@ -267,7 +267,7 @@ async def read_region(
             in_place = target.device.type == "cpu" and target.dtype == stored
             buffer = target if in_place else budget.buffer(target.shape, stored)
             source = array[
-                tuple(slice(start + part.start, start + part.stop) for start, part in zip(offset, piece, strict=True))
+                tuple(slice(start + cut.start, start + cut.stop) for start, cut in zip(offset, piece, strict=True))
             ]
             if target.dim():
                 source = source[ts.d[:].translate_to[0]]
@@ -282,17 +282,20 @@ async def read_region(
             raise failure
 
 
-def explain(error: ValueError | TimeoutError, subject: str) -> UserError:
-    """Return the user error for an error of tensorstore, which raises ValueError with the kind as a prefix."""
+def as_user_error(error: ValueError | TimeoutError, subject: str) -> UserError:
+    """Return the UserError for an error of tensorstore, which raises ValueError with the kind as a prefix.
+
+    It is a StorageError for a storage that does not answer, and a DamageError for anything else.
+    """
     kind = str(error).partition(":")[0]
     is_out_of_reach = kind in ("ABORTED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "UNAUTHENTICATED")
     if _is_full(error) or is_out_of_reach or isinstance(error, TimeoutError) or "NoSuchBucket" in str(error):
-        return refusal(error, subject)
+        return as_storage_error(error, subject)
     return DamageError(f"{subject}: damaged or incomplete ({_cause(error)})")
 
 
-def refusal(error: ValueError | OSError, subject: str) -> UserError:
-    """Return the user error for a storage that refuses a write or does not answer."""
+def as_storage_error(error: ValueError | OSError, subject: str) -> UserError:
+    """Return the DamageError for a full disk, or the StorageError for a storage that does not answer as it should."""
     if _is_full(error):
         return DamageError(
             f"{subject}: no space left ({_cause(error)}); free some and run the same command again, the previous "

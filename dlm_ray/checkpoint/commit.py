@@ -136,7 +136,7 @@ def copy(source: str, target: str, recipe: Mapping[str, object]) -> None:
         _commit(str(partial), arrays.key_value_store(str(partial)), {**fields, "recipe": dict(recipe), "extra": extra})
         partial.rename(path)
     except OSError as error:
-        raise arrays.refusal(error, target) from error
+        raise arrays.as_storage_error(error, target) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -249,7 +249,7 @@ def _run(jobs: Mapping[str, Coroutine[None, None, None]], directory: str) -> Non
         if isinstance(result, UserError):
             raise result
         if isinstance(result, ValueError):
-            raise arrays.explain(result, f"{directory}: {name}") from result
+            raise arrays.as_user_error(result, f"{directory}: {name}") from result
         if isinstance(result, BaseException):
             raise result
 
@@ -264,7 +264,7 @@ def _prepare(directory: str, base: Spec, blocks: Mapping[str, Block]) -> None:
         store.write("probe", b"").result(timeout=arrays.ANSWER_SECONDS)
         store.delete_range(ts.KvStore.KeyRange()).result()
     except (ValueError, TimeoutError) as error:
-        raise arrays.refusal(error, directory) from error
+        raise arrays.as_storage_error(error, directory) from error
     if "://" not in directory:
         needed = sum(math.prod(block.shape) * block.local.element_size() for block in blocks.values())
         arrays.check_room(directory, needed)
@@ -286,7 +286,7 @@ def _merge(directory: str, base: Spec, world_size: int, blocks: Mapping[str, Blo
     try:
         listed = arrays.wait(merge())
     except ValueError as error:
-        raise arrays.explain(error, directory) from error
+        raise arrays.as_user_error(error, directory) from error
     expected: set[str] = set().union(*(arrays.keys(name, block.shape, block.chunk) for name, block in blocks.items()))
     assert listed == expected, (
         f"{directory}: the merged database differs from what was saved in {sorted(listed ^ expected)[:5]}"
@@ -311,6 +311,6 @@ def _commit(directory: str, base: Spec, fields: Mapping[str, object]) -> Manifes
         absent = store.read(MANIFEST).result().stamp.generation
         stamp = store.write(MANIFEST, serialize(content), if_equal=absent).result()
     except ValueError as error:
-        raise arrays.explain(error, f"{directory}/{MANIFEST}") from error
+        raise arrays.as_user_error(error, f"{directory}/{MANIFEST}") from error
     assert stamp.generation != b"", f"another writer has committed {directory} at the same time"
     return manifest

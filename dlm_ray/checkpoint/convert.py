@@ -43,7 +43,7 @@ def convert(source: str, out: str, *, weights: str | None = None, dtype: str | N
         DamageError: if `source` is damaged.
     """
     if dtype is not None and dtype not in DTYPES:
-        raise UserError(f"--dtype {dtype} is not one of {', '.join(DTYPES)}; change --dtype")
+        raise UserError.of("dtype", dtype, f"must be one of {', '.join(DTYPES)}")
     if out.lower().endswith(".gguf"):
         raise UserError(
             f"{out} would be a GGUF file, which dlm_ray only reads; name a folder, and convert it with "
@@ -54,7 +54,7 @@ def convert(source: str, out: str, *, weights: str | None = None, dtype: str | N
         return export(source, out, weights=weights, dtype=DTYPES[dtype] if dtype else None)
     if weights is not None:
         raise UserError(
-            f"--weights {weights} selects weights of a dlm_ray checkpoint, and {source} is not one; omit --weights"
+            f"weights={weights} selects weights of a dlm_ray checkpoint, and {source} is not one; omit `weights`"
         )
     files = open_pretrained(source)
     with new_folder(out) as folder:

@@ -78,7 +78,7 @@ def foreign(directory: str) -> list[str]:
                 ts.KvStore.open(arrays.key_value_store(directory)).result().list().result(timeout=arrays.ANSWER_SECONDS)
             )
         except (ValueError, TimeoutError) as error:
-            raise arrays.refusal(error, directory) from error
+            raise arrays.as_storage_error(error, directory) from error
         names = {key.decode().partition("/")[0] for key in keys}
     elif path.is_dir():
         names = {entry.name for entry in path.iterdir()}

@@ -137,5 +137,5 @@ def _remote_keys(path: str, prefix: str) -> list[str]:
             timeout=arrays.ANSWER_SECONDS
         )
     except (ValueError, TimeoutError) as error:
-        raise arrays.refusal(error, path) from error
+        raise arrays.as_storage_error(error, path) from error
     return [key.decode() for key in keys]

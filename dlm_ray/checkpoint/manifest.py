@@ -104,5 +104,5 @@ def read_key(base: Spec, name: str, directory: str) -> bytes | None:
     try:
         result = ts.KvStore.open(base).result().read(name).result(timeout=arrays.ANSWER_SECONDS)
     except (ValueError, TimeoutError) as error:
-        raise arrays.explain(error, directory) from error
+        raise arrays.as_user_error(error, directory) from error
     return bytes(result.value) if result.state == "value" else None

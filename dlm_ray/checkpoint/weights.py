@@ -59,8 +59,8 @@ def weight_prefix(arrays: Collection[str], weights: str | None, checkpoint: str)
     has_ema = any(name.startswith("ema.") for name in arrays)
     if weights == "ema" and not has_ema:
         raise UserError(
-            f"{checkpoint} holds no averaged weights, because its recipe has no `ema`; omit --weights or "
-            "set --weights raw"
+            f"{checkpoint} holds no averaged weights, because its recipe has no `ema`; omit `weights` or "
+            "set weights=raw"
         )
     return "ema" if has_ema and weights != "raw" else "model"
 

@@ -52,7 +52,11 @@ class UserError(ValueError):
 
 
 class DamageError(UserError):
-    """Stored data (a shard or a checkpoint) is missing, damaged or incomplete; the message names the file.
+    """Stored data cannot be used, or could not be stored: the fault is of the files, not of what the user typed.
+
+    A shard, an index, a checkpoint or a weights file is missing, damaged, incomplete or of another format, or the disk
+    is full; the message names the file. The run's configuration is valid: restore the file or free the disk, and rerun
+    the same command. A file that the user named and that never was one of these is a plain `UserError`.
 
     The command line prints the message and exits with code 1.
     """

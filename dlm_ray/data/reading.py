@@ -51,7 +51,7 @@ def open_sources(sources: Sequence[Source]) -> list[Index]:
         _check_compatible(source.path, index, sources[0].path, indexes[0])
         if not index.splits["train"].sequences:
             raise UserError(
-                f"data.sources: {source.path} has no training sequences; build it with a smaller --held-out "
+                f"data.sources: {source.path} has no training sequences; build it with a smaller `held_out` "
                 "or more text"
             )
     return indexes
@@ -63,17 +63,17 @@ def _check_compatible(path: str, index: Index, first_path: str, first: Index) ->
     if tokenizer.sha256 != expected.sha256:
         raise UserError(
             f"data.sources: {path} was built with tokenizer {tokenizer.name} (sha256 {tokenizer.sha256[:12]}) and "
-            f"{first_path} with {expected.name} ({expected.sha256[:12]}); build both with the same --tokenizer"
+            f"{first_path} with {expected.name} ({expected.sha256[:12]}); build both with the same `tokenizer`"
         )
     if index.sequence_length != first.sequence_length:
         raise UserError(
             f"data.sources: {path} has sequences of {index.sequence_length} tokens and {first_path} of "
-            f"{first.sequence_length}; build both with the same --sequence-length"
+            f"{first.sequence_length}; build both with the same `sequence_length`"
         )
     if (tokenizer.start_id, tokenizer.end_id) != (expected.start_id, expected.end_id):
         raise UserError(
             f"data.sources: {path} has start token {tokenizer.start_id} and end token {tokenizer.end_id}, and "
-            f"{first_path} has {expected.start_id} and {expected.end_id}; build both with the same --tokenizer"
+            f"{first_path} has {expected.start_id} and {expected.end_id}; build both with the same `tokenizer`"
         )
 
 

@@ -156,7 +156,7 @@ def _field(line: bytes, text_field: str, where: str) -> str:
         raise DamageError(f"{where}: not a line of JSON ({error})") from error
     if not isinstance(record, dict) or not isinstance(record.get(text_field), str):
         known = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-        raise UserError(f"{where}: no text in field {text_field!r} (it has: {known}); name the field with --text-field")
+        raise UserError(f"{where}: no text in field {text_field!r} (it has: {known}); name the field with `text_field`")
     text: str = record[text_field]
     try:
         text.encode()
@@ -174,7 +174,7 @@ def _parquet(piece: Piece, text_field: str) -> Iterator[tuple[str, str]]:
     if text_field not in file.schema_arrow.names:
         raise UserError(
             f"{piece.path} has no column {text_field!r} (it has: {', '.join(file.schema_arrow.names)}); name the "
-            "column with --text-field"
+            "column with `text_field`"
         )
     for group in range(piece.first, piece.last):
         for row, text in enumerate(file.read_row_group(group, columns=[text_field])[text_field].to_pylist()):

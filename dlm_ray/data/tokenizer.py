@@ -66,7 +66,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedToke
     """
     if vocab_size < 257:
         raise UserError(
-            f"--train-tokenizer {vocab_size} is fewer than the 256 bytes and the end-of-text token; use 257 or more"
+            f"train_tokenizer_vocab={vocab_size} is fewer than the 256 bytes and the end-of-text token; use 257 or more"
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

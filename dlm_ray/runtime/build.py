@@ -63,11 +63,7 @@ def build(
     """
     if (tokenizer is None) == (train_tokenizer_vocab is None):
         raise UserError("give exactly one of `tokenizer` and `train_tokenizer_vocab`")
-    if sequence_length < _MIN_SEQUENCE_LENGTH:
-        allowed = f"too short for a start token and text; the minimum is {_MIN_SEQUENCE_LENGTH}, 256 and more is usual"
-        raise UserError.of("sequence_length", sequence_length, allowed)
-    if not 0 <= held_out < 1:
-        raise UserError.of("held_out", held_out, "a share of the documents must be at least 0 and below 1")
+    _check_ranges(sequence_length, held_out)
     check_url(out, "out")
     chunks = sources.list_chunks(inputs)
     out = out if storage.is_remote(out) else str(Path(out).absolute())
@@ -83,17 +79,21 @@ def build(
         }
         _refuse_other_settings(out, built_from)
         _store_tokenizer(Path(folder), out)
-        results: dict[int, ChunkResult] = {}
-        for number, result in _run(chunks, storage.join(out, "tokenizer"), settings, out):
-            results[number] = result
-            if progress is not None:
-                progress(len(results), len(chunks))
-    if not any(split["sequences"] for result in results.values() for split in result.values()):
+        results = _build_chunks(chunks, storage.join(out, "tokenizer"), settings, out, progress)
+    if not any(split["sequences"] for result in results for split in result.values()):
         raise UserError(f"no text in {', '.join(inputs)}: nothing to build; check the paths and `text_field`")
-    ordered = [results[chunk.number] for chunk in chunks]
-    index = write_index(out, ordered, sequence_length, tokenizer_identity, built_from)
+    index = write_index(out, results, sequence_length, tokenizer_identity, built_from)
     _warn_of_empty_splits(index, held_out)
     return index
+
+
+def _check_ranges(sequence_length: int, held_out: float) -> None:
+    """Raise UserError if a number is outside its range."""
+    if sequence_length < _MIN_SEQUENCE_LENGTH:
+        allowed = f"too short for a start token and text; the minimum is {_MIN_SEQUENCE_LENGTH}, 256 and more is usual"
+        raise UserError.of("sequence_length", sequence_length, allowed)
+    if not 0 <= held_out < 1:
+        raise UserError.of("held_out", held_out, "a share of the documents must be at least 0 and below 1")
 
 
 def _store_tokenizer(folder: Path, out: str) -> None:
@@ -114,6 +114,22 @@ def _warn_of_empty_splits(index: indexes.Index, held_out: float) -> None:
             "`held_out`",
             stacklevel=3,
         )
+
+
+def _build_chunks(
+    chunks: Sequence[sources.SourceChunk],
+    tokenizer_folder: str,
+    settings: Settings,
+    out: str,
+    progress: Callable[[int, int], None] | None,
+) -> list[ChunkResult]:
+    """Build all chunks, and return their results in order; `progress` is called after each with (done, all)."""
+    results: dict[int, ChunkResult] = {}
+    for number, result in _run(chunks, tokenizer_folder, settings, out):
+        results[number] = result
+        if progress is not None:
+            progress(len(results), len(chunks))
+    return [results[chunk.number] for chunk in chunks]
 
 
 def _run(

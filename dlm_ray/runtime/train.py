@@ -188,7 +188,7 @@ def _scaling(parallelism: Parallelism, use_gpu: bool) -> ray.train.ScalingConfig
 
 
 def _worker(config: JsonObject) -> None:
-    """Run `training.loop.fit` in a worker, with rows from Ray Data and checkpoints reported to Ray."""
+    """Run `training.loop.fit` in a worker, with sequences from Ray Data and checkpoints reported to Ray."""
     import torch
 
     fields = config["recipe"]

@@ -56,7 +56,7 @@ def sole_owner(run_dir: Path, name: str, *, patience_seconds: float = 0.0) -> It
                 if time.monotonic() > deadline:
                     raise UserError(
                         f"{run_dir} belongs to a run in progress: {path.read_text().strip() or 'its owner is unknown'};"
-                        " wait for it, stop it, or start another with --fresh"
+                        " wait for it, stop it, or start another with `fresh`"
                     ) from error
             time.sleep(0.1)
         file.truncate(0)
@@ -135,7 +135,7 @@ def check_same_run(
         listed = "\n".join(f"  - {change}" for change in changes)
         raise UserError(
             f"{checkpoint} belongs to another recipe:\n{listed}\n"
-            "Change the recipe back, or use another run directory (--fresh, --out)"
+            "Change the recipe back, or use another run directory (`fresh`, `out`)"
         )
 
 

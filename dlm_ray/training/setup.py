@@ -90,8 +90,8 @@ def resolve(recipe: Recipe, is_causal: bool, tokenizer: TokenizerIdentity) -> Ne
     fields, base_mask_id, base_identity = describe_base(base)
     if difference := base_identity.differs_from(tokenizer):
         raise UserError(
-            f"model.base={base} was made with {difference} as data.sources; build the data with `dlm-ray data build "
-            f"--tokenizer {base}`, or change model.base"
+            f"model.base={base} was made with {difference} as data.sources; build the data with "
+            f"tokenizer={base}, or change model.base"
         )
     config = families.read_config(fields)
     if config.vocab_size < tokenizer.vocab_size:
@@ -140,7 +140,7 @@ def check_held_out(recipe: Recipe, indexes: Sequence[Index]) -> None:
     if needed_by:
         raise UserError(
             f"{needed_by} measures held-out sequences, and data.sources have none; build the data with a larger "
-            "--held-out, or remove it"
+            "`held_out`, or remove it"
         )
     if recipe.validation.sequences:
         log.warning(
@@ -217,7 +217,7 @@ def _check_blocks(recipe: Recipe, sequence_length: int) -> None:
             )
             raise UserError(
                 f"{key}={size} does not divide the sequence length {sequence_length}; allowed are {allowed}, or build "
-                "the data with another --sequence-length"
+                "the data with another `sequence_length`"
             )
 
 

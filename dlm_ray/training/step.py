@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -108,13 +109,13 @@ def micro_batches(
         f"the stream gave {len(sequences)} sequences where this rank's share of the global batch is {len(share)}"
     )
     batches = []
-    for part in np.array_split(np.arange(len(share)), num_micro_steps(recipe, world_size, copies)):
-        selected = [sequences[i] for i in part] or [sequences[0]]
+    for indices in np.array_split(np.arange(len(share)), num_micro_steps(recipe, world_size, copies)):
+        selected = [sequences[i] for i in indices] or [sequences[0]]
         x_0 = np.stack([sequence.input_ids for sequence in selected]).astype(np.int64).repeat(copies, axis=0)
         document_ids = np.stack([sequence.document_ids for sequence in selected]).astype(np.int32)
         document_ids = document_ids.repeat(copies, axis=0)
-        maskable = maskable_positions(document_ids) & (len(part) > 0)
-        numbers = [int(share[i]) * copies + copy for i in (part if len(part) else [0]) for copy in range(copies)]
+        maskable = maskable_positions(document_ids) & (len(indices) > 0)
+        numbers = [int(share[i]) * copies + copy for i in (indices if len(indices) else [0]) for copy in range(copies)]
         key = DrawKey(recipe.seed, step, numbers, total * copies, curriculum.block_tokens(recipe, step))
         draw = objective.draw(key, x_0, maskable)
         visible = curriculum.visibility(recipe, objective.is_causal, step, document_ids, device)
@@ -147,6 +148,32 @@ def train_step(
         host_group: the group for messages between the hosts; the default group if None.
         skips_nonfinite: whether to leave out an update that is not finite.
     """
+    divisors = _global_divisors(objective, batches, host_group)
+    sums, names, divisor_of_name = _accumulate_gradients(root, batches, divisors)
+    total = sums[0].clone()
+    dist.all_reduce(total)
+    norm = _clip(root.denoiser.parameters(), _reduced(root.get_submodule("objective").parameters()), max_norm)
+    count = divisors.loss
+    result = StepResult(sums, names, divisor_of_name, count, divisors.num_scored, norm, total / count)
+    if skips_nonfinite and not result.is_finite():
+        result = replace(result, is_skipped=True)
+    else:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return result
+
+
+class _Divisors(NamedTuple):
+    """The counts of a global batch by which its sums are divided."""
+
+    loss: int
+    """The sum of `Objective.count`; 1 if nothing counts."""
+    num_scored: int
+    num_maskable: int
+
+
+def _global_divisors(objective: Objective, batches: Sequence[Batch], host_group: dist.ProcessGroup | None) -> _Divisors:
+    """Return the counts over the micro-batches of all ranks. Collective, on the host."""
     draws = [batch.draw for batch in batches]
     local_counts = (
         [objective.count(draw) for draw in draws],
@@ -155,7 +182,18 @@ def train_step(
     )
     counts = torch.tensor([sum(column) for column in local_counts])
     dist.all_reduce(counts, group=host_group)
-    count, num_scored, num_maskable = max(1, int(counts[0])), int(counts[1]), int(counts[2])
+    return _Divisors(max(1, int(counts[0])), int(counts[1]), int(counts[2]))
+
+
+def _accumulate_gradients(
+    root: TrainModule, batches: Sequence[Batch], global_divisors: _Divisors
+) -> tuple[Tensor, tuple[str, ...], tuple[int, ...]]:
+    """Run forward and backward of this rank's micro-batches; only the last one reduces the gradients over the ranks.
+
+    Returns:
+        `sums`, `names` and `divisors` of the StepResult.
+    """
+    count, num_scored, num_maskable = global_divisors
     sums: Tensor | None = None
     names: tuple[str, ...] = ()
     divisors: tuple[int, ...] = ()
@@ -177,19 +215,10 @@ def train_step(
             *loss.by_token.values(),
             *(value.detach() for value in loss.over_tokens.values()),
         )
-        parts = torch.stack([total.detach(), *logged]).double()
-        sums = parts if sums is None else sums + parts
+        batch_sums = torch.stack([total.detach(), *logged]).double()
+        sums = batch_sums if sums is None else sums + batch_sums
     assert sums is not None, "a step has at least one micro-batch"
-    total = sums[0].clone()
-    dist.all_reduce(total)
-    norm = _clip(root.denoiser.parameters(), _reduced(root.get_submodule("objective").parameters()), max_norm)
-    result = StepResult(sums, names, divisors, count, num_scored, norm, total / count)
-    if skips_nonfinite and not result.is_finite():
-        result = replace(result, is_skipped=True)
-    else:
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return result
+    return sums, names, divisors
 
 
 def _reduced(parameters: Iterable[nn.Parameter]) -> list[Tensor]:

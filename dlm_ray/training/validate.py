@@ -8,13 +8,13 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from dlm_ray.config.manifest_fields import Validation
 from dlm_ray.config.recipe import Recipe
 from dlm_ray.data.reading import DataSequence
-from dlm_ray.diffusion.denoiser import Objective
+from dlm_ray.diffusion.denoiser import Batch, Objective
 from dlm_ray.diffusion.draws import evaluation_times, maskable_positions
 from dlm_ray.diffusion.likelihood import bits_per_byte, evaluation_batch
 from dlm_ray.training import curriculum
@@ -53,8 +53,8 @@ def validate(
     times = evaluation_times(recipe.seed, range(len(sequences)), draws)
     sums = torch.zeros(1 + 2 * TIME_BINS, dtype=torch.float64, device=device)  # nats; nll by bin; count by bin
     with torch.no_grad():
-        for part in np.array_split(share, num_batches):
-            selected = [pairs[i] for i in part] or [pairs[0]]
+        for indices in np.array_split(share, num_batches):
+            selected = [pairs[i] for i in indices] or [pairs[0]]
             batch = evaluation_batch(
                 objective,
                 x_0,
@@ -64,16 +64,27 @@ def validate(
                 recipe.seed,
                 lambda ids: curriculum.visibility(recipe, objective.is_causal, None, ids, device),
                 device,
-                is_real=len(part) > 0,
+                is_real=len(indices) > 0,
             )
-            count = batch.draw.num_scored  # padding follows, whose values do not count
-            nll = root(batch, score_only=True)[:count].double()
-            sums[0] += (batch.draw.weight[:count] * nll).sum()
-            bins = (batch.draw.t_scored[:count] * TIME_BINS).long().clamp(max=TIME_BINS - 1)
-            sums[1 : 1 + TIME_BINS].index_add_(0, bins, nll)
-            sums[1 + TIME_BINS :].index_add_(0, bins, torch.ones_like(nll))
+            _add_batch(sums, root, batch)
     reshard(root)
     dist.all_reduce(sums)
+    num_bytes = sum(int(sequence.num_bytes.sum()) for sequence in sequences)
+    return _means(sums, objective, draws, int(maskable_positions(document_ids).sum()), num_bytes)
+
+
+def _add_batch(sums: Tensor, root: TrainModule, batch: Batch) -> None:
+    """Add a batch to the sums [1 + 2 TIME_BINS]: weighted nats, then nats and number of tokens by bin of t."""
+    count = batch.draw.num_scored  # padding follows, whose values do not count
+    nll = root(batch, score_only=True)[:count].double()
+    sums[0] += (batch.draw.weight[:count] * nll).sum()
+    bins = (batch.draw.t_scored[:count] * TIME_BINS).long().clamp(max=TIME_BINS - 1)
+    sums[1 : 1 + TIME_BINS].index_add_(0, bins, nll)
+    sums[1 + TIME_BINS :].index_add_(0, bins, torch.ones_like(nll))
+
+
+def _means(sums: Tensor, objective: Objective, draws: int, num_tokens: int, num_bytes: int) -> Validation:
+    """Return the means that `validate` reports, from the sums of all ranks over `draws` draws per sequence."""
     nats = sums[0].item() / draws
     means = (sums[1 : 1 + TIME_BINS] / sums[1 + TIME_BINS :].clamp(min=1)).tolist()
     if objective.likelihood == "none":
@@ -81,9 +92,8 @@ def validate(
             "block_nll": sums[1 : 1 + TIME_BINS].sum().item() / max(1.0, sums[1 + TIME_BINS :].sum().item()),
             "block_nll_by_t": means,
         }
-    num_bytes = sum(int(sequence.num_bytes.sum()) for sequence in sequences)
     result: Validation = {
-        "nats_per_token": nats / int(maskable_positions(document_ids).sum()),
+        "nats_per_token": nats / num_tokens,
         "bits_per_byte": bits_per_byte(nats, num_bytes),
     }
     if objective.likelihood == "bound":

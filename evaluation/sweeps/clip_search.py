@@ -62,15 +62,11 @@ def search(
 
     Raises:
         UserError: for an autoregressive model, blocks of 1, blocks that do not divide the data's sequences, data of
-        another
-            tokenizer, or a split without sequences.
+            another tokenizer, or a split without sequences.
     """
     size = block_tokens or getattr(model.objective, "block_tokens", load_index(data).sequence_length)
     _check(model, data, size)
-    assert size is not None, "checked"
-    sequences = read_split(data, split, num_sequences)
-    if not sequences:
-        raise UserError(f"split {split!r} of {data} has no sequences; build the data with a larger `held_out`")
+    sequences = _sequences(data, split, num_sequences)
     objective, clips = Block(block_tokens=size), clip_search.candidates(enforce)
     num_batches = -(-len(sequences) * num_draws // micro_batch_size)
     num_steps = num_batches + (len(clips) if num_gradients else 0)
@@ -91,13 +87,40 @@ def search(
     if not num_gradients:
         return candidates
     batch = sequences[:gradient_sequences]
+    return _with_gradients(
+        candidates,
+        lambda clip: _gradient_variance(model, clip, size, batch, num_gradients, seed),
+        clips,
+        lambda done: progress(num_batches + done, num_steps),
+    )
+
+
+def _with_gradients(
+    candidates: Sequence[Measured],
+    variance_of: Callable[[Clip], float],
+    clips: Sequence[Clip],
+    progress: Callable[[int], None],
+) -> list[Measured]:
+    """Return the candidates with the variance of the gradient; `progress` is called with the number of those done."""
     clip_of = {(clip.beta, clip.omega): clip for clip in clips}
-    for number, candidate in enumerate(candidates):
-        clip = clip_of[candidate.beta, candidate.omega]
-        variance = _gradient_variance(model, clip, size, batch, num_gradients, seed)
-        candidates[number] = replace(candidate, gradient_variance=variance)
-        progress(num_batches + number + 1, num_steps)
-    return candidates
+    results = []
+    for done, candidate in enumerate(candidates, 1):
+        variance = variance_of(clip_of[candidate.beta, candidate.omega])
+        results.append(replace(candidate, gradient_variance=variance))
+        progress(done)
+    return results
+
+
+def _sequences(data: str, split: str, num_sequences: int) -> list[DataSequence]:
+    """Return sequences of a split.
+
+    Raises:
+        UserError: if it has none.
+    """
+    sequences = read_split(data, split, num_sequences)
+    if not sequences:
+        raise UserError(f"split {split!r} of {data} has no sequences; build the data with a larger `held_out`")
+    return sequences
 
 
 def _gradient_variance(

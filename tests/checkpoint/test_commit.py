@@ -419,7 +419,7 @@ def test_a_path_that_cannot_be_a_folder_is_the_users_mistake(tmp_path):
 
 
 def test_a_full_disk_is_said_to_be_full():
-    said = arrays.explain(
+    said = arrays.as_user_error(
         ValueError("RESOURCE_EXHAUSTED: Error writing: No space left on device [os_error_code='28']"), "step: model.a"
     )
     assert (

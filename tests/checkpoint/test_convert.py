@@ -103,9 +103,9 @@ def test_directions_that_do_not_exist_are_refused_and_leave_nothing(gguf_file, t
         convert(str(gguf_file), "s3://bucket/folder")
     with pytest.raises(UserError, match="exists and is not empty"):
         convert(str(gguf_file), str(tmp_path))
-    with pytest.raises(UserError, match="--dtype int8 is not one of float32, bfloat16, float16"):
+    with pytest.raises(UserError, match="dtype=int8: must be one of float32, bfloat16, float16"):
         convert(str(gguf_file), out, dtype="int8")
-    with pytest.raises(UserError, match="--weights raw selects weights of a dlm_ray checkpoint"):
+    with pytest.raises(UserError, match="weights=raw selects weights of a dlm_ray checkpoint"):
         convert(str(gguf_file), out, weights="raw")
     (tmp_path / "neither").mkdir()
     with pytest.raises(UserError, match="neither a dlm_ray checkpoint .* nor a GGUF file"):

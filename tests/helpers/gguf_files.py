@@ -65,23 +65,8 @@ def train_bpe(pre_tokenizer=None, size=SHAPE["vocab_size"] - 1):
     return model["vocab"], [tuple(merge) for merge in model["merges"]]
 
 
-def write_gguf(path, network, *, quantisations=None, pre="gpt-2", bpe=None, metadata=None, raw=None):
-    """Writes the network and a tokenizer as llama.cpp's convert_hf_to_gguf.py would.
-
-    Args:
-        path: of the file.
-        network: of Hugging Face.
-        quantisations: by a part of the tensor's name in the file; float32 without.
-        pre: the kind of pre-tokenizer.
-        bpe: vocabulary and merges.
-        metadata: more keys below the architecture's name, or full ones with `general.` and `tokenizer.`; None leaves
-            one out.
-        raw: tensors as (bytes, quantisation) by name, instead of the network's.
-
-    Returns:
-        What the file holds: by name, the array that its bytes decode to.
-    """
-    config, arch = network.config, network.config.model_type
+def gguf_fields(config, pre, bpe):
+    """Return the metadata of a network and its tokenizer; keys of the architecture are without its name."""
     fields = {
         "context_length": config.max_position_embeddings,
         "embedding_length": config.hidden_size,
@@ -92,7 +77,7 @@ def write_gguf(path, network, *, quantisations=None, pre="gpt-2", bpe=None, meta
         "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
         "rope.freq_base": config.rope_parameters["rope_theta"],
     }
-    if arch == "qwen3":
+    if config.model_type == "qwen3":
         fields |= {"attention.key_length": config.head_dim, "attention.value_length": config.head_dim}
     else:
         fields |= {"rope.dimension_count": config.head_dim, "vocab_size": config.vocab_size}
@@ -111,8 +96,28 @@ def write_gguf(path, network, *, quantisations=None, pre="gpt-2", bpe=None, meta
         "tokenizer.ggml.bos_token_id": config.bos_token_id,
         "tokenizer.ggml.eos_token_id": config.eos_token_id,
         "tokenizer.chat_template": TEMPLATE,
-        **(metadata or {}),
     }
+    return fields
+
+
+def write_gguf(path, network, *, quantisations=None, pre="gpt-2", bpe=None, metadata=None, raw=None):
+    """Writes the network and a tokenizer as llama.cpp's convert_hf_to_gguf.py would.
+
+    Args:
+        path: of the file.
+        network: of Hugging Face.
+        quantisations: by a part of the tensor's name in the file; float32 without.
+        pre: the kind of pre-tokenizer.
+        bpe: vocabulary and merges.
+        metadata: more keys below the architecture's name, or full ones with `general.` and `tokenizer.`; None leaves
+            one out.
+        raw: tensors as (bytes, quantisation) by name, instead of the network's.
+
+    Returns:
+        What the file holds: by name, the array that its bytes decode to.
+    """
+    config, arch = network.config, network.config.model_type
+    fields = gguf_fields(config, pre, bpe) | (metadata or {})
     writer = gguf.GGUFWriter(path, fields.pop("general.architecture", arch))
     for key, value in fields.items():
         key = key if key.startswith(("general.", "tokenizer.", "split.")) else f"{writer.arch}.{key}"
@@ -129,12 +134,7 @@ def write_gguf(path, network, *, quantisations=None, pre="gpt-2", bpe=None, meta
         values = tensor.numpy()
         if arch == "llama" and ("attn_q." in stored or "attn_k." in stored):
             heads = config.num_attention_heads if "attn_q." in stored else config.num_key_value_heads
-            # llama.cpp's `permute`
-            values = (
-                values.reshape(heads, 2, len(values) // heads // 2, *values.shape[1:])
-                .swapaxes(1, 2)
-                .reshape(values.shape)
-            )
+            values = permuted(values, heads)
         held[stored] = add_tensor(writer, stored, values, quantisations or {}, raw or {})
     for name in {*(raw or {})} - {*held}:
         add_tensor(writer, name, None, {}, raw)
@@ -143,6 +143,12 @@ def write_gguf(path, network, *, quantisations=None, pre="gpt-2", bpe=None, meta
     writer.write_tensors_to_file()
     writer.close()
     return held
+
+
+def permuted(values, heads):
+    """Return the rows of a Llama query or key matrix in llama.cpp's order (its function `permute`)."""
+    halves = values.reshape(heads, 2, len(values) // heads // 2, *values.shape[1:])
+    return halves.swapaxes(1, 2).reshape(values.shape)
 
 
 def add_field(writer, key, value):

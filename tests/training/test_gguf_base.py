@@ -39,5 +39,5 @@ def test_a_run_starts_from_the_dequantised_weights_and_aligns_with_them(base, tm
 
 
 def test_data_of_another_tokenizer_is_refused_with_the_command_that_builds_it(base, data_folder, tmp_path):
-    with pytest.raises(UserError, match=r"data build --tokenizer .*tiny\.gguf"):
+    with pytest.raises(UserError, match=r"tokenizer=.*tiny\.gguf"):
         loop.fit(adaptation(data_folder, base), tmp_path / "run")
