@@ -1,5 +1,6 @@
 """Examples in Markdown files run, or are checked by the code that would run them; named paths and keys exist."""
 
+import ast
 import importlib.util
 import json
 import re
@@ -155,6 +156,33 @@ def test_the_old_names_of_the_changelog_are_gone_and_the_new_ones_exist():
     old = {key for key in old if key.partition(".")[0] in SECTIONS}
     assert len(old) >= 12 and len(new) >= 12
     assert new <= KEYS and not old & KEYS
+
+
+def definitions(path):
+    """Map each function, class and method of a file, as `name` or `Class.name`, to its source."""
+    text = path.read_text()
+    nodes = [(node.name, node) for node in ast.parse(text).body if hasattr(node, "name")]
+    nodes += [(f"{name}.{inner.name}", inner) for name, node in nodes for inner in node.body if hasattr(inner, "name")]
+    return {name: ast.get_source_segment(text, node) for name, node in nodes}
+
+
+def test_every_function_that_the_architecture_page_names_is_in_its_file():
+    named = re.findall(r"`([\w/]+\.py):([\w.]+)`", TEXTS["dlm_ray/README.md"])
+    assert len(named) > 20
+    for file, name in named:
+        assert name in definitions(ROOT / "dlm_ray" / file), (file, name)
+
+
+def test_every_reason_to_refuse_a_checkpoint_is_quoted_from_the_file_that_checks_it():
+    [table] = re.findall(r"## Why a checkpoint is refused\n(.*?)\n## ", TEXTS["dlm_ray/README.md"], re.DOTALL)
+    rows = [line.split("|")[1:-1] for line in table.splitlines() if line.startswith("| ") and ".py:" in line]
+    assert len(rows) > 10
+    for _, messages, checked, _ in rows:
+        [file] = re.findall(r"`([\w/]+\.py):", checked)
+        source = re.sub(r'"\s*f?"', "", (ROOT / "dlm_ray" / file).read_text())  # a string over several lines
+        for message in re.findall("`([^`]+)`", messages):
+            words = message.rstrip(":")
+            assert words in source, (file, message)
 
 
 @pytest.mark.parametrize("file", TEXTS)

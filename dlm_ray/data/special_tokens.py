@@ -21,7 +21,7 @@ from tokenizers import Encoding, Tokenizer
 from dlm_ray.config.errors import UserError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from dlm_ray.data.tokenizer import FastTokenizer
 
 OPEN, CLOSE = "\ufdd0", "\ufdd1"
 """Noncharacters of Unicode, which text must not contain; they enclose the names of special tokens."""
@@ -101,10 +101,10 @@ class SpecialTokens:
         return backend
 
 
-_CACHE: WeakKeyDictionary[PreTrainedTokenizerFast, SpecialTokens] = WeakKeyDictionary()
+_CACHE: WeakKeyDictionary[FastTokenizer, SpecialTokens] = WeakKeyDictionary()
 
 
-def special_tokens(tokenizer: PreTrainedTokenizerFast) -> SpecialTokens:
+def special_tokens(tokenizer: FastTokenizer) -> SpecialTokens:
     """Return the special tokens of a fast tokenizer: tokens marked as special, and tokens with a role (start, ...)."""
     if tokenizer not in _CACHE:
         ids = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}

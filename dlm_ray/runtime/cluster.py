@@ -59,7 +59,8 @@ def _start() -> None:
         probe.bind(("", 0))
         port = probe.getsockname()[1]
     os.environ["RAY_GCS_SERVER_PORT"] = str(port)
-    os.environ["RAY_ADDRESS"] = f"{ray.util.get_node_ip_address()}:{port}"  # type: ignore[no-untyped-call]  # Ray does not annotate it
+    node: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]  # Ray does not annotate it
+    os.environ["RAY_ADDRESS"] = f"{node}:{port}"
     try:
         # Ray Train asks the dashboard's State API whether a controller has died, and leaks placement groups without it.
         ray.init(

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
-from transformers import PreTrainedConfig
 
 from dlm_ray.checkpoint import weights
 from dlm_ray.checkpoint.description import KEY
@@ -84,7 +83,7 @@ def resolve(recipe: Recipe, is_causal: bool, tokenizer: TokenizerIdentity) -> Ne
         rows = tokenizer.vocab_size + (mask_id == tokenizer.vocab_size)
         config = families.scratch_config(recipe.model.architecture, rows, tokenizer.start_id, tokenizer.end_id)
         shift = recipe.objective.shift
-        return Network(_stored_config(config, recipe, is_causal, mask_id), mask_id, shift, is_causal)
+        return Network(_stored_config(config.to_dict(), recipe, is_causal, mask_id), mask_id, shift, is_causal)
     assert recipe.model.base is not None, "a recipe has a base or an architecture"
     base = recipe.model.base
     fields, base_mask_id, base_identity = describe_base(base)
@@ -113,7 +112,7 @@ def resolve(recipe: Recipe, is_causal: bool, tokenizer: TokenizerIdentity) -> Ne
     config.vocab_size += appended
     shift = recipe.objective.shift
     return Network(
-        _stored_config(config, recipe, is_causal, mask_id),
+        _stored_config(config.to_dict(), recipe, is_causal, mask_id),
         mask_id,
         shift,
         is_causal,
@@ -315,12 +314,11 @@ def _check_mask_id(recipe: Recipe, mask_id: int, rows: int, tokenizer: Tokenizer
         )
 
 
-def _stored_config(config: PreTrainedConfig, recipe: Recipe, is_causal: bool, mask_id: int | None) -> JsonObject:
-    """Return the configuration that checkpoints and exports store.
+def _stored_config(fields: JsonObject, recipe: Recipe, is_causal: bool, mask_id: int | None) -> JsonObject:
+    """Return the configuration that checkpoints and exports store, from the fields of a network's.
 
-    Of ours, stock transformers reads `is_causal` only.
+    Of the added keys, stock transformers reads `is_causal` only.
     """
-    fields: JsonObject = config.to_dict()
     for unwanted in ("dtype", "_name_or_path", "block_tokens", KEY):
         fields.pop(unwanted, None)
     fields["is_causal"] = is_causal
