@@ -9,8 +9,8 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
+from dlm_ray.config.manifest_fields import JsonObject
 from dlm_ray.report import intervals
 
 MODELS = {
@@ -21,7 +21,7 @@ MODELS = {
 }
 
 
-def rows(report: dict[str, Any]) -> list[tuple[str, float, float, float]]:
+def rows(report: JsonObject) -> list[tuple[str, float, float, float]]:
     """Return (label, bits per byte, low, high) per model, the best first; the interval is over documents."""
     models = [(label, report[name]["bits_per_byte"], *report[name]["ci95_documents"]) for name, label in MODELS.items()]
     unigram = report["unigram_bits_per_byte"]

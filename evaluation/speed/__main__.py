@@ -17,20 +17,20 @@ import os
 import platform
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 from dlm_ray.evaluation.speed import checkpoint, sampling, serving, training
 from dlm_ray.evaluation.speed.networks import SHAPES
 from dlm_ray.evaluation.speed.timing import pick_device
 
+from dlm_ray.config.manifest_fields import JsonObject
 from dlm_ray.config.paths import folder_argument
 
 REPETITIONS = 7
 _TITLES = {"sample": "sampling", "serving": "serving", "checkpoint": "saving and loading"}
 
 
-def measure(what: str, shape_name: str, repetitions: int, seconds: float, folder: Path | None) -> dict[str, Any]:
+def measure(what: str, shape_name: str, repetitions: int, seconds: float, folder: Path | None) -> JsonObject:
     """Run one measurement and return its numbers with the machine, the date and the command.
 
     Args:
@@ -54,7 +54,7 @@ def measure(what: str, shape_name: str, repetitions: int, seconds: float, folder
     return result | training.measure(what, shape, repetitions, device)
 
 
-def _environment(what: str, shape_name: str, device: torch.device) -> dict[str, Any]:
+def _environment(what: str, shape_name: str, device: torch.device) -> JsonObject:
     """Return what was measured, where, when, and with which command."""
     cpu = f"{platform.machine()}, {torch.get_num_threads()} threads"
     return {

@@ -11,7 +11,6 @@ import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -21,6 +20,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from dlm_ray.checkpoint import commit
+from dlm_ray.config.manifest_fields import JsonObject
 from dlm_ray.config.recipe import Checkpoint
 from dlm_ray.training import optimizer as optimization
 from dlm_ray.training import setup, state
@@ -28,7 +28,7 @@ from dlm_ray.training.saving import Saver
 
 Tensors = Mapping[str, Tensor]
 
-MANIFEST_FIELDS: dict[str, Any] = {
+MANIFEST_FIELDS: JsonObject = {
     "recipe": {},
     "tokenizer": {},
     "model": {},
@@ -39,7 +39,7 @@ MANIFEST_FIELDS: dict[str, Any] = {
 NUM_FLIPS = 8
 
 
-def measure(shape: Shape, repetitions: int, folder: Path | None, device: torch.device) -> dict[str, Any]:
+def measure(shape: Shape, repetitions: int, folder: Path | None, device: torch.device) -> JsonObject:
     """Return the seconds of saving and loading, their ratios within a round, and the outcome of flipped bits.
 
     Args:
@@ -52,7 +52,7 @@ def measure(shape: Shape, repetitions: int, folder: Path | None, device: torch.d
         return _measure(_training_state(shape, device), Path(place), repetitions, device)
 
 
-def _measure(tensors: dict[str, Tensor], place: Path, repetitions: int, device: torch.device) -> dict[str, Any]:
+def _measure(tensors: dict[str, Tensor], place: Path, repetitions: int, device: torch.device) -> JsonObject:
     saver = Saver(Checkpoint(), place / "asynchronous", rank=0)
     target = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
     ours, theirs = place / "ours", place / "dcp"
@@ -117,7 +117,7 @@ def _training_state(shape: Shape, device: torch.device) -> dict[str, Tensor]:
     return tensors
 
 
-def _ratio(numerators: Sequence[float], denominators: Sequence[float]) -> dict[str, Any]:
+def _ratio(numerators: Sequence[float], denominators: Sequence[float]) -> JsonObject:
     """Return the median and the range of the ratio within a round."""
     ratios = paired_ratios(numerators, denominators)
     return {"median": round(statistics.median(ratios), 3), "range": [round(min(ratios), 3), round(max(ratios), 3)]}

@@ -15,10 +15,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import httpx
 import numpy as np
+
+from dlm_ray.config.manifest_fields import JsonObject
 
 NUM_CLIENTS = 32
 PROMPT_TOKENS, GENERATED_TOKENS = (32, 96), (16, 48)
@@ -60,7 +61,7 @@ class _ClientLog:
     """Ids of answers that belong to another request."""
 
 
-def run(url: str, vocab_size: int, seconds: float) -> dict[str, Any]:
+def run(url: str, vocab_size: int, seconds: float) -> JsonObject:
     """Run clients that send their next request on every answer, for `seconds` and until the last answer.
 
     Returns:

@@ -17,6 +17,7 @@ from dlm_ray.evaluation.speed.networks import BLOCK_TOKENS, CONTEXT, random_deno
 from dlm_ray.evaluation.speed.timing import interleaved, paired_ratios, rounded_medians, timed
 from torch import Tensor
 
+from dlm_ray.config.manifest_fields import JsonObject
 from dlm_ray.config.recipe import Architecture
 from dlm_ray.diffusion.denoiser import Cache
 from dlm_ray.diffusion.samplers.blocks import BlockSampler
@@ -34,7 +35,7 @@ _AR = 0  # stands for AR decoding among block sizes
 
 
 @torch.no_grad()
-def measure(architecture: Architecture, vocab_size: int, repetitions: int, device: torch.device) -> dict[str, Any]:
+def measure(architecture: Architecture, vocab_size: int, repetitions: int, device: torch.device) -> JsonObject:
     """Return all ratios for a network of this architecture.
 
     Args:
@@ -53,7 +54,7 @@ def measure(architecture: Architecture, vocab_size: int, repetitions: int, devic
     }
 
 
-def _engine_overhead(denoiser: HuggingFaceDenoiser, repetitions: int, device: torch.device) -> dict[str, Any]:
+def _engine_overhead(denoiser: HuggingFaceDenoiser, repetitions: int, device: torch.device) -> JsonObject:
     """Return the time of the sampler's ticks over bare forwards with the same blocks and numbers of logits."""
     prompt = [0] * (4 * BLOCK_TOKENS)
     ratios, call_seconds = [], []
@@ -82,7 +83,7 @@ def _engine_overhead(denoiser: HuggingFaceDenoiser, repetitions: int, device: to
     }
 
 
-def _by_committed_tokens(denoiser: HuggingFaceDenoiser, repetitions: int, device: torch.device) -> dict[str, Any]:
+def _by_committed_tokens(denoiser: HuggingFaceDenoiser, repetitions: int, device: torch.device) -> JsonObject:
     """Return the time of a denoising call by the number of committed tokens, and the attention kernel's part of it."""
     cases: dict[str, Callable[[int], float]] = {}
     for length in COMMITTED_TOKENS:
@@ -104,7 +105,7 @@ def _by_committed_tokens(denoiser: HuggingFaceDenoiser, repetitions: int, device
     }
 
 
-def _by_block_size(denoiser: HuggingFaceDenoiser, repetitions: int, device: torch.device) -> dict[str, Any]:
+def _by_block_size(denoiser: HuggingFaceDenoiser, repetitions: int, device: torch.device) -> JsonObject:
     """Return the time of a call with logits for a whole block over an AR call of one token, after 256 tokens."""
     result = {}
     for batch in CALL_BATCHES:
@@ -121,7 +122,7 @@ def _by_block_size(denoiser: HuggingFaceDenoiser, repetitions: int, device: torc
     return result
 
 
-def _decoding(denoiser: HuggingFaceDenoiser, batch: int, device: torch.device) -> dict[str, Any]:
+def _decoding(denoiser: HuggingFaceDenoiser, batch: int, device: torch.device) -> JsonObject:
     """Return the tokens/s of greedy AR decoding, and of blocks that accept one token or all tokens per call."""
     shifted = _ShiftedDenoiser(denoiser)
     decoders: dict[str, Callable[[], None]] = {

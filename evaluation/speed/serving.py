@@ -13,7 +13,6 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +25,7 @@ from torch import Tensor
 
 from dlm_ray.checkpoint.description import KEY as DESCRIPTION_KEY
 from dlm_ray.checkpoint.description import Description
+from dlm_ray.config.manifest_fields import JsonObject
 from dlm_ray.config.recipe import Architecture
 from dlm_ray.config.sampling import Sampling
 from dlm_ray.config.server import Engine as EngineSettings
@@ -43,7 +43,7 @@ TEMPERATURES = (1.0, 0.0)
 WARM_UP_SECONDS = 5.0
 
 
-def measure(architecture: Architecture, vocab_size: int, repetitions: int, seconds: float) -> dict[str, Any]:
+def measure(architecture: Architecture, vocab_size: int, repetitions: int, seconds: float) -> JsonObject:
     """Return all measurements for a network of this architecture.
 
     Args:
@@ -110,7 +110,7 @@ def _run_all(engine: Engine) -> dict[Job, str]:
 
 
 @torch.no_grad()
-def _gain_over_one_slot(model: TextModel, repetitions: int) -> dict[str, Any]:
+def _gain_over_one_slot(model: TextModel, repetitions: int) -> JsonObject:
     """Return the gain in tokens/s of 32 texts at once over one at a time, in the engine and in its bare forwards.
 
     Every text has one block. The bare forwards are the network calls that the engine cannot avoid.
@@ -168,7 +168,7 @@ def _argmax(logits: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _shared_prompt(model: TextModel, vocab_size: int, repetitions: int) -> dict[str, Any]:
+def _shared_prompt(model: TextModel, vocab_size: int, repetitions: int) -> JsonObject:
     """Return the seconds to the first token of a single request, with and without a prefix cache.
 
     All prompts share all tokens but the last, so the cache holds them from the warm-up round on.
@@ -197,7 +197,7 @@ def _shared_prompt(model: TextModel, vocab_size: int, repetitions: int) -> dict[
     }
 
 
-def _load(model: TextModel, checkpoint: Path, vocab_size: int, seconds: float) -> dict[str, Any]:
+def _load(model: TextModel, checkpoint: Path, vocab_size: int, seconds: float) -> JsonObject:
     """Return the throughput of the same requests over HTTP, and in this process's engine before and after.
 
     The service runs all the time and is idle while the engine of this process is measured.
@@ -238,7 +238,7 @@ def _engine_throughput(model: TextModel, vocab_size: int, seconds: float) -> flo
     return num_tokens / (time.monotonic() - started)
 
 
-def _agreement(model: TextModel, vocab_size: int) -> dict[str, Any]:
+def _agreement(model: TextModel, vocab_size: int) -> JsonObject:
     """Return the share of texts that are identical alone and in a batch of 32, without batch-invariant shapes."""
     same = {}
     for temperature in TEMPERATURES:

@@ -28,6 +28,7 @@ from dlm_ray.evaluation.speed.networks import (
 from dlm_ray.evaluation.speed.reference import ReferenceBlock
 from dlm_ray.evaluation.speed.timing import interleaved, paired_ratios, timed
 
+from dlm_ray.config.manifest_fields import JsonObject
 from dlm_ray.data.reading import DataSequence
 from dlm_ray.training import optimizer as optimization
 from dlm_ray.training import setup
@@ -41,7 +42,7 @@ COMPARED = {
 _MATRIX_PRODUCT = "matrix product"
 
 
-def measure(what: str, shape: Shape, repetitions: int, device: torch.device) -> dict[str, Any]:
+def measure(what: str, shape: Shape, repetitions: int, device: torch.device) -> JsonObject:
     """Measure training steps of the objectives of COMPARED[what], interleaved, in tokens/s and as ratios.
 
     A step covers everything between sequences and updated weights: draws, forward, backward, clipping and AdamW, in
@@ -142,7 +143,7 @@ def _training_flops(shape: Shape) -> dict[str, float]:
     }
 
 
-def _ratios_to_ar(shape: Shape, rates: Mapping[str, float], peak_flops: float) -> dict[str, Any]:
+def _ratios_to_ar(shape: Shape, rates: Mapping[str, float], peak_flops: float) -> JsonObject:
     """Return each rate over AR's, the ratio that the FLOPs allow, and the share of the machine's peak rate."""
     flops = _training_flops(shape)
     ratios = {name: rate / rates["autoregressive"] for name, rate in rates.items()}
@@ -160,7 +161,7 @@ def _ratios_to_ar(shape: Shape, rates: Mapping[str, float], peak_flops: float) -
     }
 
 
-def _ratios_to_masked(seconds: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+def _ratios_to_masked(seconds: Mapping[str, Sequence[float]]) -> JsonObject:
     """Return the median and the quartiles, over rounds, of each step time relative to the masked objective's."""
     ratios = {name: paired_ratios(times, seconds["masked"]) for name, times in seconds.items()}
     return {

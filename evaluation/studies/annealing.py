@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from dlm_ray.evaluation.studies import setup
 from dlm_ray.evaluation.studies.runner import Arm, Outcome, Study
@@ -25,6 +24,7 @@ from dlm_ray.checkpoint.manifest import read_manifest
 from dlm_ray.checkpoint.weights import our_checkpoint
 from dlm_ray.config.errors import UserError
 from dlm_ray.config.load import read_tree
+from dlm_ray.config.manifest_fields import JsonObject
 from dlm_ray.config.paths import folder_argument
 from dlm_ray.data.index import load_index
 from dlm_ray.generation.loading import load
@@ -77,7 +77,7 @@ def build_study(num_seeds: int, steps: int, sequence_length: int) -> Study:
     )
 
 
-def _settings(schedule: str, shift: bool, steps: int, sequence_length: int) -> dict[str, Any]:
+def _settings(schedule: str, shift: bool, steps: int, sequence_length: int) -> JsonObject:
     """Return the recipe of an arm."""
     pattern, share = SCHEDULES[schedule]
     tree = read_tree("quickstart")

@@ -27,6 +27,7 @@ from dlm_ray.evaluation.studies import setup
 from dlm_ray.evaluation.studies.runner import Arm, Outcome, Record, Study
 from dlm_ray.evaluation.sweeps import clip_search
 
+from dlm_ray.config.manifest_fields import JsonObject
 from dlm_ray.config.recipe import Recipe
 from dlm_ray.generation.loading import load
 from dlm_ray.training import loop
@@ -37,11 +38,11 @@ SEARCHED_SIZES = (4, 8, 16, 32, 64, 128)
 _BASE_SEED = 1000
 
 
-def _block(size: int, **keys: Any) -> dict[str, Any]:
+def _block(size: int, **keys: Any) -> JsonObject:
     return {"name": "block", "block_tokens": size, **keys}
 
 
-def _clip(beta: float, omega: float) -> dict[str, Any]:
+def _clip(beta: float, omega: float) -> JsonObject:
     return {"beta": beta, "omega": omega, "weight": "paper", "enforce": "counts"}
 
 
@@ -92,7 +93,7 @@ def build_study(num_seeds: int, steps: int) -> Study:
     )
 
 
-def _settings(arm: Arm, steps: int) -> dict[str, Any]:
+def _settings(arm: Arm, steps: int) -> JsonObject:
     """Return the recipe of an arm, and in "from" where its weights come from."""
     is_from_scratch = arm.settings.get("from") == "scratch"
     tree = setup.recipe_tree(dict(arm.settings["objective"]), _scratch_steps(steps) if is_from_scratch else steps)

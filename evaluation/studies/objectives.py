@@ -25,6 +25,7 @@ from dlm_ray.evaluation.studies import setup
 from dlm_ray.evaluation.studies.runner import Arm, Outcome, Record, Study
 from dlm_ray.evaluation.trained import stack, visibility_of
 
+from dlm_ray.config.manifest_fields import JsonObject
 from dlm_ray.data.reading import read_split
 from dlm_ray.diffusion import likelihood, schedules
 from dlm_ray.diffusion.absorbing import Absorbing
@@ -97,7 +98,7 @@ def run_arm(arm: Arm, seed: int, folder: Path, data: str, base: str) -> Outcome:
     scored = run.score(data)
     metrics["bits_per_character"] = scored.bits_per_byte
     num_bytes = float(scored.num_bytes.sum())
-    details: dict[str, Any] = {"ci95_draws": likelihood.draws_interval(scored.draw_totals, num_bytes)}
+    details: JsonObject = {"ci95_draws": likelihood.draws_interval(scored.draw_totals, num_bytes)}
     if arm.name == "MD4" and seed == 0:
         details["by_timesteps"] = bounds_by_timesteps(run.model, data)
     if arm.name.startswith("GenMD4"):

@@ -13,6 +13,7 @@ from dlm_ray.evaluation.studies import statistics
 from dlm_ray.evaluation.studies.comparison import Comparison, Verdict, compare, judge_orderings
 from dlm_ray.evaluation.studies.runner import Arm, Record, Study
 
+from dlm_ray.config.manifest_fields import JsonObject
 from dlm_ray.report import figures
 
 
@@ -46,7 +47,7 @@ class _Content:
     notes: Sequence[str]
 
 
-def _numbers(content: _Content) -> dict[str, Any]:
+def _numbers(content: _Content) -> JsonObject:
     """Return the fields of the JSON file; runs are without their values per document."""
     study, records = content.study, content.records
     return {

@@ -29,6 +29,7 @@ from dlm_ray.evaluation.trained import trained_objective
 
 from dlm_ray.checkpoint.weights import our_checkpoint
 from dlm_ray.config.load import validate
+from dlm_ray.config.manifest_fields import JsonObject
 from dlm_ray.config.paths import folder_argument
 from dlm_ray.config.recipe import Recipe
 from dlm_ray.data.reading import read_split
@@ -47,7 +48,7 @@ NUM_LOSSES, NUM_GRADIENTS = 40, 12
 """Draws for the variances of the loss and of its gradient."""
 ARCHITECTURE = {"family": "llama", "width": 128, "num_layers": 4, "num_heads": 4}
 
-Tree = dict[str, Any]
+Tree = JsonObject
 """A recipe as the mapping that YAML gives."""
 
 

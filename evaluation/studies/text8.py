@@ -6,10 +6,10 @@ import json
 import re
 from pathlib import Path
 from string import ascii_lowercase
-from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
+from dlm_ray.config.manifest_fields import JsonObject
 from dlm_ray.data import build, sources
 from dlm_ray.data.corpus import write_corpus
 from dlm_ray.data.index import load_index
@@ -40,9 +40,7 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
-def build_data(
-    folder: Path, sequence_length: int, held_out: float = 0.1, max_bytes: int | None = None
-) -> dict[str, Any]:
+def build_data(folder: Path, sequence_length: int, held_out: float = 0.1, max_bytes: int | None = None) -> JsonObject:
     """Build a data folder of the corpus in this process, unless it exists, and return the corpus's fingerprint.
 
     Args:

@@ -14,6 +14,7 @@ from dlm_ray.evaluation.trained import stack, trained_objective, visibility_of
 
 from dlm_ray.checkpoint.manifest import read_manifest
 from dlm_ray.checkpoint.weights import our_checkpoint
+from dlm_ray.config.manifest_fields import JsonObject
 from dlm_ray.config.sweep import Measure
 from dlm_ray.data.reading import DataSequence, read_split
 from dlm_ray.diffusion import likelihood
@@ -27,7 +28,7 @@ _SEED = 0
 _BATCH_SIZE = 16
 
 
-def measure(run_dir: str, settings: Measure, data: str) -> dict[str, Any]:
+def measure(run_dir: str, settings: Measure, data: str) -> JsonObject:
     """Measure the last checkpoint of a trial.
 
     Args:
@@ -52,7 +53,7 @@ def measure(run_dir: str, settings: Measure, data: str) -> dict[str, Any]:
         data, max_sequences=settings.sequences, draws_per_sequence=settings.draws_per_sequence, seed=_SEED
     )
     logged = manifest.extra["metrics"]
-    measured: dict[str, Any] = {
+    measured: JsonObject = {
         "step": manifest.step,
         "bits_per_byte": scored.bits_per_byte,
         "is_bound": scored.is_bound,
@@ -71,10 +72,10 @@ def measure(run_dir: str, settings: Measure, data: str) -> dict[str, Any]:
     return measured
 
 
-def _variances(checkpoint: str, model: TextModel, settings: Measure, data: str) -> dict[str, Any]:
+def _variances(checkpoint: str, model: TextModel, settings: Measure, data: str) -> JsonObject:
     """Return the variances of the training objective over draws: of its blocks' bounds, and of its gradient."""
     objective = _comparable(trained_objective(checkpoint, model))
-    measured: dict[str, Any] = {}
+    measured: JsonObject = {}
     held_out = read_split(data, "held_out", settings.variance_sequences)
     variances = block_variances(model, objective, held_out, settings.variance_draws)
     if variances is not None:

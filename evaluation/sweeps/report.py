@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from dlm_ray.evaluation.sweeps.ranking import Ranked, TrialResult, is_number
 
 from dlm_ray.config import space as spaces
+from dlm_ray.config.manifest_fields import JsonObject
 from dlm_ray.config.sweep import Sweep
 from dlm_ray.report import figures
 from dlm_ray.report.page import Block, Figure, Numbers, Paragraph, Table, page
@@ -69,7 +70,7 @@ def write(
     return [out / name for name in ("results.parquet", "results.json", "report.html")]
 
 
-def fields_of(entry: Ranked) -> dict[str, Any]:
+def fields_of(entry: Ranked) -> JsonObject:
     """Return a ranked trial as JSON values, without its measurements per document."""
     trial = entry.trial
     return {
