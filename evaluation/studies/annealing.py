@@ -3,11 +3,9 @@
 Every arm starts from the same autoregressive (AR) model and takes the same steps on the same sequences.
 
 Arms: five ways to reveal the future (all at once; Bernoulli attention masks over 10 % or 30 % of the steps; a growing
-window; growing
-    blocks), each with and without the shift.
+window; growing blocks), each with and without the shift.
 Claims: DiffuLLaMA's Tables 3 and 5 (annealing and the shift help); Dream and I-DLM keep the shift; Efficient-DLM,
-SDAR and LLaDA2.0
-    drop it; LLaDA2.0 grows blocks.
+SDAR and LLaDA2.0 drop it; LLaDA2.0 grows blocks.
 Measured: the bound over all of t after annealing, with common draws. Data, base and recipe are the quickstart's.
 Command: python -m dlm_ray.evaluation.studies.annealing --quickstart QUICKSTART_DIR --out DIR
 """

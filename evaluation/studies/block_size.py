@@ -3,9 +3,8 @@
 One base, masked diffusion over whole sequences, is fine-tuned to ever smaller blocks with the same number of steps.
 
 Arms: blocks of 128 (the whole sequence), 16, 8, 4 and 1 tokens; blocks of 16 and 4 with a clip; blocks of 4 that see
-only x_t; blocks
-    of 1 with everything masked or with the loss of a random part; blocks of 4 and an autoregressive (AR) model from
-    scratch.
+only x_t; blocks of 1 with everything masked or with the loss of a random part; blocks of 4 and an autoregressive (AR)
+model from scratch.
 Claims: BD3-LM's Tables 1, 2, 3 and 8 and its review: the likelihood improves as the block shrinks, and clips and x_0
 as context help.
 Measured: the bound over the full range of t with counted masks, which for blocks of 1 is the exact likelihood.

@@ -3,8 +3,7 @@
 The MD4 models of the study `objectives`, one per seed, are measured and not trained. All arms estimate the same bound.
 
 Arms: t independent, stratified, antithetic, or in BD3-LM's order; counted masks; complementary pairs; five other
-noise schedules;
-    tauLDR's estimators with one token or all masked tokens.
+noise schedules; tauLDR's estimators with one token or all masked tokens.
 Claims: MD4's review (stratified and antithetic t help) and its appendix (tauLDR's single token does not).
 Command: python -m dlm_ray.evaluation.studies.draws --runs DIR, where DIR is the --out of the study `objectives`
 """

@@ -3,8 +3,7 @@
 All objectives train on the same text from the same AR model with the same network, steps, batches and seeds.
 
 Arms: autoregressive (AR); masked diffusion (MD4), also with a cosine schedule, counted masks, or two draws per
-sequence; GenMD4 with
-    an exponent per token or a single one; SEDD; D3PM with its literal KL terms; tauLDR; SSD-LM.
+sequence; GenMD4 with an exponent per token or a single one; SEDD; D3PM with its literal KL terms; tauLDR; SSD-LM.
 Claims: MD4's text8 table (AR < GenMD4 < MD4 < SEDD < D3PM, in bits per character), its review, and its appendix
 (tauLDR).
 Measured: the bound over the full range of t with common draws. SSD-LM has no bound; it is listed and not compared.

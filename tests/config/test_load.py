@@ -247,7 +247,7 @@ def test_a_number_is_read_as_people_write_it(recipe_file, text, value):
     assert load_recipe(recipe_file, [f"optimizer.learning_rate={text}"]).optimizer.learning_rate == value
 
 
-def test_lists_nulls_and_negative_numbers_in_overrides(recipe_file):
+def test_overrides_set_lists_nulls_and_negative_numbers(recipe_file):
     recipe = load_recipe(
         recipe_file, ["optimizer.betas=[0.9, 9.5e-1]", "objective.clip.beta=1e-1", "objective.clip.omega=0.5", "seed=0"]
     )

@@ -88,14 +88,14 @@ def test_ranks_together_take_the_same_global_batches(world_size):
 
 
 @pytest.mark.long
-def test_thirty_million_rows_are_sought_in_two_seconds_and_little_memory():
+def test_seeking_in_thirty_million_sequences_takes_two_seconds_and_little_memory():
     big = index(*[3000] * 10_000)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    started = time.perf_counter()
+    started = time.process_time()
     order = Order([big], [1.0], seed=0, window_shards=8)
     references, _ = order.references(Cursor(23_456_789, (23_456_789,)), 4096)
     places, end = order.places(Cursor(23_456_789, (23_456_789,)), 2_000_000)
-    elapsed = time.perf_counter() - started
+    elapsed = time.process_time() - started
     grown_mib = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     assert len(set(references)) == 4096 and [tuple(place) for place in places[:4096]] == [
         astuple(one) for one in references

@@ -98,7 +98,7 @@ def test_a_shard_that_is_lost_after_it_was_checked_is_damage_or_skipped(data_fol
     assert all((row.document_ids == -1).all() and "no longer is" in row.finding for row in lost)
 
 
-def test_two_sources_must_agree_in_tokenizer_and_row_length(data_folder, tmp_path):
+def test_two_sources_must_agree_in_tokenizer_and_sequence_length(data_folder, tmp_path):
     other_tokenizer = make_data(tmp_path / "tokenizer", vocab=320)
     with pytest.raises(UserError, match="was built with tokenizer"):
         open_sources([Source(path=data_folder), Source(path=other_tokenizer)])
@@ -119,7 +119,7 @@ def test_a_folder_without_an_index_and_a_newer_format_are_refused(data_folder, t
         load_index(str(tmp_path))
 
 
-def test_the_stream_gives_the_ordered_rows_and_resumes(data_folder):
+def test_the_stream_gives_the_ordered_sequences_and_resumes(data_folder):
     index = load_index(data_folder)
     share = {"global_batch_size": 10, "rank": 0, "world_size": 1}
 
@@ -149,7 +149,7 @@ def test_jsonl_lines_are_read_once_wherever_the_file_is_cut(tmp_path, monkeypatc
     assert [text for chunk in chunks for text in documents(chunk, "text")] == texts
 
 
-def test_an_edit_of_any_byte_of_a_document_makes_its_part_anew(data_folder, tmp_path, monkeypatch):
+def test_an_edit_of_any_byte_of_a_document_rebuilds_its_chunk(data_folder, tmp_path, monkeypatch):
     """Also of the line that begins in a chunk and ends behind it."""
     from dlm_ray.data import build
 
@@ -175,7 +175,7 @@ def test_an_edit_of_any_byte_of_a_document_makes_its_part_anew(data_folder, tmp_
     assert all(build.finished_chunk(chunk, settings, out) for chunk in chunks)
 
 
-def test_parts_are_found_from_any_folder(tmp_path, monkeypatch):
+def test_chunks_are_found_from_any_folder(tmp_path, monkeypatch):
     (tmp_path / "in").mkdir()
     (tmp_path / "in/a.txt").write_text("zero")
     monkeypatch.chdir(tmp_path)
@@ -247,7 +247,7 @@ def test_a_shard_on_s3_is_fetched_once_and_checked_on_the_way(s3, data_folder, m
         ShardReader([f"{s3}/once"], [index]).read(everything)
 
 
-def test_a_part_is_written_to_s3_as_to_the_disk_and_recognised_when_it_is_finished(s3, data_folder, tmp_path):
+def test_a_chunk_is_written_to_s3_as_to_the_disk_and_recognised_when_it_is_finished(s3, data_folder, tmp_path):
     from dlm_ray.data import build, storage
     from dlm_ray.data.sources import Piece, SourceChunk
     from dlm_ray.data.tokenizer import identity

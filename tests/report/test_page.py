@@ -19,13 +19,13 @@ def whole():
     )
 
 
-def test_nothing_is_requested_from_outside():
+def test_a_page_requests_nothing_from_other_hosts():
     outside = re.findall(r"""(?:src|href)=["']([^#"'][^"']*)|url\((?!#)([^)]*)""", whole())
     assert outside == []
     assert "<script" not in whole().replace("&lt;script", "")
 
 
-def test_everything_is_escaped():
+def test_text_is_escaped_everywhere_in_a_page():
     text = whole()
     assert "A &lt;b&gt;title&lt;/b&gt;" in text and "One &amp; two" in text and "<mark>&lt;mark me&gt;</mark>" in text
 
@@ -41,13 +41,13 @@ def test_the_same_blocks_give_the_same_page():
     assert whole() == whole()
 
 
-def test_a_value_without_an_interval_is_a_dot_alone():
+def test_a_value_without_an_interval_is_drawn_as_a_dot_only():
     figure = intervals([("one document", 1.0, None, None), ("many", 2.0, 1.5, 2.5)], "bits")
     bars = [line for line in figure.axes[0].lines if line.get_linestyle() == "-" and line.get_marker() == "None"]
     assert len(bars) == 1 and len(figure.axes[0].lines) == 3
 
 
-def test_labels_in_each_others_way_keep_their_order_and_stand_apart():
+def test_overlapping_labels_are_moved_apart_in_order():
     figure = curves(
         {"worse": [(0, 1.0), (1, 0.502)], "best": [(0, 1.0), (1, 0.5)], "far": [(0, 1.0), (1, 0.9)]}, "x", "y"
     )

@@ -9,7 +9,7 @@ from dlm_ray.runtime import cluster
 
 
 @pytest.mark.parametrize("context", [cluster.session, cluster.running])
-def test_an_address_where_nothing_answers_is_said_at_once(context, monkeypatch):
+def test_an_address_without_an_answer_is_reported_at_once(context, monkeypatch):
     monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))  # and does not listen
@@ -21,7 +21,7 @@ def test_an_address_where_nothing_answers_is_said_at_once(context, monkeypatch):
 
 
 @pytest.mark.parametrize("given", ["somewhere", "10.0.0.1", ":6379", "head:port", "127.0.0.1:99999999"])
-def test_what_is_no_address_is_refused(given, monkeypatch):
+def test_a_malformed_address_is_refused(given, monkeypatch):
     monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
     monkeypatch.setenv("RAY_ADDRESS", given)
     with pytest.raises(UserError, match=f"RAY_ADDRESS={given}"), cluster.session():

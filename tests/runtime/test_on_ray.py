@@ -25,7 +25,7 @@ from dlm_ray.training import loop
 pytestmark = pytest.mark.ray
 
 
-def test_ray_data_streams_the_rows_that_this_process_would_read(ray_session, data_folder, monkeypatch):
+def test_ray_data_streams_the_sequences_that_this_process_would_read(ray_session, data_folder, monkeypatch):
     """Also over the borders of items and of spans: 5 items of 4 steps in 2 spans."""
     from dlm_ray.runtime.stream import ray_data_stream
 
@@ -60,7 +60,7 @@ def test_a_damaged_shard_is_named_through_the_stream(ray_session, data_folder, t
         list(ray_data_stream([Source(path=str(folder))], Order([index], [1.0], 0, 2), Cursor.start(1), **share))
 
 
-def test_a_build_is_reproducible_and_goes_on_where_it_was_interrupted(ray_session, tmp_path, monkeypatch):
+def test_a_build_is_reproducible_and_resumes_where_it_was_interrupted(ray_session, tmp_path, monkeypatch):
     from dlm_ray.runtime.build import build
 
     monkeypatch.setattr("dlm_ray.data.sources.PART_BYTES", 4000)
@@ -158,7 +158,7 @@ def _a_worker():
     raise AssertionError("no process is a Ray Train worker")
 
 
-def test_a_failure_in_the_workers_comes_back_as_one_message_and_is_not_tried_again(ray_session, data_folder, tmp_path):
+def test_a_failure_of_the_workers_is_reported_as_one_message_and_not_retried(ray_session, data_folder, tmp_path):
     """The rate is what diverges: three more attempts would end as the first."""
     import ray
 

@@ -180,7 +180,7 @@ def test_who_waits_for_room_has_a_deadline_and_what_has_gone_is_said(residents, 
     )
 
 
-def test_an_engine_that_has_died_is_said_and_one_that_made_room_is_not(residents):
+def test_a_dead_engine_is_reported_and_one_that_made_room_is_not(residents):
     _, own = residents("block8", "ar", replicas={"models": 1})
 
     async def run():

@@ -13,7 +13,7 @@ SHIPPED = Path(__file__).parents[3] / "configs/serve"
 
 
 @pytest.mark.parametrize("file", sorted(SHIPPED.glob("*.yaml")), ids=lambda file: file.stem)
-def test_what_is_rendered_of_a_shipped_file_is_a_config_that_serve_deploys(file, runs):
+def test_the_rendered_configuration_of_a_shipped_file_can_be_deployed_by_serve(file, runs):
     from ray.serve.schema import HTTPOptionsSchema, ServeApplicationSchema, ServeDeploySchema
 
     from dlm_ray.config.server_file import load_server
@@ -39,7 +39,7 @@ def test_what_is_rendered_of_a_shipped_file_is_a_config_that_serve_deploys(file,
     assert engine.ray_actor_options["num_gpus"] == server.replicas.gpus
 
 
-def test_what_contradicts_itself_or_is_not_there_is_refused_when_serve_builds_it(tmp_path):
+def test_a_contradiction_or_a_missing_checkpoint_is_refused_when_serve_builds_it(tmp_path):
     from dlm_ray.runtime.serve import deploy as runtime
 
     with pytest.raises(UserError, match="replicas.models=2, and there are only 1 models"):

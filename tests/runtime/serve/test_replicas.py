@@ -118,7 +118,7 @@ def test_a_checkpoint_that_cannot_be_loaded_leaves_the_old_one_serving(deploymen
 
 
 @pytest.mark.slow
-def test_load_brings_a_second_replica_and_idleness_takes_it_away(deployment):
+def test_load_adds_a_second_replica_and_idleness_removes_it(deployment):
     scaling = {
         "min_replicas": 1,
         "max_replicas": 2,
@@ -185,7 +185,7 @@ def test_a_replica_killed_under_load_costs_no_whole_answer_and_ends_streams_with
     assert "replica_lost" in ends and set(ends) <= {"replica_lost", "stopped"}
 
 
-def test_the_end_finishes_what_was_accepted(deployment):
+def test_stopping_the_service_finishes_accepted_requests(deployment):
     url = deployment.use(replicas=TWO)
 
     def num_texts():

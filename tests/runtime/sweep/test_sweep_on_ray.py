@@ -43,7 +43,7 @@ def loaded(folder, data, **fields):
     return load_sweep(str(folder / "sweep.yaml"))
 
 
-def test_trials_run_and_one_that_fails_is_a_row_with_its_reason(ray_session, data_folder, tmp_path):
+def test_trials_run_and_a_failed_one_is_listed_with_its_reason(ray_session, data_folder, tmp_path):
     import ray
     from ray.util.placement_group import placement_group_table
 
@@ -78,7 +78,7 @@ def test_a_line_that_a_kill_cut_short_is_left_out_of_the_ledger(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_resumed_sweep_keeps_what_finished_and_tries_again_what_failed(ray_session, data_folder, tmp_path):
+def test_a_resumed_sweep_keeps_finished_trials_and_repeats_failed_ones(ray_session, data_folder, tmp_path):
     out = tmp_path / "out"
     result = run.sweep(loaded(tmp_path, data_folder), out)
     lines = (out / "trials.jsonl").read_text().splitlines()
@@ -92,7 +92,7 @@ def test_a_resumed_sweep_keeps_what_finished_and_tries_again_what_failed(ray_ses
 
 
 @pytest.mark.slow
-def test_a_trial_whose_worker_is_killed_is_a_row_with_its_reason(ray_session, data_folder, tmp_path):
+def test_a_trial_whose_worker_is_killed_is_listed_with_its_reason(ray_session, data_folder, tmp_path):
     def kill():
         def notes():
             locks = (tmp_path / "out/trials/0001").glob("*/writer.lock")
@@ -112,7 +112,7 @@ def test_a_trial_whose_worker_is_killed_is_a_row_with_its_reason(ray_session, da
 
 
 @pytest.mark.slow
-def test_the_worse_member_of_a_population_goes_on_as_a_copy_of_the_better_one(ray_session, data_folder, tmp_path):
+def test_the_worse_member_of_a_population_continues_as_a_copy_of_the_better_one(ray_session, data_folder, tmp_path):
     from dlm_ray.checkpoint import commit
 
     asked = {
@@ -154,7 +154,7 @@ def command(folder, out, *more):
 
 
 @pytest.mark.slow
-def test_a_sweep_whose_process_was_killed_goes_on_to_the_same_table(data_folder, tmp_path):
+def test_a_sweep_whose_process_was_killed_resumes_to_the_same_table(data_folder, tmp_path):
     """Killed when the first of three trials has ended and another is under way.
 
     Each command has a cluster of its own.

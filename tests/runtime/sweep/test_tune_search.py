@@ -23,7 +23,7 @@ def suggestions(searcher, count, first=0):
     return found
 
 
-def test_suggestions_are_of_the_space_and_come_to_its_good_part():
+def test_suggestions_stay_in_the_space_and_approach_its_optimum():
     found = suggestions(Tpe(SWEEP, [], [], 0), 40)
     assert [one["number"] for one in found] == list(range(40))
     for settings in (one["settings"] for one in found):
@@ -33,7 +33,7 @@ def test_suggestions_are_of_the_space_and_come_to_its_good_part():
     assert late < early / 2
 
 
-def test_it_goes_on_from_what_an_earlier_call_had_learned():
+def test_the_searcher_continues_from_the_results_of_an_earlier_call():
     before = suggestions(Tpe(SWEEP, [], [], 0), 20)
     begun = (
         20,
@@ -47,6 +47,6 @@ def test_it_goes_on_from_what_an_earlier_call_had_learned():
     assert sum(one["settings"]["objective.block_tokens"] == 4 for one in found) >= 6
 
 
-def test_a_list_ends():
+def test_a_list_of_trials_ends_with_finished():
     listed = Listed([(3, {"a": 1})])
     assert listed.suggest("x") == {"number": 3, "settings": {"a": 1}} and listed.suggest("y") == Listed.FINISHED
