@@ -63,7 +63,7 @@ def test_a_damaged_shard_is_named_through_the_stream(ray_session, data_folder, t
 def test_a_build_is_reproducible_and_resumes_where_it_was_interrupted(ray_session, tmp_path, monkeypatch):
     from dlm_ray.runtime.build import build
 
-    monkeypatch.setattr("dlm_ray.data.sources.PART_BYTES", 4000)
+    monkeypatch.setattr("dlm_ray.data.sources.CHUNK_BYTES", 4000)
     (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in make_documents(40)))
     options = {"train_tokenizer_vocab": 300, "sequence_length": 32, "held_out": 0.2}
     steps = []
