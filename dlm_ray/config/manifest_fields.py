@@ -17,7 +17,7 @@ manifest already guards its content."""
 
 
 class TokenizerFields(TypedDict):
-    """The fields of a `data.tokenizer.TokenizerIdentity`."""
+    """The fields of a `data.identity.TokenizerIdentity`."""
 
     name: str
     sha256: str

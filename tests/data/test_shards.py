@@ -3,6 +3,8 @@
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -266,3 +268,12 @@ def test_a_chunk_is_written_to_s3_as_to_the_disk_and_recognised_when_it_is_finis
     assert build.finished_chunk(chunk, settings, f"{s3}/out") == results[1]
     source.write_text(source.read_text().replace("token", "TOKEN"))
     assert build.finished_chunk(chunk, settings, f"{s3}/out") is None  # the input has changed
+
+
+def test_a_process_that_reads_shards_imports_neither_torch_nor_transformers(data_folder):
+    program = (
+        "import sys; from dlm_ray.data.reading import read_split; "
+        f"assert len(read_split({data_folder!r}, 'train', 2)) == 2; "
+        "sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
