@@ -173,7 +173,7 @@ def _block_tokens(size: int | None, target: SamplingTarget) -> int | None:
     sampled = None if size == sequence_length else size
     if sampled != trained:
         in_training, here = (
-            f"whole rows of {sequence_length} tokens" if blocks is None else f"blocks of {blocks} tokens"
+            f"whole sequences of {sequence_length} tokens" if blocks is None else f"blocks of {blocks} tokens"
             for blocks in (trained, sampled)
         )
         warnings.warn(

@@ -109,7 +109,7 @@ def score_data(
         raise UserError.of(
             "split",
             split,
-            f"this split of {data} has no rows",
+            f"this split of {data} has no sequences",
             "build it with a larger `held_out`, or name another split",
         )
     check_ids(sequences, model.denoiser.mask_id, model.denoiser.vocab_size)
@@ -143,19 +143,19 @@ def _check_sequences(model: TextModel, data: str, sequence_length: int) -> None:
     positions = model.denoiser.network.config.max_position_embeddings
     if sequence_length + padding > positions:
         raise UserError(
-            f"{data} has rows of {sequence_length} tokens, scored in {sequence_length + padding} positions, and the "
-            f"network has {positions}; build the data with a smaller `sequence_length`"
+            f"{data} has sequences of {sequence_length} tokens, scored in {sequence_length + padding} positions, and "
+            f"the network has {positions}; build the data with a smaller `sequence_length`"
         )
     if padding:
         warnings.warn(
-            f"{data} has rows of {sequence_length} tokens, which are not a whole number of this checkpoint's blocks of "
-            f"{model.objective.block_tokens}: each is scored with {padding} tokens of padding after it, which no other "
-            "token sees",
+            f"{data} has sequences of {sequence_length} tokens, which are not a whole number of this checkpoint's "
+            f"blocks of {likelihood.block_tokens_of(model.objective)}: each is scored with {padding} tokens of padding "
+            "after it, which no other token sees",
             stacklevel=4,
         )
     if sequence_length > model.sequence_length:
         warnings.warn(
-            f"{data} has rows of {sequence_length} tokens, and the checkpoint was trained on rows of "
+            f"{data} has sequences of {sequence_length} tokens, and the checkpoint was trained on sequences of "
             f"{model.sequence_length}: it never saw the positions after them",
             stacklevel=4,
         )

@@ -213,7 +213,7 @@ class TextModel:
         if is_bounded and length > room:
             allowed = (
                 f"{num_given} tokens of {names} and these need {1 + num_given + length} positions, and the model was "
-                f"trained on rows of {self.sequence_length}, which leaves {max(0, room)}"
+                f"trained on sequences of {self.sequence_length}, which leaves {max(0, room)}"
             )
             raise UserError.of("length_tokens", length, allowed, "shorten either")
 

@@ -348,4 +348,5 @@ def _llama3_factors(scaling: Mapping[str, Any], theta: float, head_dim: int) -> 
     turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     share = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    return (1 / ((1 - share) / scaling["factor"] + share)).astype(np.float32)
+    factors: np.ndarray = 1 / ((1 - share) / scaling["factor"] + share)
+    return factors.astype(np.float32)

@@ -92,11 +92,11 @@ def gguf_tokenizer(path: str) -> PreTrainedTokenizerFast:
         raise DamageError(
             f"{path} has the merge {' '.join(broken)!r} of tokens that its vocabulary lacks; fetch or convert it again"
         )
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=kind.ignore_merges))  # type: ignore[arg-type]
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=kind.ignore_merges))
     if kind.normalize:
-        tokenizer.normalizer = normalizers.NFC()  # type: ignore[assignment]
+        tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = _pre_tokenizer(kind)
-    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    tokenizer.decoder = decoders.ByteLevel()
     for type_, is_special in ((_CONTROL, True), (_USER_DEFINED, False)):
         # This includes tokens that the merges can produce: added tokens are split off the text first.
         added = [
@@ -145,10 +145,10 @@ def _add_template(tokenizer: Tokenizer, file: GGUFFile, kind: _Kind) -> None:
         parts = [around.get("bos"), "$A", around.get("eos")]
         second = [part and f"{part}:1" for part in (around.get("bos"), "$B", around.get("eos"))]
         ids = {token: file.metadata[f"tokenizer.ggml.{name}_token_id"] for name, token in around.items()}
-        tokenizer.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
+        tokenizer.post_processor = processors.TemplateProcessing(
             single=[part for part in parts if part],
             pair=[part for part in [*parts, *second] if part],
-            special_tokens=list(ids.items()),  # type: ignore[arg-type]
+            special_tokens=list(ids.items()),
         )
 
 

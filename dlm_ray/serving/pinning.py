@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dlm_ray.checkpoint import commit, weights
+from dlm_ray.checkpoint import weights
 from dlm_ray.checkpoint.description import Description
+from dlm_ray.checkpoint.manifest import read_manifest
 from dlm_ray.checkpoint.pretrained import open_pretrained
 from dlm_ray.config.errors import UserError
 from dlm_ray.config.server import Model, Server
@@ -34,7 +35,7 @@ def pinned(server: Server) -> Server:
 def _pinned(model: Model) -> Model:
     path, kind = weights.our_checkpoint(model.checkpoint), model.weights
     if path is not None:
-        manifest = commit.read_manifest(path)
+        manifest = read_manifest(path)
         Description.of(manifest).objective_settings(path)  # raises if a custom objective cannot be imported
         prefix = weights.weight_prefix(manifest.arrays, kind, path)
         kind = "ema" if prefix == "ema" else "raw"

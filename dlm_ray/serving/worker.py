@@ -18,7 +18,7 @@ from dlm_ray.generation.loading import load
 from dlm_ray.serving.engine import Engine, NetworkLost
 from dlm_ray.serving.errors import ApiError, Event, error_event, overloaded
 from dlm_ray.serving.jobs import Job, SequenceUpdate, Task
-from dlm_ray.serving.planner import Planner
+from dlm_ray.serving.processor import RequestProcessor
 from dlm_ray.serving.sharding import Group, LeaderDenoiser
 
 log = logging.getLogger("dlm_ray.serving")
@@ -42,7 +42,7 @@ class EngineWorker:
         if group is not None:
             self._leader = self.model.denoiser = LeaderDenoiser(group, self.model.denoiser)
         self.engine = Engine(self.model, server.engine)
-        self.planner = Planner(self.model, self.engine, server)
+        self.processor = RequestProcessor(self.model, self.engine, server)
         self._changed = threading.Condition()
         self._inbox: list[Callable[[], object]] = []
         self._notify: dict[Job, Notify] = {}
@@ -52,7 +52,10 @@ class EngineWorker:
 
     def describe(self) -> dict[str, Any]:
         """Return the model's entry in /v1/models: its capabilities, its limits and this replica's load."""
-        return {**self.planner.card(), "load": {"active": self.engine.num_active, "waiting": len(self.engine.waiting)}}
+        return {
+            **self.processor.card(),
+            "load": {"active": self.engine.num_active, "waiting": len(self.engine.waiting)},
+        }
 
     def check(self) -> None:
         """Raise RuntimeError if the engine has ended without `close`."""
@@ -71,7 +74,7 @@ class EngineWorker:
         loop = asyncio.get_running_loop()
         queue: asyncio.Queue[SequenceUpdate | ApiError] = asyncio.Queue()
         try:
-            jobs, prompt_event = self.planner.jobs(task)
+            jobs, prompt_event = self.processor.jobs(task)
             if len(self._notify) + len(jobs) > self.server.engine.slots + self.server.engine.max_waiting:
                 raise overloaded()
         except ApiError as error:
@@ -107,7 +110,7 @@ class EngineWorker:
     async def score(self, text: str, draws: int, seed: int) -> Event:
         """Return the bits of a text, or a bound on them, with the interval over draws; or an `error`."""
         try:
-            ids = self.planner.scored_ids(text, draws)
+            ids = self.processor.scored_ids(text, draws)
         except ApiError as error:
             return error_event(error)
         done: Future[Event] = Future()
@@ -116,7 +119,7 @@ class EngineWorker:
             if not done.set_running_or_notify_cancel():
                 return  # the request was cancelled
             try:
-                done.set_result(self.planner.score(ids, len(text.encode()), draws, seed))
+                done.set_result(self.processor.score(ids, len(text.encode()), draws, seed))
             except Exception as error:
                 log.exception("scoring failed")
                 done.set_result(error_event(ApiError(500, f"scoring failed: {type(error).__name__}", "internal")))

@@ -87,7 +87,7 @@ def test_a_block_checkpoint_scores_rows_of_any_length_in_the_blocks_it_was_train
     if sequence_length % 8:
         assert (
             len(messages) == 1
-            and f"rows of {sequence_length} tokens" in messages[0]
+            and f"sequences of {sequence_length} tokens" in messages[0]
             and "blocks of 8" in messages[0]
             and "padding" in messages[0]
         )
@@ -111,10 +111,10 @@ def test_a_block_checkpoint_scores_rows_of_any_length_in_the_blocks_it_was_train
 
 def test_sequences_beyond_the_positions_are_refused_and_longer_than_in_training_warn(runs, data_folder, tmp_path):
     model = load(runs / "adapted")
-    with pytest.warns(UserWarning, match="rows of 40 tokens, and the checkpoint was trained on rows of 32"):
+    with pytest.warns(UserWarning, match="sequences of 40 tokens, and the checkpoint was trained on sequences of 32"):
         model.score(make_data(tmp_path / "longer", sequence_length=40, tokenizer=model.tokenizer), draws_per_sequence=1)
     with pytest.raises(
-        UserError, match=r"rows of 80 tokens.*the network has 64; build the data with a smaller `sequence_length`"
+        UserError, match=r"sequences of 80 tokens.*the network has 64; build the data with a smaller `sequence_length`"
     ):
         model.score(make_data(tmp_path / "too-long", sequence_length=80, tokenizer=model.tokenizer))
 
@@ -208,7 +208,7 @@ def test_an_export_is_the_same_model_in_stock_transformers_and_when_loaded_again
 
 def test_inputs_that_do_not_fit_the_checkpoint_are_refused(runs, data_folder, tmp_path):
     model = load(runs / "adapted")
-    with pytest.raises(UserError, match="trained on rows of 32"):
+    with pytest.raises(UserError, match="trained on sequences of 32"):
         model.sample("word " * 40, length_tokens=5)
     with pytest.raises(
         UserError,

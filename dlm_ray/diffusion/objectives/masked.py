@@ -7,8 +7,8 @@ in nats per sequence.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TypedDict
 
 import numpy as np
 from torch import Tensor, nn
@@ -28,6 +28,15 @@ from dlm_ray.diffusion.denoiser import (
 )
 from dlm_ray.diffusion.draws import Draw, DrawKey
 from dlm_ray.diffusion.objectives.auxiliary import AuxiliaryLosses
+from dlm_ray.diffusion.settings import ObjectiveSettings
+
+
+class LossOptions(TypedDict, total=False):
+    """Arguments of `Masked` that its subclasses share, in addition to the process."""
+
+    normalize_by: str
+    draws_per_sequence: int
+    terms: AuxiliaryLosses
 
 
 class Masked(nn.Module):
@@ -62,12 +71,12 @@ class Masked(nn.Module):
         self.terms = terms or AuxiliaryLosses()
 
     @classmethod
-    def build(cls, settings: Mapping[str, Any], facts: NetworkFacts) -> Masked:
+    def build(cls, settings: ObjectiveSettings, facts: NetworkFacts) -> Masked:
         """Return the objective for a recipe's `objective` section."""
-        return cls(**masked_arguments(settings, facts))
+        return cls(build_process(settings, facts), **loss_options(settings))
 
     @classmethod
-    def restore(cls, settings: Mapping[str, Any], facts: NetworkFacts) -> Masked:
+    def restore(cls, settings: ObjectiveSettings, facts: NetworkFacts) -> Masked:
         """Return the objective that scores and samples; its process evaluates the bound over the full range of t."""
         return cls.build(settings, facts)
 
@@ -81,7 +90,7 @@ class Masked(nn.Module):
     def evaluation_draw(
         self, seed: int, keys: Sequence[tuple[int, int]], t: np.ndarray, x_0: np.ndarray, maskable: np.ndarray
     ) -> Draw:
-        """Return the masks of pairs (number of the draw, row) at given times t [B]."""
+        """Return the masks of pairs (number of the draw, sequence) at given times t [B]."""
         return self.process.evaluation_draw(seed, keys, t, maskable)
 
     def count(self, draw: Draw) -> int:
@@ -105,14 +114,14 @@ class Masked(nn.Module):
     def forward(self, denoiser: Denoiser, batch: Batch) -> LossSum:
         """Return the weighted sum over masked tokens; the unweighted sum is logged, to compare weights and papers."""
         if self.terms.any:
-            return self._with_terms(denoiser, batch)
+            return self._with_auxiliary_losses(denoiser, batch)
         nll = nll_of(denoiser, self.rows(denoiser, batch), batch)
         return LossSum((batch.draw.weight * nll).sum(), {"masked_nll": self._masked_nll(nll, batch)})
 
-    def _with_terms(self, denoiser: Denoiser, batch: Batch) -> LossSum:
+    def _with_auxiliary_losses(self, denoiser: Denoiser, batch: Batch) -> LossSum:
         """Return the sum with the auxiliary losses.
 
-        Sums over masked tokens are divided as the loss is, all other terms by the number of tokens.
+        Sums over masked tokens are divided as the loss is, all other losses by the number of tokens.
         """
         states: tuple[Tensor, ...] = ()
         if self.terms.alignment_weight:
@@ -134,11 +143,10 @@ class Masked(nn.Module):
         return (nll.detach() * batch.draw.is_scored).sum()
 
 
-def masked_arguments(settings: Mapping[str, Any], facts: NetworkFacts) -> dict[str, Any]:
-    """Return the constructor arguments that `Masked` and its subclasses share."""
+def loss_options(settings: ObjectiveSettings) -> LossOptions:
+    """Return the constructor arguments that `Masked` and its subclasses share, in addition to the process."""
     weights = (settings["confidence_weight"], settings["autoregressive_weight"], settings["alignment_weight"])
     return {
-        "process": build_process(settings, facts),
         "normalize_by": settings["normalize_by"],
         "draws_per_sequence": settings["draws_per_sequence"],
         "terms": AuxiliaryLosses(*weights),

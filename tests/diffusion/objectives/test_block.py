@@ -383,9 +383,9 @@ def test_a_text_of_any_length_has_the_bound_of_its_own_tokens_however_much_paddi
 def test_an_objective_of_blocks_refuses_rows_that_are_not_whole_blocks():
     maskable = np.ones((1, 10), dtype=bool)
     objective = Block(block_tokens=8)
-    with pytest.raises(ValueError, match="rows of 10 positions are not a whole number of blocks of 8; pad them to 16"):
+    with pytest.raises(ValueError, match="of 10 positions are not a whole number of blocks of 8; pad them to 16"):
         objective.evaluation_draw(0, [(0, 0)], np.array([0.5]), np.zeros((1, 10)), maskable)
-    with pytest.raises(ValueError, match="rows of 10 positions are not a whole number of blocks of 4; pad them to 12"):
+    with pytest.raises(ValueError, match="of 10 positions are not a whole number of blocks of 4; pad them to 12"):
         objective.draw(DrawKey(0, 0, [0], 1, block_tokens=4), np.zeros((1, 10)), maskable)
 
 

@@ -25,7 +25,7 @@ from dlm_ray.serving.jobs import Job, Task
 DEFAULT_COMPLETION_TOKENS = 16
 
 
-class Planner:
+class RequestProcessor:
     """Plans requests by the abilities of a checkpoint and the limits of the service.
 
     Args:
