@@ -238,8 +238,8 @@ def _counted(uniform: np.ndarray, t: np.ndarray, maskable: np.ndarray) -> tuple[
 def _smallest(uniform: np.ndarray, k: np.ndarray, maskable: np.ndarray) -> np.ndarray:
     """Return [B, L] bool: the k [B] maskable positions of each sequence with the smallest uniform numbers."""
     rank = np.where(maskable, uniform, 2.0).argsort(1).argsort(1)
-    is_smallest: np.ndarray = rank < k[:, None]
-    return is_smallest & maskable
+    is_smallest: np.ndarray = (rank < k[:, None]) & maskable
+    return is_smallest
 
 
 def _truncated_binomial(uniform_numbers: np.ndarray, p: np.ndarray, num_trials: np.ndarray, clip: Clip) -> np.ndarray:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -16,7 +17,7 @@ from dlm_ray.checkpoint.pretrained import open_pretrained
 from dlm_ray.config.errors import UserError
 from dlm_ray.config.objective import rules_of
 from dlm_ray.data import storage
-from dlm_ray.data.tokenizer import TokenizerIdentity, identity, load_tokenizer
+from dlm_ray.data.tokenizer import FastTokenizer, TokenizerIdentity, identity, load_tokenizer
 from dlm_ray.diffusion import objectives
 from dlm_ray.diffusion.denoiser import NetworkFacts, Objective
 from dlm_ray.diffusion.objectives.autoregressive import Autoregressive
@@ -135,7 +136,11 @@ def _pretrained_model(files: ModelFiles, denoiser: HuggingFaceDenoiser) -> TextM
 
 
 def _text_model(
-    description: Description, denoiser: HuggingFaceDenoiser, objective: Objective, tokenizer: Any, where: str
+    description: Description,
+    denoiser: HuggingFaceDenoiser,
+    objective: Objective,
+    tokenizer: FastTokenizer,
+    where: str,
 ) -> TextModel:
     """Return the TextModel of a checkpoint or of its export, which are equal.
 
@@ -176,7 +181,7 @@ def _objective(description: Description, denoiser: HuggingFaceDenoiser, where: s
 
 
 def _network(
-    fields: dict[str, Any], mask_id: int | None, shift: bool, device: torch.device, mesh: DeviceMesh | None = None
+    fields: Mapping[str, object], mask_id: int | None, shift: bool, device: torch.device, mesh: DeviceMesh | None = None
 ) -> HuggingFaceDenoiser:
     denoiser = parallel.build(families.read_config(fields), mask_id, shift).requires_grad_(False)
     if mesh is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,31 @@ if TYPE_CHECKING:
 
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
+
+
+class ScoreReport(TypedDict):
+    """The bits per byte of a data split, for the user."""
+
+    bits_per_byte: float
+    """Bits per byte of all documents together."""
+    is_bound: bool
+    """Whether they are an upper bound."""
+    ci95_documents: tuple[float, float] | None
+    """95 % bootstrap interval over documents; None if there is one document."""
+    ci95_draws: tuple[float, float] | None
+    """95 % interval over draws, for these documents; None if there is one draw."""
+    documents: int
+    tokens: int
+    bytes: int
+    draws_per_sequence: int
+
+
+class ScoreDifference(TypedDict):
+    """The difference of bits per byte between two models on the same documents."""
+
+    bits_per_byte: float
+    ci95_documents_paired: tuple[float, float] | None
+    """95 % paired bootstrap interval over documents; None if there is one document."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +69,8 @@ class Scored:
         """Return the bits per byte of all documents together."""
         return likelihood.bits_per_byte(float(self.nats.sum()), float(self.num_bytes.sum()))
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return bits_per_byte, its intervals and the counts; the interval over one document or one draw is None."""
+    def as_dict(self) -> ScoreReport:
+        """Return the bits per byte, their intervals and the counts."""
         return {
             "bits_per_byte": self.bits_per_byte,
             "is_bound": self.is_bound,
@@ -57,13 +82,8 @@ class Scored:
             "draws_per_sequence": len(self.draw_totals),
         }
 
-    def minus(self, other: Scored) -> dict[str, Any]:
-        """Return the difference of bits per byte to another model on the same documents.
-
-        Returns:
-            bits_per_byte, and ci95_documents_paired, the paired interval over documents (None if there is one
-            document).
-        """
+    def minus(self, other: Scored) -> ScoreDifference:
+        """Return the difference of bits per byte to another model on the same documents."""
         assert (self.num_bytes == other.num_bytes).all(), "a paired comparison needs the same documents"
         difference = self.nats - other.nats
         return {

@@ -8,11 +8,11 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -20,6 +20,11 @@ from torch import Tensor
 
 from dlm_ray.config.errors import DamageError, UserError
 
+if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType, ReaderTensor
+
+MetadataValue = str | int | float | list[str] | list[int] | list[float]
+"""A value of a file's metadata; booleans are integers."""
 MAGIC = b"GGUF"
 # The Hugging Face family of each `general.architecture`. llama.cpp has no architecture for Mistral: its files say
 # llama, and a Llama network computes the same (Mistral differs only in its sliding window, which neither GGUF nor an
@@ -68,7 +73,7 @@ class StoredTensor:
 
     name: str
     shape: tuple[int, ...]
-    quantisation: Any
+    quantisation: GGMLQuantizationType
     data: np.ndarray
     """A view of the mapped file: values, or one row of bytes per row."""
 
@@ -78,7 +83,7 @@ class GGUFFile:
     """An opened file of a supported architecture: its metadata in memory, its tensors mapped."""
 
     path: str
-    metadata: Mapping[str, Any]
+    metadata: Mapping[str, MetadataValue]
     tensors: Mapping[str, StoredTensor]
     """The tensors by Hugging Face name."""
     rope_factors: np.ndarray | None
@@ -89,7 +94,23 @@ class GGUFFile:
         """The value of `general.architecture`."""
         return str(self.metadata["general.architecture"])
 
-    def config(self) -> dict[str, Any]:
+    def string(self, key: str) -> str | None:
+        """Return a string of the metadata; None if it is missing."""
+        return cast("str | None", self.metadata.get(key))
+
+    def strings(self, key: str) -> list[str]:
+        """Return a list of strings of the metadata; empty if it is missing."""
+        return cast("list[str]", self.metadata.get(key, []))
+
+    def integers(self, key: str) -> list[int]:
+        """Return a list of integers of the metadata; empty if it is missing."""
+        return cast("list[int]", self.metadata.get(key, []))
+
+    def integer(self, key: str) -> int | None:
+        """Return an integer of the metadata; None if it is missing."""
+        return cast("int | None", self.metadata.get(key))
+
+    def config(self) -> dict[str, object]:
         """Return the content of a Hugging Face config.json.
 
         Raises:
@@ -103,7 +124,7 @@ class GGUFFile:
                 setting = f"{self.architecture}.{key}={self._integer(key)}"
                 raise self._refused(f"{setting} where heads have {head_dim} dimensions")
         family = FAMILIES[self.architecture]
-        fields: dict[str, Any] = {
+        fields: dict[str, object] = {
             "model_type": family,
             "architectures": [f"{family.capitalize()}ForCausalLM"],
             "dtype": "float32",
@@ -137,7 +158,7 @@ class GGUFFile:
         import gguf
 
         stored = self.tensors[name]
-        index: Any = region[0] if region else slice(None)
+        index: slice | np.ndarray = region[0] if region else slice(None)
         if self.architecture == "llama" and (match := re.search(r"\.([qk])_proj\.", name)):
             key = "attention.head_count" if match[1] == "q" else "attention.head_count_kv"
             index = _unpermuted_rows(stored.shape[0], self._integer(key, self._integer("attention.head_count")))[index]
@@ -150,7 +171,7 @@ class GGUFFile:
         """Return the number of tensors of each quantisation."""
         return dict(Counter(stored.quantisation.name for stored in self.tensors.values()))
 
-    def _rope(self, head_dim: int) -> dict[str, Any]:
+    def _rope(self, head_dim: int) -> dict[str, object]:
         theta = self._float("rope.freq_base", 10000.0)
         kind = self.metadata.get(f"{self.architecture}.rope.scaling.type", "none")
         if self.rope_factors is not None:
@@ -159,7 +180,11 @@ class GGUFFile:
             return {"rope_theta": theta, **self._llama3_scaling(theta, head_dim)}
         if kind == "none":
             return {"rope_type": "default", "rope_theta": theta}
-        scaling = {"rope_type": kind, "rope_theta": theta, "factor": self._float("rope.scaling.factor")}
+        scaling: dict[str, object] = {
+            "rope_type": kind,
+            "rope_theta": theta,
+            "factor": self._float("rope.scaling.factor"),
+        }
         if kind == "linear":
             return scaling
         if kind == "yarn":
@@ -169,11 +194,10 @@ class GGUFFile:
             }
         raise self._refused(f"{self.architecture}.rope.scaling.type={kind!r}; supported are none, linear and yarn")
 
-    def _llama3_scaling(self, theta: float, head_dim: int) -> dict[str, Any]:
+    def _llama3_scaling(self, theta: float, head_dim: int) -> dict[str, str | float]:
         """Return Llama 3.1's rotary settings, which the file does not store, if they produce the file's factors."""
         assert self.rope_factors is not None, "the caller has checked for factors"
-        scaling = {
-            "rope_type": "llama3",
+        scaling: dict[str, float] = {
             "factor": float(self.rope_factors.max()),
             "low_freq_factor": 1.0,
             "high_freq_factor": 4.0,
@@ -182,7 +206,7 @@ class GGUFFile:
         expected = _llama3_factors(scaling, theta, head_dim)
         if self.rope_factors.shape != expected.shape or not np.allclose(self.rope_factors, expected, rtol=1e-4):
             raise self._refused(f"{_ROPE_FACTORS}, which differs from Llama 3.1's rotary scaling")
-        return scaling
+        return {"rope_type": "llama3", **scaling}
 
     def _refuse_unknown_keys(self) -> None:
         prefix = f"{self.architecture}."
@@ -190,7 +214,7 @@ class GGUFFile:
             if key.startswith(prefix) and key.removeprefix(prefix) not in _KNOWN and value not in (0, "", []):
                 raise self._refused(f"{key}={value!r}")
 
-    def _value(self, key: str, default: Any) -> Any:
+    def _value(self, key: str, default: float | None) -> MetadataValue:
         value = self.metadata.get(f"{self.architecture}.{key}", default)
         if value is None:
             raise DamageError(
@@ -206,11 +230,11 @@ class GGUFFile:
 
     def _float(self, key: str, default: float | None = None) -> float:
         """Return a value as the shortest decimal of its float32: 1e-05, not 9.999999747378752e-06."""
-        return float(str(np.float32(self._value(key, default))))
+        return float(str(np.float32(cast(float, self._value(key, default)))))
 
-    def _refused(self, what: str) -> UserError:
+    def _refused(self, feature: str) -> UserError:
         return UserError(
-            f"{self.path} has {what}: dlm_ray has no Hugging Face configuration for it; choose another file"
+            f"{self.path} has {feature}: dlm_ray has no Hugging Face configuration for it; choose another file"
         )
 
 
@@ -288,7 +312,7 @@ def _opened(path: str, modified: int, size: int) -> GGUFFile:
     return GGUFFile(path, metadata, tensors, rope_factors)
 
 
-def _check_kind(path: str, metadata: Mapping[str, Any]) -> None:
+def _check_kind(path: str, metadata: Mapping[str, MetadataValue]) -> None:
     """Refuse files that are not a whole language model of a supported architecture."""
     architecture = metadata.get("general.architecture")
     if architecture not in FAMILIES:
@@ -298,13 +322,13 @@ def _check_kind(path: str, metadata: Mapping[str, Any]) -> None:
         )
     if (kind := metadata.get("general.type", "model")) != "model":
         raise UserError(f"{path} holds no whole model but general.type={kind!r}; choose a file with a whole model")
-    if (count := metadata.get("split.count", 1)) > 1:
+    if (count := cast(int, metadata.get("split.count", 1))) > 1:
         raise UserError(
             f"{path} is one of {count} parts of a model; join them first with llama.cpp's `llama-gguf-split --merge`"
         )
 
 
-def _check_quantisations(path: str, tensors: list[Any]) -> None:
+def _check_quantisations(path: str, tensors: Sequence[ReaderTensor]) -> None:
     """Refuse quantisations that the package gguf cannot dequantise, before any tensor is read."""
     import gguf
 
@@ -341,7 +365,7 @@ def _unpermuted_rows(num_rows: int, heads: int) -> np.ndarray:
     return np.arange(num_rows).reshape(heads, num_rows // heads // 2, 2).swapaxes(1, 2).reshape(-1)
 
 
-def _llama3_factors(scaling: Mapping[str, Any], theta: float, head_dim: int) -> np.ndarray:
+def _llama3_factors(scaling: Mapping[str, float], theta: float, head_dim: int) -> np.ndarray:
     """Return the divisors of the rotary frequencies, as llama.cpp's converter writes them."""
     frequencies = theta ** -(np.arange(0, head_dim, 2) / head_dim)
     # Rotations of each dimension within the original context.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -72,10 +72,9 @@ def gguf_tokenizer(path: str) -> PreTrainedTokenizerFast:
         DamageError: if its vocabulary and its merges do not match.
     """
     file = open_gguf(path)
-    metadata = file.metadata
     kind = _kind(file)
-    tokens: list[str] = metadata.get("tokenizer.ggml.tokens", [])
-    types: list[int] = metadata.get("tokenizer.ggml.token_type") or [_NORMAL] * len(tokens)
+    tokens = file.strings("tokenizer.ggml.tokens")
+    types = file.integers("tokenizer.ggml.token_type") or [_NORMAL] * len(tokens)
     if not tokens or len(types) != len(tokens):
         raise DamageError(
             f"{path} has {len(tokens)} tokens and {len(types)} kinds of tokens; fetch or convert the file again"
@@ -86,7 +85,7 @@ def gguf_tokenizer(path: str) -> PreTrainedTokenizerFast:
         for number, (token, type_) in enumerate(zip(tokens, types, strict=True))
         if (type_, token) != (_UNUSED, f"[PAD{number}]")
     }
-    merges = [tuple(merge.split(" ", 1)) for merge in metadata.get("tokenizer.ggml.merges", [])]
+    merges = [cast("tuple[str, str]", tuple(merge.split(" ", 1))) for merge in file.strings("tokenizer.ggml.merges")]
     broken = next((merge for merge in merges if not {*merge, "".join(merge)} <= vocabulary.keys()), None)
     if broken is not None:
         raise DamageError(
@@ -116,7 +115,7 @@ def _kind(file: GGUFFile) -> _Kind:
             f"{file.path} has a tokenizer of kind {model!r} (tokenizer.ggml.model), which is not supported; supported "
             "is gpt2, which is byte-level BPE: choose another file, or the model's Hugging Face folder"
         )
-    name = file.metadata.get("tokenizer.ggml.pre", "missing")
+    name = str(file.metadata.get("tokenizer.ggml.pre", "missing"))
     if name not in _KINDS:
         raise UserError(
             f"{file.path} cuts text in a way that is not supported (tokenizer.ggml.pre={name}); supported are "
@@ -125,8 +124,8 @@ def _kind(file: GGUFFile) -> _Kind:
     return _KINDS[name]
 
 
-def _pre_tokenizer(kind: _Kind) -> Any:
-    steps: list[Any] = []
+def _pre_tokenizer(kind: _Kind) -> pre_tokenizers.PreTokenizer:
+    steps: list[pre_tokenizers.PreTokenizer] = []
     if kind.single_digits:
         steps.append(pre_tokenizers.Digits(individual_digits=True))
     if kind.split is not None:
@@ -168,7 +167,7 @@ def _as_fast(tokenizer: Tokenizer, file: GGUFFile) -> PreTrainedTokenizerFast:
 
 def _special(file: GGUFFile, name: str) -> str | None:
     """Return the token of a role, such as `bos`, or None."""
-    number, tokens = file.metadata.get(f"tokenizer.ggml.{name}_token_id"), file.metadata["tokenizer.ggml.tokens"]
+    number, tokens = file.integer(f"tokenizer.ggml.{name}_token_id"), file.strings("tokenizer.ggml.tokens")
     if number is not None and number >= len(tokens):
         raise DamageError(
             f"{file.path} has tokenizer.ggml.{name}_token_id={number} and has {len(tokens)} tokens; "

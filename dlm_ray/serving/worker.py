@@ -11,13 +11,13 @@ import logging
 import threading
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future
-from typing import Any
 
 from dlm_ray.config.server import Server
 from dlm_ray.generation.loading import load
 from dlm_ray.serving.engine import Engine, NetworkLost
-from dlm_ray.serving.errors import ApiError, Event, error_event, overloaded
-from dlm_ray.serving.jobs import Job, SequenceUpdate, Task
+from dlm_ray.serving.errors import ApiError, error_event, error_fields, overloaded
+from dlm_ray.serving.jobs import Job, SequenceUpdate
+from dlm_ray.serving.messages import Event, ModelCard, Score, Task
 from dlm_ray.serving.processor import RequestProcessor
 from dlm_ray.serving.sharding import Group, LeaderDenoiser
 
@@ -50,7 +50,7 @@ class EngineWorker:
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> ModelCard:
         """Return the model's entry in /v1/models: its capabilities, its limits and this replica's load."""
         return {
             **self.processor.card(),
@@ -107,13 +107,13 @@ class EngineWorker:
             if unfinished:
                 self._do(lambda: self.engine.cancel(unfinished))
 
-    async def score(self, text: str, draws: int, seed: int) -> Event:
+    async def score(self, text: str, draws: int, seed: int) -> Score:
         """Return the bits of a text, or a bound on them, with the interval over draws; or an `error`."""
         try:
             ids = self.processor.scored_ids(text, draws)
         except ApiError as error:
-            return error_event(error)
-        done: Future[Event] = Future()
+            return {"error": error_fields(error)}
+        done: Future[Score] = Future()
 
         def work() -> None:
             if not done.set_running_or_notify_cancel():
@@ -122,9 +122,10 @@ class EngineWorker:
                 done.set_result(self.processor.score(ids, len(text.encode()), draws, seed))
             except Exception as error:
                 log.exception("scoring failed")
-                done.set_result(error_event(ApiError(500, f"scoring failed: {type(error).__name__}", "internal")))
+                failure = ApiError(500, f"scoring failed: {type(error).__name__}", "internal")
+                done.set_result({"error": error_fields(failure)})
 
-        return await asyncio.wrap_future(done) if self._do(work) else error_event(_ended())
+        return await asyncio.wrap_future(done) if self._do(work) else {"error": error_fields(_ended())}
 
     def close(self) -> None:
         """End the thread after its current tick, and the followers that share the network."""

@@ -169,7 +169,7 @@ def test_infilling_keeps_both_sides_and_is_reproducible(runs, rule):
 def test_a_sample_ends_at_the_end_of_text_token(runs):
     model = load(runs / "adapted")
     assert all("<|endoftext|>" not in text for text in model.sample(num_samples=8, length_tokens=20, steps=4))
-    assert model._text([5, model.tokenizer_identity.end_id, 6]) == model.tokenizer.decode([5])
+    assert model.decode_until_end([5, model.tokenizer_identity.end_id, 6]) == model.tokenizer.decode([5])
 
 
 def test_an_autoregressive_checkpoint_decodes_like_stock_greedy_decoding(runs, tmp_path):
@@ -180,7 +180,7 @@ def test_an_autoregressive_checkpoint_decodes_like_stock_greedy_decoding(runs, t
     expected = stock.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)[0, ids.shape[1] :].tolist()
     model = load(runs / "base")
     [text] = model.sample("the model", length_tokens=8, temperature=0)
-    assert text == model._text(expected)
+    assert text == model.decode_until_end(expected)
     with pytest.raises(UserError, match="is autoregressive: it cannot infill"):
         model.infill("a", "b", length_tokens=2)
 
