@@ -113,15 +113,27 @@ def sums(
         batch = Batch(torch.from_numpy(x_0[sequences]).to(device), draws[0], visibility_of(document_ids[sequences]))
         open_blocks = torch.from_numpy(maskable.reshape(-1, objective.block_tokens).any(1)).to(device)
         for i, (draw, nll) in enumerate(zip(draws, score(batch, draws), strict=True)):
-            by_block = torch.zeros(len(open_blocks), dtype=torch.float64, device=device)
-            count = draw.num_scored  # the rest is padding
-            by_block.index_add_(0, draw.scored[:count] // objective.block_tokens, (draw.weight * nll)[:count].double())
-            mean = by_block[open_blocks] / objective.block_tokens
-            masked = torch.tensor(float(draw.num_scored), dtype=torch.float64, device=device)
-            total[i] += torch.stack([open_blocks.sum().double(), mean.sum(), (mean**2).sum(), masked])
+            total[i] += _block_sums(draw, nll, open_blocks, objective.block_tokens)
         if progress is not None:
             progress(done + 1, num_batches)
     return total
+
+
+def _block_sums(draw: Draw, nll: Tensor, open_blocks: Tensor, block_tokens: int) -> Tensor:
+    """Return the sums [4] of one draw, with the columns of `sums`.
+
+    Args:
+        draw: the draw.
+        nll: [R] nats of its scored positions, without weights.
+        open_blocks: [B * blocks] bool: the blocks with a maskable token, which count.
+        block_tokens: K.
+    """
+    by_block = torch.zeros(len(open_blocks), dtype=torch.float64, device=nll.device)
+    count = draw.num_scored  # the rest is padding
+    by_block.index_add_(0, draw.scored[:count] // block_tokens, (draw.weight * nll)[:count].double())
+    mean = by_block[open_blocks] / block_tokens
+    num_masked = torch.tensor(float(count), dtype=torch.float64, device=nll.device)
+    return torch.stack([open_blocks.sum().double(), mean.sum(), (mean**2).sum(), num_masked])
 
 
 def measured(clips: Sequence[Clip], totals: Tensor) -> list[Measured]:

@@ -111,13 +111,7 @@ def score_data(
         UserError: if the data has another tokenizer, its sequences are longer than the network has positions, the split
             is empty, the objective bounds no likelihood, or no sequence or draw is to be scored.
     """
-    for name, value in {"draws_per_sequence": draws_per_sequence, "max_sequences": max_sequences}.items():
-        if value is not None and value < 1:
-            raise UserError.of(name, value, "must be at least 1")
-    if model.objective.likelihood == "none":
-        raise UserError(
-            "this checkpoint's objective (ssd_lm) gives no bound of the likelihood: it has no bits per byte"
-        )
+    _check_request(model, draws_per_sequence, max_sequences)
     index = load_index(data)
     if difference := index.tokenizer.differs_from(model.tokenizer_identity):
         raise UserError(
@@ -155,6 +149,17 @@ def score_data(
         int(maskable_positions(document_ids).sum()),
         model.objective.likelihood == "bound",
     )
+
+
+def _check_request(model: TextModel, draws_per_sequence: int, max_sequences: int | None) -> None:
+    """Raise UserError if a number is below 1, or the objective bounds no likelihood."""
+    for name, value in {"draws_per_sequence": draws_per_sequence, "max_sequences": max_sequences}.items():
+        if value is not None and value < 1:
+            raise UserError.of(name, value, "must be at least 1")
+    if model.objective.likelihood == "none":
+        raise UserError(
+            "this checkpoint's objective (ssd_lm) gives no bound of the likelihood: it has no bits per byte"
+        )
 
 
 def _check_sequences(model: TextModel, data: str, sequence_length: int) -> None:

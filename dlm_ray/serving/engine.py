@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from dlm_ray.config.errors import UserError
-from dlm_ray.config.server import Engine as EngineSettings
+from dlm_ray.config.server import EngineSettings
 from dlm_ray.diffusion.samplers.adjust import banned
 from dlm_ray.diffusion.samplers.blocks import BlockSampler
 from dlm_ray.diffusion.samplers.canvases import CanvasRequest, CanvasSampler, CanvasState
