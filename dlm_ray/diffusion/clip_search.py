@@ -102,13 +102,8 @@ def sums(
         sequences = [sequence for _, sequence in batch_pairs]
         maskable = maskable_positions(document_ids[sequences]) & (len(numbers) > 0)
         # The key combines draw number and sequence, so that draws of one sequence differ.
-        key = DrawKey(
-            seed,
-            0,
-            [number * len(x_0) + sequence for number, sequence in batch_pairs],
-            len(pairs),
-            objective.block_tokens,
-        )
+        indices = [number * len(x_0) + sequence for number, sequence in batch_pairs]
+        key = DrawKey(seed, 0, indices, len(pairs), objective.block_tokens)
         draws = [replace(process, clip=clip, weight="elbo").draw(key, maskable).to(device) for clip in clips]
         batch = Batch(torch.from_numpy(x_0[sequences]).to(device), draws[0], visibility_of(document_ids[sequences]))
         open_blocks = torch.from_numpy(maskable.reshape(-1, objective.block_tokens).any(1)).to(device)

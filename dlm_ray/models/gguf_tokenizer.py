@@ -9,7 +9,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 
 from dlm_ray.config.errors import DamageError, UserError
-from dlm_ray.models.gguf import GGUFFile, open_gguf
+from dlm_ray.models.gguf import open_gguf
+from dlm_ray.models.gguf_file import GGUFFile
 
 # Values of tokenizer.ggml.token_type.
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
