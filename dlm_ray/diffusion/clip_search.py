@@ -28,7 +28,7 @@ FULL_RANGE = (1e-3, 1.0)
 
 
 @dataclass(frozen=True)
-class Measured:
+class ClipStatistics:
     """The statistics of one candidate over all sequences and draws."""
 
     beta: float
@@ -56,7 +56,7 @@ def candidates(enforce: Literal["none", "counts"] = "none") -> list[Clip]:
     return clips
 
 
-def sums(
+def clip_sums(
     score: Callable[[Batch, Sequence[Draw]], Sequence[Tensor]],
     objective: Block,
     clips: Sequence[Clip],
@@ -115,7 +115,7 @@ def sums(
 
 
 def _block_sums(draw: Draw, nll: Tensor, open_blocks: Tensor, block_tokens: int) -> Tensor:
-    """Return the sums [4] of one draw, with the columns of `sums`.
+    """Return the sums [4] of one draw, with the columns of `clip_sums`.
 
     Args:
         draw: the draw.
@@ -131,10 +131,10 @@ def _block_sums(draw: Draw, nll: Tensor, open_blocks: Tensor, block_tokens: int)
     return torch.stack([open_blocks.sum().double(), mean.sum(), (mean**2).sum(), num_masked])
 
 
-def measured(clips: Sequence[Clip], totals: Tensor) -> list[Measured]:
+def clip_statistics(clips: Sequence[Clip], totals: Tensor) -> list[ClipStatistics]:
     """Return the statistics of all candidates from the sums of all ranks, sorted by variance."""
     results = []
     for clip, (count, total, squares, masked) in zip(clips, totals.tolist(), strict=True):
         variance = (squares - total**2 / count) / max(1.0, count - 1)
-        results.append(Measured(clip.beta, clip.omega, variance, total / count, masked / count))
+        results.append(ClipStatistics(clip.beta, clip.omega, variance, total / count, masked / count))
     return sorted(results, key=lambda result: result.variance)

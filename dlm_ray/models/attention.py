@@ -28,7 +28,7 @@ NAME = "dlm_ray"
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedVisibility:
     """A visibility in the form that a kernel takes."""
 
     kernel: Literal["sdpa", "flex", "flash"]
@@ -41,7 +41,9 @@ class Prepared:
     """Keys and values of other passes that this pass attends to."""
 
 
-def prepare(visibility: Visibility, attention: str, num_queries: int, num_keys: int, device: torch.device) -> Prepared:
+def prepare(
+    visibility: Visibility, attention: str, num_queries: int, num_keys: int, device: torch.device
+) -> PreparedVisibility:
     """Select the kernel and build its mask, once for all layers; a static mask is built once for all steps.
 
     Args:
@@ -55,7 +57,7 @@ def prepare(visibility: Visibility, attention: str, num_queries: int, num_keys: 
     """
     fused = visibility.fused(num_queries, num_keys)
     if fused is not None:
-        return Prepared("flash" if attention == "flash" else "sdpa", is_causal=fused == "causal")
+        return PreparedVisibility("flash" if attention == "flash" else "sdpa", is_causal=fused == "causal")
     if attention == "flash":
         raise UserError(
             "model.attention=flash computes only plain causal and bidirectional attention, but this run anneals, masks "
@@ -68,10 +70,12 @@ def prepare(visibility: Visibility, attention: str, num_queries: int, num_keys: 
     return _masked(visibility, is_flex, num_queries, num_keys, device)
 
 
-def _masked(visibility: Visibility, is_flex: bool, num_queries: int, num_keys: int, device: torch.device) -> Prepared:
+def _masked(
+    visibility: Visibility, is_flex: bool, num_queries: int, num_keys: int, device: torch.device
+) -> PreparedVisibility:
     if is_flex:
-        return Prepared("flex", block_mask=visibility.block_mask(num_queries, device, num_keys))
-    return Prepared("sdpa", mask=visibility.dense(num_queries, device, num_keys))
+        return PreparedVisibility("flex", block_mask=visibility.block_mask(num_queries, device, num_keys))
+    return PreparedVisibility("sdpa", mask=visibility.dense(num_queries, device, num_keys))
 
 
 _kept = lru_cache(maxsize=8)(_masked)
@@ -89,7 +93,7 @@ def attend(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    visibility: Prepared | None = None,
+    visibility: PreparedVisibility | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
     """Return the attention output [B, L, H, D/H] of queries [B, H, L, D/H] and keys and values [B, <= H, L, D/H]."""

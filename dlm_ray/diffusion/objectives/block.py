@@ -30,7 +30,7 @@ class Block(Masked):
     """The bound of block diffusion, with one time per block.
 
     Args:
-        process, normalize_by, draws_per_sequence, terms: as in `Masked`.
+        process, normalize_by, draws_per_sequence, auxiliary: as in `Masked`.
         block_tokens: K, at which the bound is evaluated; a step may train at another K (`DrawKey.block_tokens`).
         context: what a block sees in training of the blocks before it: `clean` x_0, or `noisy` x_t (one pass over x_t;
             BD3-LM's ablation). The bound always uses x_0, which is what a sampler has.
@@ -45,13 +45,13 @@ class Block(Masked):
         process: Process | None = None,
         normalize_by: str = "all_tokens",
         draws_per_sequence: int = 1,
-        terms: AuxiliaryLosses | None = None,
+        auxiliary: AuxiliaryLosses | None = None,
         *,
         block_tokens: int,
         context: Literal["clean", "noisy"] = "clean",
         passes: Literal["one", "two"] = "one",
     ):
-        super().__init__(process, normalize_by, draws_per_sequence, terms)
+        super().__init__(process, normalize_by, draws_per_sequence, auxiliary)
         self.block_tokens, self.context, self.passes = block_tokens, context, passes
         # Counted masks of a block of one token have no randomness: the bound is the likelihood there.
         self.likelihood = "exact" if block_tokens == 1 and isinstance(self.process, Absorbing) else "bound"

@@ -36,7 +36,7 @@ class LossOptions(TypedDict, total=False):
 
     normalize_by: str
     draws_per_sequence: int
-    terms: AuxiliaryLosses
+    auxiliary: AuxiliaryLosses
 
 
 class Masked(nn.Module):
@@ -49,7 +49,7 @@ class Masked(nn.Module):
         process: the forward process q(x_t | x_0) with its schedule, times and weights.
         normalize_by: divisor of the loss, `all_tokens` or `global_masked`.
         draws_per_sequence: masks of one sequence in a batch.
-        terms: auxiliary losses; none by default.
+        auxiliary: auxiliary losses; none by default.
     """
 
     kind = "masked"
@@ -62,13 +62,13 @@ class Masked(nn.Module):
         process: Process | None = None,
         normalize_by: str = "all_tokens",
         draws_per_sequence: int = 1,
-        terms: AuxiliaryLosses | None = None,
+        auxiliary: AuxiliaryLosses | None = None,
     ):
         super().__init__()
         self.process: Process = process or Absorbing()
         self.normalize_by = normalize_by
         self.draws_per_sequence = draws_per_sequence
-        self.terms = terms or AuxiliaryLosses()
+        self.auxiliary = auxiliary or AuxiliaryLosses()
 
     @classmethod
     def build(cls, settings: ObjectiveSettings, facts: NetworkFacts) -> Masked:
@@ -113,7 +113,7 @@ class Masked(nn.Module):
 
     def forward(self, denoiser: Denoiser, batch: Batch) -> LossSum:
         """Return the weighted sum over masked tokens; the unweighted sum is logged, to compare weights and papers."""
-        if self.terms.any:
+        if self.auxiliary.any:
             return self._with_auxiliary_losses(denoiser, batch)
         nll = nll_of(denoiser, self.rows(denoiser, batch), batch)
         return LossSum((batch.draw.weight * nll).sum(), {"masked_nll": self._masked_nll(nll, batch)})
@@ -124,19 +124,19 @@ class Masked(nn.Module):
         Sums over masked tokens are divided as the loss is, all other losses by the number of tokens.
         """
         states: tuple[Tensor, ...] = ()
-        if self.terms.alignment_weight:
+        if self.auxiliary.alignment_weight:
             states = denoiser.states(self.process.inputs(denoiser, batch), batch.visibility)
         rows = scored_rows(denoiser, states[-1], batch.draw) if states else self.rows(denoiser, batch)
         by_token, confidence = {}, rows.new_zeros(())
-        if self.terms.confidence_weight:
-            nll, entropy = reduce_scored(denoiser, rows, self.terms.confidence, batch)
-            confidence = self.terms.confidence_weight * (entropy * batch.draw.is_scored).sum()
+        if self.auxiliary.confidence_weight:
+            nll, entropy = reduce_scored(denoiser, rows, self.auxiliary.confidence, batch)
+            confidence = self.auxiliary.confidence_weight * (entropy * batch.draw.is_scored).sum()
             by_token["confidence"] = confidence.detach()
         else:
             nll = reduce_scored(denoiser, rows, cross_entropy, batch)
         weighted = (batch.draw.weight * nll).sum()
         by_token["bound"] = weighted.detach()
-        over_tokens = self.terms.over_tokens(denoiser, batch, states)
+        over_tokens = self.auxiliary.over_tokens(denoiser, batch, states)
         return LossSum(weighted + confidence, {"masked_nll": self._masked_nll(nll, batch)}, by_token, over_tokens)
 
     def _masked_nll(self, nll: Tensor, batch: Batch) -> Tensor:
@@ -149,5 +149,5 @@ def loss_options(settings: ObjectiveSettings) -> LossOptions:
     return {
         "normalize_by": settings["normalize_by"],
         "draws_per_sequence": settings["draws_per_sequence"],
-        "terms": AuxiliaryLosses(*weights),
+        "auxiliary": AuxiliaryLosses(*weights),
     }

@@ -417,7 +417,7 @@ def test_the_search_shares_one_clean_pass_and_its_statistic_is_the_papers():
     share = {"num_draws": 3, "seed": 4, "micro_batch_size": 18}
 
     def run(**ranks):
-        return clip_search.sums(
+        return clip_search.clip_sums(
             lambda batch, draws: objective.nll_of_draws(denoiser, batch, draws),
             objective, clips, x_0.numpy(), document_ids, lambda ids: FULL, CPU, **share, **ranks,
         )  # fmt: skip
@@ -426,7 +426,7 @@ def test_the_search_shares_one_clean_pass_and_its_statistic_is_the_papers():
     assert passes == [False, True, True, True]
     split = run(rank=0, world_size=2) + run(rank=1, world_size=2)
     assert torch.allclose(totals, split)
-    found = {(one.beta, one.omega): one for one in clip_search.measured(clips, totals)}
+    found = {(one.beta, one.omega): one for one in clip_search.clip_statistics(clips, totals)}
     for clip in clips:
         own = Block(Absorbing(clip=clip), block_tokens=4)
         key = DrawKey(4, 0, range(18), 18)
