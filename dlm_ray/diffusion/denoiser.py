@@ -1,4 +1,4 @@
-"""The interfaces between the papers and the networks: the denoiser, the objective, and what they exchange."""
+"""The interfaces between the papers and the networks: denoiser, cache, objective, and the data that they exchange."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ class LossSum:
 
 
 class Objective(Protocol):
-    """The loss that is minimised, and what it says about sampling and scoring; a torch module.
+    """The loss that training minimises, and how its networks are sampled and scored; a torch module.
 
     A custom objective (`objective.name: package.module:Class`) meets this protocol. A subclass of `objectives.Masked`
     or of another built-in class does. Its own parameters are replicated on all ranks, trained, averaged, saved as
@@ -163,11 +163,11 @@ class Objective(Protocol):
     kind: str
     """The built-in objective that it extends, such as `masked`; its keys of the recipe and its sampling rules apply."""
     canvas: CanvasKind
-    """What a sampler denoises at once; `block` needs an attribute `block_tokens`, `simplex` the methods of `SsdLm`."""
+    """The unit that a sampler denoises; `block` needs an attribute `block_tokens`, `simplex` the methods of `SsdLm`."""
     is_causal: bool
     """Whether attention stays causal; otherwise it becomes bidirectional."""
     likelihood: Likelihood
-    """What weight * token_nll sums to over an evaluation draw: -log p(x_0), an upper bound of it, or neither."""
+    """The sum of weight * token_nll over an evaluation draw: -log p(x_0), an upper bound of it, or neither."""
     draws_per_sequence: int
     """Draws of every sequence in a batch: draw j of sequence i has the index i * draws_per_sequence + j."""
 

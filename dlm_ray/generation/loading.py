@@ -87,8 +87,8 @@ def load_network(
 def as_unadapted(base: TextModel, pattern: Literal["causal", "bidirectional"], *, seed: int = 0) -> TextModel:
     """Return an autoregressive model as the untrained denoiser that adaptation starts from.
 
-    It has a new mask row and the shift, and attends causally or bidirectionally. Its bound is the baseline that shows
-    what adaptation adds.
+    It has a new mask row and the shift, and attends causally or bidirectionally. Its bound is the baseline for an
+    adapted model.
     """
     fields = base.denoiser.network.config.to_dict()
     mask_id = fields["vocab_size"]

@@ -1,4 +1,4 @@
-"""Options of sampling: what callers pass, and their resolution against a checkpoint with every error at once."""
+"""The options of a sampling call, and their resolution against a checkpoint, which reports all errors at once."""
 
 from __future__ import annotations
 

@@ -248,5 +248,5 @@ class TextModel:
         return sorted(forbidden_ids)
 
     def rule(self, params: ResolvedSampling) -> Rule:
-        """Return the rule that decides what a step reveals."""
+        """Return the rule that selects the tokens that a step reveals."""
         return build_rule(params, self.objective, self.denoiser.vocab_size)

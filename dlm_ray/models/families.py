@@ -78,7 +78,7 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
 
 
 def adaptable(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Remove from a configuration what would change the visibility or add noise: sliding window and dropout."""
+    """Remove the options that would change the visibility or add noise: sliding window and dropout."""
     if getattr(config, "sliding_window", None) is not None:
         config.sliding_window = None
     if hasattr(config, "use_sliding_window"):

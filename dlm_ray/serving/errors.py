@@ -32,7 +32,7 @@ class ApiError(Exception):
 
     Args:
         status: the HTTP status.
-        message: the value, what is allowed and what to change, for people.
+        message: the value, the allowed values and the fix, for the user.
         code: the kind of error, for programs.
         param: the invalid field.
         retry_after_seconds: seconds after which a retry may succeed; None if it cannot.

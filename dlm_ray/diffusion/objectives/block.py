@@ -32,8 +32,8 @@ class Block(Masked):
     Args:
         process, normalize_by, draws_per_sequence, auxiliary: as in `Masked`.
         block_tokens: K, at which the bound is evaluated; a step may train at another K (`DrawKey.block_tokens`).
-        context: what a block sees in training of the blocks before it: `clean` x_0, or `noisy` x_t (one pass over x_t;
-            BD3-LM's ablation). The bound always uses x_0, which is what a sampler has.
+        context: the tokens of earlier blocks that a block sees in training: `clean` x_0, or `noisy` x_t (one pass over
+            x_t; BD3-LM's ablation). The bound always uses x_0, as a sampler does.
         passes: `one` pass over [x_t ; x_0], or `two`: x_0 first, then x_t over its keys and values, with equal results.
     """
 
