@@ -48,5 +48,4 @@ class GGUFModel(ModelFiles):
     @property
     def license(self) -> str | None:
         """The license in the metadata of the file, if any."""
-        license_name: str | None = self._file.metadata.get("general.license")
-        return license_name
+        return self._file.string("general.license")

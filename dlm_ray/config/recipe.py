@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
@@ -11,14 +11,15 @@ from dlm_ray.config.objective import Objective
 from dlm_ray.config.parts import ConfigNode, Fraction, NonNegative, Positive
 from dlm_ray.config.sampling import Sampling
 
-FAMILIES = ("gpt2", "llama", "qwen2", "qwen3", "mistral")
+Family = Literal["gpt2", "llama", "qwen2", "qwen3", "mistral"]
+FAMILIES: tuple[Family, ...] = get_args(Family)
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
 
 
 class Architecture(ConfigNode):
     """A network that is trained from scratch, described in the terms of its Hugging Face family."""
 
-    family: Literal["gpt2", "llama", "qwen2", "qwen3", "mistral"] = "llama"
+    family: Family = "llama"
     """Hugging Face architecture that the network uses."""
     width: Positive
     """Hidden size D; a multiple of `num_heads`."""

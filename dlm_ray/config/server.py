@@ -14,7 +14,7 @@ Seconds = Annotated[float, Field(gt=0.0)]
 Name = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[\w.:/-]+$")]
 
 
-class Engine(ConfigNode):
+class EngineSettings(ConfigNode):
     """The denoising engine of each model in a replica."""
 
     slots: Positive = 32
@@ -141,7 +141,7 @@ class Server(ConfigNode):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device that the networks run on; `auto` takes CUDA where the replica sees a GPU (see `replicas.gpus`), else the
     CPU."""
-    engine: Engine = Engine()
+    engine: EngineSettings = EngineSettings()
     """Denoising engine."""
     limits: Limits = Limits()
     """Limits of requests."""

@@ -6,9 +6,9 @@ A forward process is an argument of the objective. It makes the randomness of se
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from dlm_ray.diffusion import schedules
 from dlm_ray.diffusion.denoiser import Batch, Denoiser, NetworkFacts
 from dlm_ray.diffusion.draws import COUNT, EVALUATION_MASK, MASK, Draw, DrawKey, generator, make_draw, times, uniforms
 from dlm_ray.diffusion.schedules import Polynomial, Schedule
+from dlm_ray.diffusion.settings import ObjectiveSettings
 
 _FREE = 1e-3  # a lower end of a clip up to this value enforces nothing
 
@@ -30,11 +31,11 @@ class Process(Protocol):
     """
 
     @classmethod
-    def build(cls, settings: Mapping[str, Any], facts: NetworkFacts) -> Process:
+    def build(cls, settings: ObjectiveSettings, facts: NetworkFacts) -> Process:
         """Return the process for a recipe's `objective` section, as `Objective.build` gets it."""
 
     def draw(self, key: DrawKey, maskable: np.ndarray) -> Draw:
-        """Return the randomness of the rows of `key` in training, with one t per block of `key.block_tokens`."""
+        """Return the randomness of the draws of `key` in training, with one t per block of `key.block_tokens`."""
 
     def evaluation_draw(self, seed: int, keys: Sequence[tuple[int, int]], t: np.ndarray, maskable: np.ndarray) -> Draw:
         """Return the randomness for a bound at given times [B] or [B, blocks]: full range, with the ELBO's weights."""
@@ -102,7 +103,7 @@ class Absorbing:
     """p of Dream's CART: a masked token weighs (1/2) sum over clean tokens at distance d of p (1 - p)^(d - 1)."""
 
     @classmethod
-    def build(cls, settings: Mapping[str, Any], facts: NetworkFacts) -> Absorbing:
+    def build(cls, settings: ObjectiveSettings, facts: NetworkFacts) -> Absorbing:
         """Return the process for a recipe's `objective` section."""
         return cls(
             schedule=schedules.build(**settings["schedule"]),
@@ -117,21 +118,23 @@ class Absorbing:
 
     def draw(self, key: DrawKey, maskable: np.ndarray) -> Draw:
         """Return times in the mode `times`, masks and weights."""
-        is_complement = np.array([self.complementary and row % 2 == 1 for row in key.rows])
+        is_complement = np.array([self.complementary and index % 2 == 1 for index in key.indices])
         assert not self.complementary or key.global_batch_size % 2 == 0, "draws come in pairs"
         if self.complementary:  # a pair shares one t and one set of uniform numbers
             assert key.global_batch_size % 2 == 0 and self.clip is None, (
                 "pairs need an even number of draws, and both ends of t"
             )
-            key = replace(key, rows=[row // 2 for row in key.rows], global_batch_size=key.global_batch_size // 2)
+            key = replace(
+                key, indices=[index // 2 for index in key.indices], global_batch_size=key.global_batch_size // 2
+            )
         num_positions = maskable.shape[1]
         t = times(self.times, key, num_positions // (key.block_tokens or num_positions))  # [B, blocks]
         if self.clip is not None:
             t = self.clip.beta + (self.clip.omega - self.clip.beta) * t
-        return self._draw(key.seed, MASK, [(key.step, row) for row in key.rows], t, maskable, is_complement)
+        return self._draw(key.seed, MASK, [(key.step, index) for index in key.indices], t, maskable, is_complement)
 
     def evaluation_draw(self, seed: int, keys: Sequence[tuple[int, int]], t: np.ndarray, maskable: np.ndarray) -> Draw:
-        """Return the masks of pairs (number of the draw, row) at times [B] or [B, blocks], with the bound's weights.
+        """Return masks of pairs (number of the draw, sequence) at times [B] or [B, blocks], with the bound's weights.
 
         The settings of training do not enter: the masks are independent, by the linear schedule in continuous time from
         alpha(0) = 1 to alpha(1) = 0. The bound of every such schedule is the same, without a reconstruction or prior
@@ -150,10 +153,10 @@ class Absorbing:
         return whole.draw_at(seed, keys, t, maskable)
 
     def draw_at(self, seed: int, keys: Sequence[tuple[int, int]], t: np.ndarray, maskable: np.ndarray) -> Draw:
-        """Return the masks of pairs (number of the draw, row) at given times, with this process's own settings.
+        """Return the masks of pairs (number of the draw, sequence) at given times, with this process's own settings.
 
-        With shifted ends, or the geometric schedule, the sum is a part of the bound; `schedules.reconstruction_nats`
-        and `prior_nats` are the rest.
+        With shifted ends, or the geometric schedule, the bound has two more terms: `schedules.reconstruction_nats`
+        and `prior_nats`.
         """
         return self._draw(
             seed, EVALUATION_MASK, keys, t.reshape(len(keys), -1), maskable, np.zeros(len(keys), dtype=bool)
@@ -175,7 +178,7 @@ class Absorbing:
     ) -> Draw:
         shape, num_blocks = maskable.shape, t.shape[1]
         block = (-1, shape[1] // num_blocks)
-        # From here on every block is a row: t [B * blocks], the others [B * blocks, K].
+        # From here on the first dimension counts blocks: t [B * blocks], the others [B * blocks, K].
         uniform, maskable, t = uniforms(seed, stream, keys, shape[1]).reshape(block), maskable.reshape(block), t.ravel()
         is_complement = is_complement.repeat(num_blocks)
         if self.mask_sampler == "count":
@@ -186,7 +189,7 @@ class Absorbing:
             probability = self.schedule.mask_probability(torch.from_numpy(t)).numpy()
             if self.clip is not None and self.clip.enforce == "counts":
                 uniform_numbers = np.stack(
-                    [generator(seed, COUNT, step, row).random(num_blocks) for step, row in keys]
+                    [generator(seed, COUNT, step, index).random(num_blocks) for step, index in keys]
                 ).ravel()
                 is_masked = _smallest(
                     uniform, _truncated_binomial(uniform_numbers, probability, maskable.sum(1), self.clip), maskable
@@ -213,17 +216,17 @@ class Absorbing:
         if self.num_timesteps is not None:
             now = self.schedule.mask_probability(time).numpy()
             then = self.schedule.mask_probability(step_before(time, self.num_timesteps)).numpy()
-            return self.num_timesteps * (now - then) / now
-        weight = self.schedule.weight(time).numpy()
+            return np.asarray(self.num_timesteps * (now - then) / now)
+        weight: np.ndarray = self.schedule.weight(time).numpy()
         if is_complement.any():
             # The mask probability p is alpha(t), with density 1 / |alpha'|: the bound over p has weight 1 / p.
             rate = (-self.schedule.alpha_prime(time) / self.schedule.alpha(time)).numpy()
             weight = np.where(is_complement, rate, weight)
-        return weight if self.clip is None else weight * self.clip.constant
+        return weight if self.clip is None else np.asarray(weight * self.clip.constant)
 
 
 def _counted(uniform: np.ndarray, t: np.ndarray, maskable: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return masks [B, L] of exactly k = floor(t N) + 1 of a row's N maskable tokens, and weights N / k [B].
+    """Return masks [B, L] of exactly k = floor(t N) + 1 of a sequence's N maskable tokens, and weights N / k [B].
 
     The tokens with the smallest uniform numbers are masked. A stratified t gives a stratified k.
     """
@@ -233,9 +236,10 @@ def _counted(uniform: np.ndarray, t: np.ndarray, maskable: np.ndarray) -> tuple[
 
 
 def _smallest(uniform: np.ndarray, k: np.ndarray, maskable: np.ndarray) -> np.ndarray:
-    """Return [B, L] bool: the k [B] maskable positions of each row with the smallest uniform numbers."""
+    """Return [B, L] bool: the k [B] maskable positions of each sequence with the smallest uniform numbers."""
     rank = np.where(maskable, uniform, 2.0).argsort(1).argsort(1)
-    return (rank < k[:, None]) & maskable
+    is_smallest: np.ndarray = (rank < k[:, None]) & maskable
+    return is_smallest
 
 
 def _truncated_binomial(uniform_numbers: np.ndarray, p: np.ndarray, num_trials: np.ndarray, clip: Clip) -> np.ndarray:
@@ -274,10 +278,10 @@ def _context(is_masked: np.ndarray, maskable: np.ndarray, p: float) -> np.ndarra
     return total / 2
 
 
-def build_process(settings: Mapping[str, Any], facts: NetworkFacts) -> Process:
+def build_process(settings: ObjectiveSettings, facts: NetworkFacts) -> Process:
     """Return the forward process of a recipe's `objective` section: its custom class, or the absorbing process."""
-    custom: type[Process] | None = settings["process"]
-    return (custom or Absorbing).build(settings, facts)
+    process_class: type[Process] = settings["process"] or Absorbing
+    return process_class.build(settings, facts)
 
 
 def step_before(t: Tensor, num_timesteps: int) -> Tensor:

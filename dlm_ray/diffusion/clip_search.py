@@ -10,15 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dlm_ray.diffusion.absorbing import Clip
+from dlm_ray.diffusion.absorbing import Absorbing, Clip
 from dlm_ray.diffusion.denoiser import Batch
 from dlm_ray.diffusion.draws import Draw, DrawKey, maskable_positions
+from dlm_ray.diffusion.objectives.block import Block
 from dlm_ray.diffusion.visibility import Visibility
 
 WIDTHS = (0.5, 0.6, 0.7, 0.8, 0.9)
@@ -27,7 +28,7 @@ FULL_RANGE = (1e-3, 1.0)
 
 
 @dataclass(frozen=True)
-class Measured:
+class ClipStatistics:
     """The statistics of one candidate over all sequences and draws."""
 
     beta: float
@@ -55,9 +56,9 @@ def candidates(enforce: Literal["none", "counts"] = "none") -> list[Clip]:
     return clips
 
 
-def sums(
+def clip_sums(
     score: Callable[[Batch, Sequence[Draw]], Sequence[Tensor]],
-    objective: Any,
+    objective: Block,
     clips: Sequence[Clip],
     x_0: np.ndarray,
     document_ids: np.ndarray,
@@ -89,38 +90,51 @@ def sums(
         rank, world_size: rank and number of the processes that share the work.
         progress: called with (batches done, batches).
     """
-    assert not objective.process.complementary, "a clip has no complement: its masked shares are within the interval"
+    process = objective.process
+    assert isinstance(process, Absorbing), "only the absorbing process has a clip"
+    assert not process.complementary, "a clip has no complement: its masked shares are within the interval"
     total = torch.zeros(len(clips), 4, dtype=torch.float64, device=device)
-    pairs = [(number, row) for number in range(num_draws) for row in range(len(x_0))]
+    pairs = [(number, sequence) for number in range(num_draws) for sequence in range(len(x_0))]
     rank_pairs = np.array_split(np.arange(len(pairs)), world_size)[rank]
     num_batches = math.ceil(math.ceil(len(pairs) / world_size) / micro_batch_size)
-    for done, part in enumerate(np.array_split(rank_pairs, num_batches)):
-        batch_pairs = [pairs[i] for i in part] or [pairs[0]]
-        rows = [row for _, row in batch_pairs]
-        maskable = maskable_positions(document_ids[rows]) & (len(part) > 0)
+    for done, numbers in enumerate(np.array_split(rank_pairs, num_batches)):
+        batch_pairs = [pairs[i] for i in numbers] or [pairs[0]]
+        sequences = [sequence for _, sequence in batch_pairs]
+        maskable = maskable_positions(document_ids[sequences]) & (len(numbers) > 0)
         # The key combines draw number and sequence, so that draws of one sequence differ.
-        key = DrawKey(
-            seed, 0, [number * len(x_0) + row for number, row in batch_pairs], len(pairs), objective.block_tokens
-        )
-        draws = [replace(objective.process, clip=clip, weight="elbo").draw(key, maskable).to(device) for clip in clips]
-        batch = Batch(torch.from_numpy(x_0[rows]).to(device), draws[0], visibility_of(document_ids[rows]))
+        indices = [number * len(x_0) + sequence for number, sequence in batch_pairs]
+        key = DrawKey(seed, 0, indices, len(pairs), objective.block_tokens)
+        draws = [replace(process, clip=clip, weight="elbo").draw(key, maskable).to(device) for clip in clips]
+        batch = Batch(torch.from_numpy(x_0[sequences]).to(device), draws[0], visibility_of(document_ids[sequences]))
         open_blocks = torch.from_numpy(maskable.reshape(-1, objective.block_tokens).any(1)).to(device)
         for i, (draw, nll) in enumerate(zip(draws, score(batch, draws), strict=True)):
-            by_block = torch.zeros(len(open_blocks), dtype=torch.float64, device=device)
-            count = draw.num_scored  # the rest is padding
-            by_block.index_add_(0, draw.scored[:count] // objective.block_tokens, (draw.weight * nll)[:count].double())
-            mean = by_block[open_blocks] / objective.block_tokens
-            masked = torch.tensor(float(draw.num_scored), dtype=torch.float64, device=device)
-            total[i] += torch.stack([open_blocks.sum().double(), mean.sum(), (mean**2).sum(), masked])
+            total[i] += _block_sums(draw, nll, open_blocks, objective.block_tokens)
         if progress is not None:
             progress(done + 1, num_batches)
     return total
 
 
-def measured(clips: Sequence[Clip], totals: Tensor) -> list[Measured]:
+def _block_sums(draw: Draw, nll: Tensor, open_blocks: Tensor, block_tokens: int) -> Tensor:
+    """Return the sums [4] of one draw, with the columns of `clip_sums`.
+
+    Args:
+        draw: the draw.
+        nll: [R] nats of its scored positions, without weights.
+        open_blocks: [B * blocks] bool: the blocks with a maskable token, which count.
+        block_tokens: K.
+    """
+    by_block = torch.zeros(len(open_blocks), dtype=torch.float64, device=nll.device)
+    count = draw.num_scored  # the rest is padding
+    by_block.index_add_(0, draw.scored[:count] // block_tokens, (draw.weight * nll)[:count].double())
+    mean = by_block[open_blocks] / block_tokens
+    num_masked = torch.tensor(float(count), dtype=torch.float64, device=nll.device)
+    return torch.stack([open_blocks.sum().double(), mean.sum(), (mean**2).sum(), num_masked])
+
+
+def clip_statistics(clips: Sequence[Clip], totals: Tensor) -> list[ClipStatistics]:
     """Return the statistics of all candidates from the sums of all ranks, sorted by variance."""
     results = []
     for clip, (count, total, squares, masked) in zip(clips, totals.tolist(), strict=True):
         variance = (squares - total**2 / count) / max(1.0, count - 1)
-        results.append(Measured(clip.beta, clip.omega, variance, total / count, masked / count))
+        results.append(ClipStatistics(clip.beta, clip.omega, variance, total / count, masked / count))
     return sorted(results, key=lambda result: result.variance)

@@ -1,20 +1,23 @@
-"""The interfaces between the papers and the networks: the denoiser, the objective, and what they exchange."""
+"""The interfaces between the papers and the networks: denoiser, cache, objective, and the data that they exchange."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, Self
+from typing import Literal, Protocol, Self, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dlm_ray.diffusion.draws import Draw, DrawKey
+from dlm_ray.diffusion.settings import ObjectiveSettings
 from dlm_ray.diffusion.visibility import Visibility
 
 CanvasKind = Literal["autoregressive", "block", "whole", "simplex"]
 Likelihood = Literal["exact", "bound", "none"]
+ReductionT = TypeVar("ReductionT", bound=Tensor | tuple[Tensor, ...])
+"""The result of a reduction of logits [n, V]: a tensor [n, ...], or a tuple of such tensors."""
 
 
 class Cache(Protocol):
@@ -34,7 +37,7 @@ class Cache(Protocol):
             last_row: [D], the hidden state of the last position.
         """
 
-    def part(self, first: int, count: int) -> Cache:
+    def slot_range(self, first: int, count: int) -> Cache:
         """Return the `count` slots from `first` on, for one pass over them; commits go to the whole cache."""
 
     def save(self, slot: int, start: int, num_tokens: int) -> Tensor:
@@ -50,13 +53,20 @@ class Cache(Protocol):
         """Empty a slot of the cache."""
 
 
+class PassKeyValues(Protocol):
+    """The keys and values of one finished pass, which later passes attend to."""
+
+    num_keys: int
+    """Number of positions of the pass."""
+
+
 class Denoiser(Protocol):
     """A network that turns partly masked tokens into hidden states, and hidden states into reductions of logits."""
 
     mask_id: int | None
     """Id of the mask token; None if the network is only autoregressive."""
 
-    def hidden(self, inputs: Tensor, visibility: Visibility, kv: Any = None) -> Tensor:
+    def hidden(self, inputs: Tensor, visibility: Visibility, kv: Cache | PassKeyValues | None = None) -> Tensor:
         """Return the final hidden states [B, L, D].
 
         Args:
@@ -69,7 +79,7 @@ class Denoiser(Protocol):
     def new_cache(self, num_slots: int, capacity_tokens: int, *, fixed_shapes: bool = False) -> Cache:
         """Return an empty cache; with `fixed_shapes` a pass over it sees the same number of keys at any length."""
 
-    def forward_with_kv(self, inputs: Tensor, visibility: Visibility) -> tuple[Tensor, Any]:
+    def forward_with_kv(self, inputs: Tensor, visibility: Visibility) -> tuple[Tensor, PassKeyValues]:
         """Return the result of `hidden`, and its keys and values for later passes."""
 
     def states(self, inputs: Tensor, visibility: Visibility) -> tuple[Tensor, ...]:
@@ -78,7 +88,7 @@ class Denoiser(Protocol):
     def embed(self, input_ids: Tensor) -> Tensor:
         """Return embeddings [B, L, D] of ids [B, L]."""
 
-    def reduce_logits(self, rows: Tensor, fn: Callable[..., Any], *row_arguments: Tensor) -> Any:
+    def reduce_logits(self, rows: Tensor, fn: Callable[..., ReductionT], *row_arguments: Tensor) -> ReductionT:
         """Apply fn(logits [n, V] float32, *arguments [n, ...]) to rows [N, D] in chunks and concatenate its results.
 
         The mask token's logit is -inf, so it has no probability.
@@ -142,7 +152,7 @@ class LossSum:
 
 
 class Objective(Protocol):
-    """The loss that is minimised, and what it says about sampling and scoring; a torch module.
+    """The loss that training minimises, and how its networks are sampled and scored; a torch module.
 
     A custom objective (`objective.name: package.module:Class`) meets this protocol. A subclass of `objectives.Masked`
     or of another built-in class does. Its own parameters are replicated on all ranks, trained, averaged, saved as
@@ -153,16 +163,16 @@ class Objective(Protocol):
     kind: str
     """The built-in objective that it extends, such as `masked`; its keys of the recipe and its sampling rules apply."""
     canvas: CanvasKind
-    """What a sampler denoises at once; `block` needs an attribute `block_tokens`, `simplex` the methods of `SsdLm`."""
+    """The unit that a sampler denoises; `block` needs an attribute `block_tokens`, `simplex` the methods of `SsdLm`."""
     is_causal: bool
     """Whether attention stays causal; otherwise it becomes bidirectional."""
     likelihood: Likelihood
-    """What weight * token_nll sums to over an evaluation draw: -log p(x_0), an upper bound of it, or neither."""
+    """The sum of weight * token_nll over an evaluation draw: -log p(x_0), an upper bound of it, or neither."""
     draws_per_sequence: int
-    """Draws of every sequence in a batch: copy j of sequence r is row r * draws_per_sequence + j of a draw's key."""
+    """Draws of every sequence in a batch: draw j of sequence i has the index i * draws_per_sequence + j."""
 
     @classmethod
-    def build(cls, settings: Mapping[str, Any], facts: NetworkFacts) -> Objective:
+    def build(cls, settings: ObjectiveSettings, facts: NetworkFacts) -> Objective:
         """Return the objective that trains a network.
 
         Args:
@@ -174,22 +184,22 @@ class Objective(Protocol):
         """
 
     @classmethod
-    def restore(cls, settings: Mapping[str, Any], facts: NetworkFacts) -> Objective:
+    def restore(cls, settings: ObjectiveSettings, facts: NetworkFacts) -> Objective:
         """Return the objective that scores and samples the trained network; its parameters are loaded afterwards.
 
         Its `evaluation_draw` covers the full range of t, whatever noise training used.
         """
 
     def draw(self, key: DrawKey, x_0: np.ndarray, maskable: np.ndarray) -> Draw:
-        """Return the randomness of the rows of `key`; x_0 [B, L] and maskable [B, L] bool are on the host."""
+        """Return the randomness of the draws of `key`; x_0 [B, L] and maskable [B, L] bool are on the host."""
 
     def evaluation_draw(
         self, seed: int, keys: Sequence[tuple[int, int]], t: np.ndarray, x_0: np.ndarray, maskable: np.ndarray
     ) -> Draw:
-        """Return the randomness of pairs (number of the draw, row) at given times t [B], for a comparable bound."""
+        """Return the randomness of pairs (number of the draw, sequence) at times t [B], for a comparable bound."""
 
     def count(self, draw: Draw) -> int:
-        """Return the part of a micro-batch in the count that divides the loss."""
+        """Return the contribution of a micro-batch to the count that divides the loss."""
 
     def token_nll(self, denoiser: Denoiser, batch: Batch) -> Tensor:
         """Return [R] float32 nats of the scored positions, without weights.
@@ -201,7 +211,7 @@ class Objective(Protocol):
         """Return the loss of one micro-batch; a module defines it as `forward`."""
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        """Return the parameters that are trained beside the network; see `nn.Module`."""
+        """Return the parameters that are trained in addition to the network; see `nn.Module`."""
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
@@ -226,8 +236,8 @@ def scored_rows(denoiser: Denoiser, hidden: Tensor, draw: Draw) -> Tensor:
 
 
 def reduce_scored(
-    denoiser: Denoiser, rows: Tensor, fn: Callable[..., Any], batch: Batch, *row_arguments: Tensor
-) -> Any:
+    denoiser: Denoiser, rows: Tensor, fn: Callable[..., ReductionT], batch: Batch, *row_arguments: Tensor
+) -> ReductionT:
     """Apply fn(logits [n, V], targets [n], *row_arguments) to the hidden states that predict the scored positions.
 
     Padding of `draw.scored` gets a hidden state of zeros and a target that has a logit. So its values and gradients are
@@ -247,8 +257,7 @@ def reduce_scored(
 
 def nll_of(denoiser: Denoiser, rows: Tensor, batch: Batch) -> Tensor:
     """Return [R] float32: -log p(x_0) in nats at the scored positions, from their hidden states [R, D]."""
-    nll: Tensor = reduce_scored(denoiser, rows, cross_entropy, batch)
-    return nll
+    return reduce_scored(denoiser, rows, cross_entropy, batch)
 
 
 def score(denoiser: Denoiser, inputs: Tensor, batch: Batch) -> Tensor:

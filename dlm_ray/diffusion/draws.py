@@ -1,6 +1,6 @@
 """The randomness of a batch: the times t of the global batch, and the uniform numbers that decide the masks.
 
-Every number is a pure function of (seed, stream, step, global row index), by numpy's counter-based Philox. So neither
+Every number is a pure function of (seed, stream, step, index of the draw), by numpy's counter-based Philox. So neither
 the number of workers nor the micro-batch nor a restart changes a mask. The draws are made on the host, so that a step
 needs no synchronisation to know their counts.
 """
@@ -21,23 +21,25 @@ STRATA, TIME, MASK, EVALUATION_TIME, EVALUATION_MASK, SAMPLING, JUMP, NOISE, GUM
 ROW_MULTIPLE = 128
 
 
-def generator(seed: int, stream: int, step: int, row: int) -> np.random.Generator:
-    """Return the generator of one row in one step; rows, steps and streams share no random numbers."""
-    return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, 0, row, step]))
+def generator(seed: int, stream: int, step: int, index: int) -> np.random.Generator:
+    """Return the generator of draw `index` in one step; indices, steps and streams share no random numbers."""
+    return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, 0, index, step]))
 
 
 @dataclass(frozen=True)
 class DrawKey:
-    """The key of a micro-batch's random numbers: the seed, the step, and the indices of its sequences.
+    """The key of a micro-batch's random numbers: the seed, the step, and the indices of its draws.
 
-    A sequence that is drawn several times has an index per copy.
+    A draw is one corruption of a sequence. A sequence that is corrupted several times in a batch has one index for each
+    of its draws.
     """
 
     seed: int
     step: int
-    rows: Sequence[int]
-    """Indices of the sequences' copies within the global batch."""
+    indices: Sequence[int]
+    """[B]: the index of each draw within the global batch."""
     global_batch_size: int
+    """Number of draws in the global batch."""
     block_tokens: int | None = None
     """Positions of a block with its own t, if the step decides (a curriculum); None: the objective decides."""
 
@@ -61,7 +63,7 @@ class Draw:
     num_scored: int
     """Number of scored positions, without padding."""
     noise_seeds: tuple[int, ...] = ()
-    """Seed of every row, for an objective that makes its noise on the device."""
+    """Seed of every draw, for an objective that makes its noise on the device."""
 
     @property
     def is_scored(self) -> Tensor:
@@ -95,27 +97,27 @@ def maskable_positions(document_ids: np.ndarray) -> np.ndarray:
 
 
 def times(mode: str, key: DrawKey, num_blocks: int = 1) -> np.ndarray:
-    """Return [B, num_blocks] float64: t in (0, 1) for every block of every row; a row with one t is one block.
+    """Return [B, num_blocks] float64: t in (0, 1) for every block of every draw; a draw with one t is one block.
 
     Args:
-        mode: how the K * num_blocks times of a global batch of K rows depend on each other.
+        mode: how the K * num_blocks times of a global batch of K draws depend on each other.
             `stratified`: one stratum of width 1 / (K num_blocks) each, assigned by a new permutation in every step, so
-            that neither the place of a row in the batch nor of a block in the row decides its t.
+            that neither the place of a draw in the batch nor of a block in the sequence decides its t.
             `antithetic`: one u for all, t_i = (u + i / (K num_blocks)) mod 1 (MD4's low-discrepancy draw, over the
             whole global batch).
             `independent`: independent times.
-            `paper`: strata in the order of BD3-LM's code, where t rises along a row; kept to show its effect.
-        key: the rows.
-        num_blocks: blocks of a row, each with its own time.
+            `paper`: strata in the order of BD3-LM's code, where t rises along a sequence; kept to show its effect.
+        key: the draws.
+        num_blocks: blocks of a sequence, each with its own time.
     """
     total = key.global_batch_size * num_blocks
     # [B, num_blocks], numbers within the global batch
-    cells = np.array(key.rows)[:, None] * num_blocks + np.arange(num_blocks)
+    cells = np.array(key.indices)[:, None] * num_blocks + np.arange(num_blocks)
     if mode == "antithetic":
         shared = generator(key.seed, STRATA, key.step, 0).uniform(2**-53, 1.0)
         return np.maximum((shared + cells / total) % 1.0, 2**-53)
     inside = np.stack(
-        [generator(key.seed, TIME, key.step, row).uniform(2**-53, 1.0, size=num_blocks) for row in key.rows]
+        [generator(key.seed, TIME, key.step, index).uniform(2**-53, 1.0, size=num_blocks) for index in key.indices]
     )
     if mode == "independent":
         return inside
@@ -126,18 +128,21 @@ def times(mode: str, key: DrawKey, num_blocks: int = 1) -> np.ndarray:
     return (cells + inside) / total
 
 
-def evaluation_times(seed: int, rows: Sequence[int], num_draws: int) -> np.ndarray:
-    """Return [B, num_draws] float64: strata over the draws of each row, in a random order."""
-    times = np.empty((len(rows), num_draws))
-    for i, row in enumerate(rows):
-        random = generator(seed, EVALUATION_TIME, 0, row)
+def evaluation_times(seed: int, sequences: Sequence[int], num_draws: int) -> np.ndarray:
+    """Return [B, num_draws] float64: strata over the draws of each sequence, given by its index, in a random order."""
+    times = np.empty((len(sequences), num_draws))
+    for i, sequence in enumerate(sequences):
+        random = generator(seed, EVALUATION_TIME, 0, sequence)
         times[i] = (random.permutation(num_draws) + random.uniform(2**-53, 1.0, size=num_draws)) / num_draws
     return times
 
 
 def uniforms(seed: int, stream: int, keys: Sequence[tuple[int, int]], num_positions: int) -> np.ndarray:
-    """Return [B, L] float64 in [0, 1) for B pairs (step, row); evaluation passes the number of the draw as the step."""
-    return np.stack([generator(seed, stream, step, row).random(num_positions) for step, row in keys])
+    """Return [B, L] float64 in [0, 1) for B pairs (step, index of the draw).
+
+    Evaluation passes pairs (number of the draw, index of the sequence).
+    """
+    return np.stack([generator(seed, stream, step, index).random(num_positions) for step, index in keys])
 
 
 def make_draw(

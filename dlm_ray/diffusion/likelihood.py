@@ -54,11 +54,12 @@ def evaluation_batch(
         device: device of the network.
         is_real: False scores nothing (a filler that keeps ranks in step).
     """
-    rows = [row for row, _ in pairs]
-    maskable = maskable_positions(document_ids[rows]) & is_real
+    sequences = [sequence for sequence, _ in pairs]
+    maskable = maskable_positions(document_ids[sequences]) & is_real
     t = np.array([times[pair] for pair in pairs])
-    draw = objective.evaluation_draw(seed, [(number, row) for row, number in pairs], t, x_0[rows], maskable)
-    return Batch(torch.from_numpy(x_0[rows]).to(device), draw.to(device), visibility_of(document_ids[rows]))
+    keys = [(number, sequence) for sequence, number in pairs]
+    draw = objective.evaluation_draw(seed, keys, t, x_0[sequences], maskable)
+    return Batch(torch.from_numpy(x_0[sequences]).to(device), draw.to(device), visibility_of(document_ids[sequences]))
 
 
 def block_tokens_of(objective: Objective) -> int:
@@ -124,20 +125,20 @@ def token_nats(
         return visibility
 
     times = evaluation_times(seed, range(len(x_0)), num_draws)
-    pairs = [(row, number) for row in range(len(x_0)) for number in range(num_draws)]
+    pairs = [(sequence, number) for sequence in range(len(x_0)) for number in range(num_draws)]
     nats, totals = np.zeros(x_0.shape), np.zeros(num_draws)
     for start in range(0, len(pairs), micro_batch_size):
-        part = pairs[start : start + micro_batch_size]
-        batch = evaluation_batch(objective, x_0, document_ids, part, times, seed, visible, device)
+        batch_pairs = pairs[start : start + micro_batch_size]
+        batch = evaluation_batch(objective, x_0, document_ids, batch_pairs, times, seed, visible, device)
         weighted = (
             (batch.draw.weight * objective.token_nll(denoiser, batch)).double().cpu().numpy()[: batch.draw.num_scored]
         )
         scored = batch.draw.scored[: batch.draw.num_scored].cpu().numpy()
-        rows, numbers = np.array(part)[scored // num_positions].T
-        np.add.at(nats, (rows, scored % num_positions), weighted / num_draws)
+        sequences, numbers = np.array(batch_pairs)[scored // num_positions].T
+        np.add.at(nats, (sequences, scored % num_positions), weighted / num_draws)
         np.add.at(totals, numbers, weighted)
         if progress is not None:
-            progress(start + len(part), len(pairs))
+            progress(start + len(batch_pairs), len(pairs))
     return TokenNats(nats[:, :length], totals)
 
 

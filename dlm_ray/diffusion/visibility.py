@@ -1,4 +1,4 @@
-"""Defines which positions attend to which, as a predicate of (row, query position, key position).
+"""Defines which positions attend to which, as a predicate of (sequence, query position, key position).
 
 The predicate becomes a dense mask, a FlexAttention BlockMask, or a fused kernel that needs no mask. Annealing
 (DiffuLLaMA, arXiv 2410.17891, section 3.3) is a hash of (query, key, step) that the kernel evaluates, so that no L x L
@@ -8,11 +8,14 @@ matrix is stored.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 _LOW_32 = 0xFFFFFFFF
 
@@ -29,10 +32,12 @@ class Visibility:
 
     pattern: Literal["causal", "bidirectional", "bernoulli", "window"]
     """`causal`: no future position; `bidirectional`: all; `bernoulli`: a random subset; `window`: the nearest ones."""
-    threshold: int = 0
-    """`bernoulli`: a query sees a future key where hash < threshold, out of 2**32. `window`: number of positions."""
+    hash_limit: int = 0
+    """`bernoulli`: a query sees a future key if their hash, in [0, 2**32), is below this limit."""
     salt: int = 0
     """`bernoulli`: the step, so that each step has a different mask."""
+    window_tokens: int = 0
+    """`window`: the number of future positions that a query sees."""
     document_ids: Tensor | None = None
     """[B, L] int; positions of different documents do not see each other. None: one document per sequence."""
     block_tokens: int | None = None
@@ -40,12 +45,12 @@ class Visibility:
     half: int | None = None
     """L, for sequences [x_t ; x_0] of 2L positions; None for ordinary sequences."""
     offsets: tuple[int, ...] | None = None
-    """For queries after cached keys: the position of each row's first query; keys count from 0. None: all 0."""
+    """For queries after cached keys: the position of each sequence's first query; keys count from 0. None: all 0."""
 
-    def sees(self, row: Any, query: Any, key: Any) -> Any:
-        """Return whether `query` sees `key` in batch row `row`.
+    def sees(self, sequence: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        """Return whether position `query` sees position `key` in sequence `sequence` of the batch.
 
-        The arguments are integer tensors that broadcast, or FlexAttention scalars.
+        The arguments are integer tensors that broadcast; FlexAttention passes scalars.
         """
         n, m = (query, key) if self.half is None else (query % self.half, key % self.half)  # positions in the sequence
         if self.pattern == "bidirectional":
@@ -53,9 +58,9 @@ class Visibility:
         else:
             visible = m <= n
             if self.pattern == "bernoulli":
-                visible = visible | (_hash(n, m, self.salt) < self.threshold)
+                visible = visible | (_hash(n, m, self.salt) < self.hash_limit)
             elif self.pattern == "window":
-                visible = m <= n + self.threshold
+                visible = m <= n + self.window_tokens
         if self.block_tokens is not None:
             query_block, key_block = n // self.block_tokens, m // self.block_tokens
             if self.half is None:
@@ -68,7 +73,7 @@ class Visibility:
                     | (~is_noisy & ~sees_noisy & (key_block <= query_block) & visible)
                 )
         if self.document_ids is not None:
-            visible = visible & (self.document_ids[row, n] == self.document_ids[row, m])
+            visible = visible & (self.document_ids[sequence, n] == self.document_ids[sequence, m])
         return visible
 
     def fused(self, num_queries: int, num_keys: int) -> Literal["causal", "full"] | None:
@@ -79,7 +84,7 @@ class Visibility:
             if self.pattern == "causal" or self.block_tokens == 1:
                 return "causal"
             return "full" if self.block_tokens is None or num_queries <= self.block_tokens else None
-        # After a cache, the last block sees all keys, if the rows have the same length.
+        # After a cache, the last block sees all keys, if the sequences have the same length.
         is_last = len(set(self.offsets)) == 1 and self.offsets[0] + num_queries == num_keys
         in_block = num_queries == 1 or (self.pattern == "bidirectional" and num_queries <= (self.block_tokens or 0))
         return "full" if is_last and in_block else None
@@ -105,18 +110,18 @@ class Visibility:
         )
         query = query[:, :, None]
         key = torch.arange(num_queries if num_keys is None else num_keys, device=device)[None, None, :]
-        rows = 1 if self.document_ids is None else self.document_ids.shape[0]
-        return self.sees(torch.arange(rows, device=device)[:, None, None], query, key)[:, None]
+        num_sequences = 1 if self.document_ids is None else self.document_ids.shape[0]
+        return self.sees(torch.arange(num_sequences, device=device)[:, None, None], query, key)[:, None]
 
-    def block_mask(self, num_queries: int, device: torch.device, num_keys: int | None = None) -> Any:
+    def block_mask(self, num_queries: int, device: torch.device, num_keys: int | None = None) -> BlockMask:
         """Return the FlexAttention BlockMask of this visibility; it does not support offsets, whose masks are small."""
         from torch.nn.attention.flex_attention import create_block_mask
 
         assert self.offsets is None, "queries after a cache have a dense mask"
-        num_rows = None if self.document_ids is None else self.document_ids.shape[0]
+        num_sequences = None if self.document_ids is None else self.document_ids.shape[0]
         keys = num_queries if num_keys is None else num_keys
         return create_block_mask(
-            lambda b, h, q, k: self.sees(b, q, k), num_rows, None, num_queries, keys, device=str(device)
+            lambda b, h, q, k: self.sees(b, q, k), num_sequences, None, num_queries, keys, device=str(device)
         )
 
     @property
@@ -138,7 +143,7 @@ def annealed(
         pattern: `bernoulli`: every future pair with probability r (DiffuLLaMA); `window`: the nearest r * (L - 1)
             future positions; `none`: bidirectional.
         ratio: the annealing ratio r.
-        step: the update, which has its own Bernoulli mask.
+        step: the training step; each step has its own Bernoulli mask.
         num_positions: L, or K if blocks of K limit the future.
         document_ids: [B, L], or None for one document per sequence.
     """
@@ -147,8 +152,8 @@ def annealed(
     if ratio <= 0:
         return Visibility("causal", document_ids=document_ids)
     if pattern == "window":
-        return Visibility("window", threshold=round(ratio * (num_positions - 1)), document_ids=document_ids)
-    return Visibility("bernoulli", threshold=round(ratio * 2**32), salt=step, document_ids=document_ids)
+        return Visibility("window", window_tokens=round(ratio * (num_positions - 1)), document_ids=document_ids)
+    return Visibility("bernoulli", hash_limit=round(ratio * 2**32), salt=step, document_ids=document_ids)
 
 
 def documents_apart(document_ids: np.ndarray, document_mask: bool, device: torch.device) -> Tensor | None:
@@ -162,12 +167,12 @@ def documents_apart(document_ids: np.ndarray, document_mask: bool, device: torch
     return torch.from_numpy(groups).to(device, non_blocking=True)
 
 
-def _hash(query: Any, key: Any, salt: int) -> Any:
+def _hash(query: Tensor, key: Tensor, salt: int) -> Tensor:
     """Return a 32-bit hash of (query, key, salt), in int64 arithmetic that eager tensors and FlexAttention share."""
     return _mix(_mix((query + 0x9E3779B9 * salt) & _LOW_32) + key)
 
 
-def _mix(x: Any) -> Any:
+def _mix(x: Tensor) -> Tensor:
     """Mix the bits of a 32-bit integer (a bijection with good avalanche: two multiply-xorshift rounds)."""
     x = x & _LOW_32
     x = x ^ (x >> 16)

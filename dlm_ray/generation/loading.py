@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -17,7 +18,7 @@ from dlm_ray.config.errors import UserError
 from dlm_ray.config.objective import rules_of
 from dlm_ray.data import storage
 from dlm_ray.data.identity import TokenizerIdentity
-from dlm_ray.data.tokenizer import identity, load_tokenizer
+from dlm_ray.data.tokenizer import FastTokenizer, identity, load_tokenizer
 from dlm_ray.diffusion import objectives
 from dlm_ray.diffusion.denoiser import NetworkFacts, Objective
 from dlm_ray.diffusion.objectives.autoregressive import Autoregressive
@@ -87,8 +88,8 @@ def load_network(
 def as_unadapted(base: TextModel, pattern: Literal["causal", "bidirectional"], *, seed: int = 0) -> TextModel:
     """Return an autoregressive model as the untrained denoiser that adaptation starts from.
 
-    It has a new mask row and the shift, and attends causally or bidirectionally. Its bound is the baseline that shows
-    what adaptation adds.
+    It has a new mask row and the shift, and attends causally or bidirectionally. Its bound is the baseline for an
+    adapted model.
     """
     fields = base.denoiser.network.config.to_dict()
     mask_id = fields["vocab_size"]
@@ -136,7 +137,11 @@ def _pretrained_model(files: ModelFiles, denoiser: HuggingFaceDenoiser) -> TextM
 
 
 def _text_model(
-    description: Description, denoiser: HuggingFaceDenoiser, objective: Objective, tokenizer: Any, where: str
+    description: Description,
+    denoiser: HuggingFaceDenoiser,
+    objective: Objective,
+    tokenizer: FastTokenizer,
+    where: str,
 ) -> TextModel:
     """Return the TextModel of a checkpoint or of its export, which are equal.
 
@@ -177,7 +182,7 @@ def _objective(description: Description, denoiser: HuggingFaceDenoiser, where: s
 
 
 def _network(
-    fields: dict[str, Any], mask_id: int | None, shift: bool, device: torch.device, mesh: DeviceMesh | None = None
+    fields: Mapping[str, object], mask_id: int | None, shift: bool, device: torch.device, mesh: DeviceMesh | None = None
 ) -> HuggingFaceDenoiser:
     denoiser = parallel.build(families.read_config(fields), mask_id, shift).requires_grad_(False)
     if mesh is not None:

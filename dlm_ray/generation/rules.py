@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import cast
 
 from dlm_ray.config.errors import UserError
 from dlm_ray.config.imports import import_class, is_class_path
 from dlm_ray.config.sampling import ResolvedSampling
+from dlm_ray.diffusion.denoiser import Objective
+from dlm_ray.diffusion.objectives.genmd4 import GenMD4
 from dlm_ray.diffusion.samplers.rules import (
     Ancestral,
     Confidence,
@@ -23,18 +25,18 @@ from dlm_ray.diffusion.samplers.rules import (
 from dlm_ray.diffusion.schedules import Polynomial
 
 
-def build_rule(params: ResolvedSampling, objective: Any, vocab_size: int) -> Rule:
+def build_rule(params: ResolvedSampling, objective: Objective, vocab_size: int) -> Rule:
     """Return the rule that `params.rule` names.
 
     Args:
         params: the rule and its options.
-        objective: the checkpoint's objective, whose learned schedule `state_dependent` uses.
+        objective: the checkpoint's objective; the rule `state_dependent` is for `GenMD4`, whose exponents it uses.
         vocab_size: V of the network.
     """
     if is_class_path(params.rule):
         return load_rule(params.rule, needs_blocks=params.block_tokens is not None)
     if params.rule == "state_dependent":
-        return StateDependent(objective.exponents)
+        return StateDependent(cast(GenMD4, objective).exponents)
     rules: dict[str, Rule] = {
         "confidence": Confidence(Polynomial()),
         "margin": Confidence(Polynomial(), "margin"),

@@ -1,11 +1,11 @@
-"""Options of sampling: what callers pass, and their resolution against a checkpoint with every error at once."""
+"""The options of a sampling call, and their resolution against a checkpoint, which reports all errors at once."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypedDict
+from typing import Literal, TypedDict
 
 from dlm_ray.config.errors import UserError
 from dlm_ray.config.imports import is_class_path
@@ -15,7 +15,7 @@ from dlm_ray.diffusion.samplers.rules import Canvas
 from dlm_ray.diffusion.samplers.simplex import Control
 from dlm_ray.generation.rules import load_rule
 
-# Rules that draw a token and whether it is revealed at once; they need the whole text.
+# Rules that sample a token and whether it is revealed together; they need the whole text.
 WHOLE_CANVAS_RULES = ("state_dependent", "tweedie")
 _BLOCKS_ONLY = ("stop", "candidates", "reward")
 OnStep = Callable[[int, int, Canvas], None]
@@ -88,34 +88,34 @@ def resolve_sampling(options: SamplingOptions, target: SamplingTarget, length: i
         UserError: that names all errors; `field` is the first of them.
     """
     recipe = target.sampling
-    params: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    params = {name: value for name, value in options.items() if value is not None}
     errors = option_errors({name: value for name, value in params.items() if name in LocalSampling.model_fields})
     if any(error.field == "block_tokens" for error in errors):
         raise _joined(errors)
-    block_tokens = _block_tokens(params.get("block_tokens"), target)
+    block_tokens = _block_tokens(options.get("block_tokens"), target)
     rules = tuple(rule for rule in target.rules if block_tokens is None or rule not in WHOLE_CANVAS_RULES)
-    rule = _rule(params.get("rule"), target, rules)
+    rule = _rule(options.get("rule"), target, rules)
     errors += _rule_errors(rule, target, rules, block_tokens)
     errors += [
         UserError.of(name, params[name], f"belongs to rule={owner}, and the rule is {rule}", "change either")
         for name, owner in RULE_OF.items()
         if name in params and rule != owner
     ]
-    errors += _misplaced_options(params, target, block_tokens)
+    errors += _misplaced_options(params, options.get("candidates") or 1, target, block_tokens)
     if errors:
         raise _joined(errors)
-    steps = params.get("steps")
+    steps = options.get("steps")
     if steps is None:
         is_trained_size = (block_tokens is not None) == (target.kind == "block")
         steps = (recipe.steps if is_trained_size else None) or min(64, length if block_tokens is None else block_tokens)
-    values: dict[str, Any] = {name: getattr(recipe, name) for name in Sampling.model_fields}
+    values: dict[str, object] = {name: getattr(recipe, name) for name in Sampling.model_fields}
     values |= {name: value for name, value in params.items() if name in LocalSampling.model_fields}
     values |= {
         "rule": rule,
         "steps": length if target.kind == "autoregressive" else steps,
         "block_tokens": block_tokens,
     }
-    return ResolvedSampling(**values)
+    return ResolvedSampling.model_validate(values)
 
 
 def _joined(errors: Sequence[UserError]) -> UserError:
@@ -173,7 +173,7 @@ def _block_tokens(size: int | None, target: SamplingTarget) -> int | None:
     sampled = None if size == sequence_length else size
     if sampled != trained:
         in_training, here = (
-            f"whole rows of {sequence_length} tokens" if blocks is None else f"blocks of {blocks} tokens"
+            f"whole sequences of {sequence_length} tokens" if blocks is None else f"blocks of {blocks} tokens"
             for blocks in (trained, sampled)
         )
         warnings.warn(
@@ -183,7 +183,9 @@ def _block_tokens(size: int | None, target: SamplingTarget) -> int | None:
     return sampled
 
 
-def _misplaced_options(params: Mapping[str, Any], target: SamplingTarget, block_tokens: int | None) -> list[UserError]:
+def _misplaced_options(
+    params: Mapping[str, object], num_candidates: int, target: SamplingTarget, block_tokens: int | None
+) -> list[UserError]:
     """Return an error for each option that the checkpoint's sampler does not have."""
     errors = []
     if "control" in params and target.kind != "simplex":
@@ -200,7 +202,7 @@ def _misplaced_options(params: Mapping[str, Any], target: SamplingTarget, block_
     elif params.get("noise", "float64") != "float64":
         allowed = f"is for the whole canvas, and this samples blocks of {block_tokens}"
         errors.append(UserError.of("noise", params["noise"], allowed, "leave it out"))
-    if (params.get("candidates", 1) > 1) != ("reward" in params):
+    if (num_candidates > 1) != ("reward" in params):
         message = (
             "`candidates` and `reward` go together: the number of candidates per block, and the choice between them"
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,31 @@ if TYPE_CHECKING:
 
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
+
+
+class ScoreReport(TypedDict):
+    """The bits per byte of a data split, for the user."""
+
+    bits_per_byte: float
+    """Bits per byte of all documents together."""
+    is_bound: bool
+    """Whether they are an upper bound."""
+    ci95_documents: tuple[float, float] | None
+    """95 % bootstrap interval over documents; None if there is one document."""
+    ci95_draws: tuple[float, float] | None
+    """95 % interval over draws, for these documents; None if there is one draw."""
+    documents: int
+    tokens: int
+    bytes: int
+    draws_per_sequence: int
+
+
+class ScoreDifference(TypedDict):
+    """The difference of bits per byte between two models on the same documents."""
+
+    bits_per_byte: float
+    ci95_documents_paired: tuple[float, float] | None
+    """95 % paired bootstrap interval over documents; None if there is one document."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +69,8 @@ class Scored:
         """Return the bits per byte of all documents together."""
         return likelihood.bits_per_byte(float(self.nats.sum()), float(self.num_bytes.sum()))
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return bits_per_byte, its intervals and the counts; the interval over one document or one draw is None."""
+    def as_dict(self) -> ScoreReport:
+        """Return the bits per byte, their intervals and the counts."""
         return {
             "bits_per_byte": self.bits_per_byte,
             "is_bound": self.is_bound,
@@ -57,13 +82,8 @@ class Scored:
             "draws_per_sequence": len(self.draw_totals),
         }
 
-    def minus(self, other: Scored) -> dict[str, Any]:
-        """Return the difference of bits per byte to another model on the same documents.
-
-        Returns:
-            bits_per_byte, and ci95_documents_paired, the paired interval over documents (None if there is one
-            document).
-        """
+    def minus(self, other: Scored) -> ScoreDifference:
+        """Return the difference of bits per byte to another model on the same documents."""
         assert (self.num_bytes == other.num_bytes).all(), "a paired comparison needs the same documents"
         difference = self.nats - other.nats
         return {
@@ -91,13 +111,7 @@ def score_data(
         UserError: if the data has another tokenizer, its sequences are longer than the network has positions, the split
             is empty, the objective bounds no likelihood, or no sequence or draw is to be scored.
     """
-    for name, value in {"draws_per_sequence": draws_per_sequence, "max_sequences": max_sequences}.items():
-        if value is not None and value < 1:
-            raise UserError.of(name, value, "must be at least 1")
-    if model.objective.likelihood == "none":
-        raise UserError(
-            "this checkpoint's objective (ssd_lm) gives no bound of the likelihood: it has no bits per byte"
-        )
+    _check_request(model, draws_per_sequence, max_sequences)
     index = load_index(data)
     if difference := index.tokenizer.differs_from(model.tokenizer_identity):
         raise UserError(
@@ -109,7 +123,7 @@ def score_data(
         raise UserError.of(
             "split",
             split,
-            f"this split of {data} has no rows",
+            f"this split of {data} has no sequences",
             "build it with a larger `held_out`, or name another split",
         )
     check_ids(sequences, model.denoiser.mask_id, model.denoiser.vocab_size)
@@ -137,25 +151,36 @@ def score_data(
     )
 
 
+def _check_request(model: TextModel, draws_per_sequence: int, max_sequences: int | None) -> None:
+    """Raise UserError if a number is below 1, or the objective bounds no likelihood."""
+    for name, value in {"draws_per_sequence": draws_per_sequence, "max_sequences": max_sequences}.items():
+        if value is not None and value < 1:
+            raise UserError.of(name, value, "must be at least 1")
+    if model.objective.likelihood == "none":
+        raise UserError(
+            "this checkpoint's objective (ssd_lm) gives no bound of the likelihood: it has no bits per byte"
+        )
+
+
 def _check_sequences(model: TextModel, data: str, sequence_length: int) -> None:
     """Warn if the sequences of `data` differ from those in training; raise UserError if they cannot be scored."""
     padding = likelihood.num_padding(model.objective, sequence_length)
     positions = model.denoiser.network.config.max_position_embeddings
     if sequence_length + padding > positions:
         raise UserError(
-            f"{data} has rows of {sequence_length} tokens, scored in {sequence_length + padding} positions, and the "
-            f"network has {positions}; build the data with a smaller `sequence_length`"
+            f"{data} has sequences of {sequence_length} tokens, scored in {sequence_length + padding} positions, and "
+            f"the network has {positions}; build the data with a smaller `sequence_length`"
         )
     if padding:
         warnings.warn(
-            f"{data} has rows of {sequence_length} tokens, which are not a whole number of this checkpoint's blocks of "
-            f"{model.objective.block_tokens}: each is scored with {padding} tokens of padding after it, which no other "
-            "token sees",
+            f"{data} has sequences of {sequence_length} tokens, which are not a whole number of this checkpoint's "
+            f"blocks of {likelihood.block_tokens_of(model.objective)}: each is scored with {padding} tokens of padding "
+            "after it, which no other token sees",
             stacklevel=4,
         )
     if sequence_length > model.sequence_length:
         warnings.warn(
-            f"{data} has rows of {sequence_length} tokens, and the checkpoint was trained on rows of "
+            f"{data} has sequences of {sequence_length} tokens, and the checkpoint was trained on sequences of "
             f"{model.sequence_length}: it never saw the positions after them",
             stacklevel=4,
         )

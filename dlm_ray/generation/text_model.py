@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Unpack, cast
-
-import torch
+from typing import Literal, Unpack, cast
 
 from dlm_ray.config.errors import UserError
 from dlm_ray.config.objective import rules_of
 from dlm_ray.config.sampling import ResolvedSampling, Sampling
 from dlm_ray.data.chat import encode_chat
 from dlm_ray.data.identity import TokenizerIdentity
-from dlm_ray.data.tokenizer import encode_text
+from dlm_ray.data.tokenizer import FastTokenizer, encode_text
 from dlm_ray.diffusion import likelihood
-from dlm_ray.diffusion.samplers.adjust import banned, chained, forced
-from dlm_ray.diffusion.samplers.generate import generate_blocks
-from dlm_ray.diffusion.samplers.requests import LOWEST_ENTROPY_NATS, Request, Stops
-from dlm_ray.diffusion.samplers.rules import Rule, SelectionRule
-from dlm_ray.diffusion.samplers.simplex import sample_blocks
-from dlm_ray.diffusion.samplers.whole_canvas import CanvasOutput, sample
-from dlm_ray.diffusion.visibility import Visibility
+from dlm_ray.diffusion.denoiser import Objective
+from dlm_ray.diffusion.objectives.ssd_lm import SsdLm
+from dlm_ray.diffusion.samplers.rules import Rule
+from dlm_ray.generation.batches import generate
 from dlm_ray.generation.rules import build_rule
 from dlm_ray.generation.sampling import SamplingOptions, SamplingTarget, resolve_sampling
-from dlm_ray.generation.scoring import Scored, score_data
-from dlm_ray.generation.texts import GeneratedTexts, forced_tokens, masked_canvas
+from dlm_ray.generation.scoring import Scored, ScoreReport, score_data
+from dlm_ray.generation.texts import GeneratedTexts
 from dlm_ray.models.denoiser import HuggingFaceDenoiser
 
 
@@ -33,7 +28,7 @@ class TextModel:
 
     Args:
         denoiser: the network.
-        tokenizer: of transformers, or one with its interface.
+        tokenizer: its tokenizer.
         tokenizer_identity: vocabulary size, start and end token.
         objective: scores the text, and decides how it is sampled.
         sequence_length: context length in tokens; rounded down to whole blocks.
@@ -46,10 +41,10 @@ class TextModel:
     def __init__(
         self,
         denoiser: HuggingFaceDenoiser,
-        tokenizer: Any,
+        tokenizer: FastTokenizer,
         tokenizer_identity: TokenizerIdentity,
         *,
-        objective: Any,
+        objective: Objective,
         sequence_length: int,
         document_mask: bool,
         rules: tuple[str, ...] | None = None,
@@ -87,12 +82,12 @@ class TextModel:
         prompt_ids = self.encode(prompt)
         room = self.sequence_length - 1 - len(prompt_ids)
         if self.objective.canvas == "simplex":
-            room -= room % self.objective.block_tokens  # the network sees whole blocks
+            room -= room % cast(SsdLm, self.objective).block_tokens  # the network sees whole blocks
         length = room if length_tokens is None else length_tokens
         params = resolve_sampling(options, self.sampling_target(), max(1, length))
         is_bounded = params.block_tokens is None or room < 1
         self._check_room(length, len(prompt_ids), room, "`prompt`", is_bounded)
-        return self._generate(params, prompt_ids, length, [], options)
+        return generate(self, params, prompt_ids, length, [], options)
 
     def infill(
         self, prefix: str, suffix: str, *, length_tokens: int, **options: Unpack[SamplingOptions]
@@ -120,7 +115,7 @@ class TextModel:
         num_given = len(prefix_ids) + len(suffix_ids)
         self._check_room(length_tokens, num_given, self.sequence_length - 1 - num_given, "`prefix` and `suffix`")
         params = resolve_sampling(options, target, length_tokens)
-        return self._generate(params, prefix_ids, length_tokens, suffix_ids, options)
+        return generate(self, params, prefix_ids, length_tokens, suffix_ids, options)
 
     def bits_per_byte(
         self,
@@ -130,7 +125,7 @@ class TextModel:
         max_sequences: int | None = None,
         draws_per_sequence: int = 16,
         seed: int = 0,
-    ) -> dict[str, Any]:
+    ) -> ScoreReport:
         """Return the bits per byte of a split of a data folder: exact if autoregressive, an upper bound if diffusion.
 
         Returns:
@@ -197,14 +192,17 @@ class TextModel:
                 f"token {ids.index(mask_id)} is the mask token (id {mask_id}), which no text may hold; take it out"
             )
 
-    def _text(self, ids: list[int]) -> str:
+    def decode(self, ids: list[int]) -> str:
+        """Return the text of ids, in which special tokens are spelled out."""
+        return cast(str, self.tokenizer.decode(ids))
+
+    def decode_until_end(self, ids: list[int]) -> str:
         """Return the text before the first end-of-text token."""
-        end = self.tokenizer_identity.end_id
-        text: str = self.tokenizer.decode(ids[: ids.index(end)] if end in ids else ids)
-        return text
+        end_id = self.tokenizer_identity.end_id
+        return self.decode(ids[: ids.index(end_id)] if end_id in ids else ids)
 
     def _check_room(self, length: int, num_given: int, room: int, names: str, is_bounded: bool = True) -> None:
-        """Raise UserError if `length` tokens do not fit beside the given ones, whose parameters are `names`."""
+        """Raise UserError if `length` tokens do not fit next to the given ones, whose parameters are `names`."""
         if length < 1:
             allowed = (
                 f"must be at least 1, and {num_given} tokens of {names} in the context of {self.sequence_length} leave "
@@ -214,7 +212,7 @@ class TextModel:
         if is_bounded and length > room:
             allowed = (
                 f"{num_given} tokens of {names} and these need {1 + num_given + length} positions, and the model was "
-                f"trained on rows of {self.sequence_length}, which leaves {max(0, room)}"
+                f"trained on sequences of {self.sequence_length}, which leaves {max(0, room)}"
             )
             raise UserError.of("length_tokens", length, allowed, "shorten either")
 
@@ -227,92 +225,6 @@ class TextModel:
         elif trained is None or trained >= self.sequence_length:
             kind, trained = "whole", None
         return SamplingTarget(kind, self.rules, self.sampling, self.sequence_length, trained)
-
-    def _generate(
-        self,
-        params: ResolvedSampling,
-        prompt_ids: list[int],
-        length: int,
-        suffix_ids: list[int],
-        options: SamplingOptions,
-    ) -> GeneratedTexts:
-        """Sample a batch of [start] prompt [`length` tokens] suffix."""
-        prompt = self.prompt_ids(prompt_ids)
-        forbidden_ids = self.forbidden_token_ids(bool(suffix_ids), options.get("ban") or ())
-        common: dict[str, Any] = {
-            "num_steps": params.steps,
-            "temperature": params.temperature,
-            "top_p": params.top_p,
-            "on_step": options.get("on_step"),
-        }
-        if self.objective.canvas == "simplex":
-            canvas = masked_canvas(
-                prompt, length, suffix_ids, self.tokenizer_identity.end_id, params.num_samples, self.device
-            )
-            denoised = sample_blocks(
-                self.denoiser,
-                self.objective,
-                canvas,
-                projection=cast(Any, params.rule),
-                seed=options.get("seed", 0),
-                control_weight=options.get("control_weight", 0.0),
-                banned_ids=torch.tensor(forbidden_ids, dtype=torch.long, device=self.device),
-                control=options.get("control"),
-                **common,
-            )
-            return self._texts(denoised, len(prompt), length)
-        forced_ids = forced_tokens(options.get("force") or {}, self.encode, len(prompt), length)
-        common["grid"] = params.grid
-        common["adjust"] = chained(
-            banned(forbidden_ids) if forbidden_ids else None,
-            options.get("adjust"),
-            forced(forced_ids) if forced_ids else None,
-        )
-        rule = self.rule(params)
-        if params.block_tokens is None:
-            canvas = masked_canvas(
-                prompt, length, suffix_ids, self.tokenizer_identity.end_id, params.num_samples, self.device
-            )
-            common |= {"noise": params.noise, "seed": options.get("seed", 0)}
-            denoised = sample(self.denoiser, canvas, rule, Visibility(self.pattern), **common)
-            return self._texts(denoised, len(prompt), length)
-        assert isinstance(rule, SelectionRule), "`resolve_sampling` refuses other rules"
-        requests = [self._request(prompt, length, number, params, options) for number in range(params.num_samples)]
-        batch = generate_blocks(
-            self.denoiser,
-            requests,
-            rule,
-            block_tokens=params.block_tokens,
-            context_tokens=self.sequence_length,
-            **common,
-        )
-        calls = {"denoising": batch.num_denoising_calls, "cache": batch.num_cache_calls}
-        texts = (self._text(output.ids) for output in batch.texts)
-        return GeneratedTexts(texts, calls, [output.stopped_by for output in batch.texts])
-
-    def _texts(self, denoised: CanvasOutput, start: int, length: int) -> GeneratedTexts:
-        """Return the texts of a whole canvas, whose generated tokens begin at `start`."""
-        texts = [self._text(ids[start : start + length].tolist()) for ids in denoised.ids]
-        return GeneratedTexts(texts, {"denoising": denoised.num_network_calls, "cache": 0}, ["length"] * len(texts))
-
-    def _request(
-        self, prompt: list[int], length: int, number: int, params: ResolvedSampling, options: SamplingOptions
-    ) -> Request:
-        """Return the request of text `number` of a batch for the block sampler."""
-        reward = options.get("reward")
-        return Request(
-            prompt,
-            length,
-            number,
-            options.get("seed", 0),
-            Stops(
-                self.tokenizer_identity.end_id if "end" in params.stop else None,
-                LOWEST_ENTROPY_NATS if "entropy" in params.stop else None,
-            ),
-            candidates=params.candidates,
-            reward=None if reward is None else lambda ids: reward(self.tokenizer.decode(ids[1:])),
-            reward_temperature=params.reward_temperature,
-        )
 
     def forbidden_token_ids(self, has_suffix: bool, ban: Sequence[str]) -> list[int]:
         """Return the ids that are never sampled.
@@ -337,5 +249,5 @@ class TextModel:
         return sorted(forbidden_ids)
 
     def rule(self, params: ResolvedSampling) -> Rule:
-        """Return the rule that decides what a step reveals."""
+        """Return the rule that selects the tokens that a step reveals."""
         return build_rule(params, self.objective, self.denoiser.vocab_size)

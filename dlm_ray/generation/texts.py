@@ -12,7 +12,7 @@ from dlm_ray.diffusion.samplers.rules import Canvas
 
 
 class GeneratedTexts(list[str]):
-    """The texts of one batch, and what they cost.
+    """The texts of one batch, and the number of network calls that they took.
 
     Args:
         texts: without their prompts.

@@ -7,9 +7,10 @@ the position ids).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,22 +21,29 @@ from dlm_ray.config.errors import UserError
 from dlm_ray.diffusion.visibility import Visibility
 from dlm_ray.models.kv_cache import KeyValueSource
 
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
 NAME = "dlm_ray"
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedVisibility:
     """A visibility in the form that a kernel takes."""
 
     kernel: Literal["sdpa", "flex", "flash"]
     is_causal: bool = False
-    mask: Any = None
-    """[B or 1, 1, queries, keys] bool for sdpa, a BlockMask for flex, None if the kernel needs no mask."""
+    mask: Tensor | None = None
+    """[B or 1, 1, queries, keys] bool for sdpa; None if the kernel needs no mask."""
+    block_mask: BlockMask | None = None
+    """The mask for flex."""
     kv: KeyValueSource | None = None
     """Keys and values of other passes that this pass attends to."""
 
 
-def prepare(visibility: Visibility, attention: str, num_queries: int, num_keys: int, device: torch.device) -> Prepared:
+def prepare(
+    visibility: Visibility, attention: str, num_queries: int, num_keys: int, device: torch.device
+) -> PreparedVisibility:
     """Select the kernel and build its mask, once for all layers; a static mask is built once for all steps.
 
     Args:
@@ -49,7 +57,7 @@ def prepare(visibility: Visibility, attention: str, num_queries: int, num_keys: 
     """
     fused = visibility.fused(num_queries, num_keys)
     if fused is not None:
-        return Prepared("flash" if attention == "flash" else "sdpa", is_causal=fused == "causal")
+        return PreparedVisibility("flash" if attention == "flash" else "sdpa", is_causal=fused == "causal")
     if attention == "flash":
         raise UserError(
             "model.attention=flash computes only plain causal and bidirectional attention, but this run anneals, masks "
@@ -62,10 +70,12 @@ def prepare(visibility: Visibility, attention: str, num_queries: int, num_keys: 
     return _masked(visibility, is_flex, num_queries, num_keys, device)
 
 
-def _masked(visibility: Visibility, is_flex: bool, num_queries: int, num_keys: int, device: torch.device) -> Prepared:
+def _masked(
+    visibility: Visibility, is_flex: bool, num_queries: int, num_keys: int, device: torch.device
+) -> PreparedVisibility:
     if is_flex:
-        return Prepared("flex", mask=visibility.block_mask(num_queries, device, num_keys))
-    return Prepared("sdpa", mask=visibility.dense(num_queries, device, num_keys))
+        return PreparedVisibility("flex", block_mask=visibility.block_mask(num_queries, device, num_keys))
+    return PreparedVisibility("sdpa", mask=visibility.dense(num_queries, device, num_keys))
 
 
 _kept = lru_cache(maxsize=8)(_masked)
@@ -83,14 +93,13 @@ def attend(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    visibility: Prepared | None = None,
-    **_: Any,
+    visibility: PreparedVisibility | None = None,
+    **_: object,
 ) -> tuple[Tensor, None]:
     """Return the attention output [B, L, H, D/H] of queries [B, H, L, D/H] and keys and values [B, <= H, L, D/H]."""
     assert visibility is not None, f"{type(module).__name__} does not pass the visibility on to its attention"
     if visibility.kv is not None:
-        layer: Any = module.layer_idx
-        key, value = visibility.kv.extend(layer, key, value)
+        key, value = visibility.kv.extend(cast(int, module.layer_idx), key, value)
     grouped = query.shape[1] != key.shape[1]
     if visibility.kernel == "flash":
         from flash_attn import flash_attn_func
@@ -105,7 +114,7 @@ def attend(
         return mixed, None
     if visibility.kernel == "flex":
         mixed = _flex(query.device.type)(
-            query, key, value, block_mask=visibility.mask, scale=scaling, enable_gqa=grouped
+            query, key, value, block_mask=visibility.block_mask, scale=scaling, enable_gqa=grouped
         )
     else:
         mixed = F.scaled_dot_product_attention(
@@ -121,11 +130,12 @@ def attend(
 
 
 @cache
-def _flex(device_type: str) -> Any:
+def _flex(device_type: str) -> Callable[..., Tensor]:
     """Return FlexAttention, compiled if there is a GPU (uncompiled it stores the scores)."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention) if device_type == "cuda" else flex_attention
+    kernel = torch.compile(flex_attention) if device_type == "cuda" else flex_attention
+    return cast("Callable[..., Tensor]", kernel)
 
 
 AttentionInterface.register(NAME, attend)

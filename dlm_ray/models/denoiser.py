@@ -5,14 +5,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from dlm_ray.diffusion.denoiser import Cache, PassKeyValues, ReductionT
 from dlm_ray.diffusion.visibility import Visibility
 from dlm_ray.models import attention
 from dlm_ray.models.kv_cache import KeyValueCache, KeyValues
@@ -45,14 +47,18 @@ class HuggingFaceDenoiser(nn.Module):
     @property
     def layers(self) -> nn.ModuleList:
         """The transformer blocks, in order."""
-        body: Any = self.network.base_model
-        return body.h if hasattr(body, "h") else body.layers
+        body = self.network.base_model
+        return cast(nn.ModuleList, body.h if hasattr(body, "h") else body.layers)
 
     @property
     def embedding(self) -> Tensor:
         """The input embedding matrix [rows, D]."""
-        weight: Tensor = self.network.get_input_embeddings().weight  # type: ignore[assignment]
-        return weight
+        return cast(Tensor, self.network.get_input_embeddings().weight)
+
+    @property
+    def head(self) -> Tensor:
+        """The output embedding matrix [rows, D], which is `embedding` if the two are tied."""
+        return cast(Tensor, self.network.get_output_embeddings().weight)
 
     @property
     def vocab_size(self) -> int:
@@ -62,24 +68,28 @@ class HuggingFaceDenoiser(nn.Module):
 
     def vocabulary_names(self) -> set[str]:
         """Return the names of tensors in `network` with a row per token: the embedding, and the head unless tied."""
-        rows = (self.network.get_input_embeddings().weight, self.network.get_output_embeddings().weight)
-        return {name for name, parameter in self.network.named_parameters() if any(parameter is row for row in rows)}
+        matrices = (self.embedding, self.head)
+        return {
+            name
+            for name, parameter in self.network.named_parameters()
+            if any(parameter is matrix for matrix in matrices)
+        }
 
-    def hidden(self, inputs: Tensor, visibility: Visibility, kv: Any = None) -> Tensor:
+    def hidden(self, inputs: Tensor, visibility: Visibility, kv: Cache | PassKeyValues | None = None) -> Tensor:
         """Return the hidden states [B, L, D] after the final norm, of ids [B, L] int64 or embeddings [B, L, D].
 
         Position ids continue across packed documents. `kv` is a cache from `new_cache`, whose slots the inputs
         continue, or keys and values from `forward_with_kv`, which the inputs attend to.
         """
-        return self._run(inputs, visibility, kv).last_hidden_state
+        return cast(Tensor, self._run(inputs, visibility, kv).last_hidden_state)
 
     def states(self, inputs: Tensor, visibility: Visibility) -> tuple[Tensor, ...]:
         """Return the embeddings and the hidden states after every layer; the last is after the final norm."""
-        return self._run(inputs, visibility, output_hidden_states=True).hidden_states
+        return cast("tuple[Tensor, ...]", self._run(inputs, visibility, keep_states=True).hidden_states)
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Return the embeddings [B, L, D] of ids [B, L]."""
-        return self.network.get_input_embeddings()(input_ids)
+        return cast(Tensor, self.network.get_input_embeddings()(input_ids))
 
     def new_cache(self, num_slots: int, capacity_tokens: int, *, fixed_shapes: bool = False) -> KeyValueCache:
         """Return an empty cache for this network, on its device and in its precision."""
@@ -95,28 +105,38 @@ class HuggingFaceDenoiser(nn.Module):
         kv.finish()
         return hidden, kv
 
-    def _run(self, inputs: Tensor, visibility: Visibility, kv: Any = None, **options: Any) -> Any:
-        num_rows, num_positions = inputs.shape[:2]
+    def _run(
+        self,
+        inputs: Tensor,
+        visibility: Visibility,
+        kv: Cache | PassKeyValues | None = None,
+        *,
+        keep_states: bool = False,
+    ) -> BaseModelOutputWithPast:
+        assert kv is None or isinstance(kv, KeyValueCache | KeyValues), "a cache or a pass of this class"
+        num_sequences, num_positions = inputs.shape[:2]
         num_keys = num_positions
         if isinstance(kv, KeyValueCache):
-            visibility = replace(visibility, offsets=tuple(kv.lengths[:num_rows]))
+            visibility = replace(visibility, offsets=tuple(kv.lengths[:num_sequences]))
             num_keys = kv.begin(visibility.offsets or (), num_positions)
         elif kv is not None:
             num_keys += kv.num_keys
         prepared = attention.prepare(visibility, self.attention_kernel, num_positions, num_keys, inputs.device)
         if kv is not None:
             prepared = replace(prepared, kv=kv)
-        positions = visibility.positions(num_positions, inputs.device).expand(num_rows, -1)
+        positions = visibility.positions(num_positions, inputs.device).expand(num_sequences, -1)
         kind = "inputs_embeds" if inputs.is_floating_point() else "input_ids"
-        return self.network.base_model(
+        options = {"output_hidden_states": True} if keep_states else {}
+        output = self.network.base_model(
             **{kind: inputs}, position_ids=positions, use_cache=False, visibility=prepared, **options
         )
+        return cast(BaseModelOutputWithPast, output)
 
     def rows_for(self, positions: Tensor) -> Tensor:
-        """Return the flat indices of the hidden states that predict flat `positions` (never the first of a row)."""
+        """Return the flat indices of the hidden states that predict flat `positions`, never a sequence's first."""
         return positions - 1 if self.shift else positions
 
-    def reduce_logits(self, rows: Tensor, fn: Callable[..., Any], *row_arguments: Tensor) -> Any:
+    def reduce_logits(self, rows: Tensor, fn: Callable[..., ReductionT], *row_arguments: Tensor) -> ReductionT:
         """Apply `fn` to the logits of `rows` [N, D] in chunks that the backward pass recomputes; [N, V] never exists.
 
         Args:
@@ -128,24 +148,25 @@ class HuggingFaceDenoiser(nn.Module):
         chunk = max(1, CHUNK_ELEMENTS // self.network.config.vocab_size)
         if len(rows) <= chunk:
             return fn(self._logits(rows), *row_arguments)
-        reduced = [
-            checkpoint(lambda part, *arguments: fn(self._logits(part), *arguments), *chunks, use_reentrant=False)
-            for chunks in zip(rows.split(chunk), *(argument.split(chunk) for argument in row_arguments), strict=True)
-        ]
+
+        def reduce_chunk(chunk_rows: Tensor, *chunk_arguments: Tensor) -> ReductionT:
+            return fn(self._logits(chunk_rows), *chunk_arguments)
+
+        chunks = zip(*(torch.split(argument, chunk) for argument in (rows, *row_arguments)), strict=True)
+        reduced = [checkpoint(reduce_chunk, *arguments, use_reentrant=False) for arguments in chunks]
         if isinstance(reduced[0], tuple):
-            return tuple(torch.cat(parts) for parts in zip(*reduced, strict=True))
-        return torch.cat(reduced)
+            return cast(ReductionT, tuple(torch.cat(results) for results in zip(*reduced, strict=True)))
+        return cast(ReductionT, torch.cat(reduced))
 
     def _logits(self, rows: Tensor) -> Tensor:
         """Return logits [n, V] float32 of hidden states [n, D].
 
         The mask token's logit is left out if its embedding row is the last, and -inf otherwise.
         """
-        head = self.network.get_output_embeddings()
-        num_rows = head.weight.shape[0]
-        if self.mask_id == num_rows - 1:
-            return F.linear(rows, head.weight[: self.mask_id]).float()
-        logits = F.linear(rows, head.weight).float()
+        head = self.head
+        if self.mask_id == head.shape[0] - 1:
+            return F.linear(rows, head[: self.mask_id]).float()
+        logits = F.linear(rows, head).float()
         if self.mask_id is None:
             return logits
         return logits.index_fill(1, torch.tensor(self.mask_id, device=rows.device), float("-inf"))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Mapping
+from typing import cast
 
 from transformers import AutoConfig, PreTrainedConfig
 
 from dlm_ray.config.errors import UserError
-from dlm_ray.config.recipe import FAMILIES, Architecture
+from dlm_ray.config.recipe import FAMILIES, Architecture, Family
 
 
 def scratch_config(architecture: Architecture, vocab_size: int, start_id: int, end_id: int) -> PreTrainedConfig:
@@ -18,7 +19,7 @@ def scratch_config(architecture: Architecture, vocab_size: int, start_id: int, e
         vocab_size: embedding rows, including the mask token's.
         start_id, end_id: written into the configuration for generation with other tools.
     """
-    shared: dict[str, Any] = {
+    shared: dict[str, object] = {
         "vocab_size": vocab_size,
         "bos_token_id": start_id,
         "eos_token_id": end_id,
@@ -46,7 +47,7 @@ def scratch_config(architecture: Architecture, vocab_size: int, start_id: int, e
     return adaptable(AutoConfig.for_model(architecture.family, **shared, **fields))
 
 
-def read_config(fields: dict[str, Any]) -> PreTrainedConfig:
+def read_config(fields: Mapping[str, object]) -> PreTrainedConfig:
     """Return the configuration whose `to_dict()` is `fields` (a config.json, or a manifest's `model.config`).
 
     Raises:
@@ -65,7 +66,7 @@ def read_config(fields: dict[str, Any]) -> PreTrainedConfig:
 def architecture_of(config: PreTrainedConfig) -> Architecture:
     """Return the architecture that builds the network of a configuration from scratch."""
     return Architecture(
-        family=cast(Any, config.model_type),  # checked when the configuration was read
+        family=cast(Family, config.model_type),  # checked when the configuration was read
         width=config.hidden_size,
         num_layers=config.num_hidden_layers,
         num_heads=config.num_attention_heads,
@@ -77,7 +78,7 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
 
 
 def adaptable(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Remove from a configuration what would change the visibility or add noise: sliding window and dropout."""
+    """Remove the options that would change the visibility or add noise: sliding window and dropout."""
     if getattr(config, "sliding_window", None) is not None:
         config.sliding_window = None
     if hasattr(config, "use_sliding_window"):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from dlm_ray.config.errors import DamageError, UserError
-from dlm_ray.models.gguf import GGUFFile, open_gguf
+from dlm_ray.models.gguf import open_gguf
+from dlm_ray.models.gguf_file import GGUFFile
 
 # Values of tokenizer.ggml.token_type.
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
@@ -72,10 +73,9 @@ def gguf_tokenizer(path: str) -> PreTrainedTokenizerFast:
         DamageError: if its vocabulary and its merges do not match.
     """
     file = open_gguf(path)
-    metadata = file.metadata
     kind = _kind(file)
-    tokens: list[str] = metadata.get("tokenizer.ggml.tokens", [])
-    types: list[int] = metadata.get("tokenizer.ggml.token_type") or [_NORMAL] * len(tokens)
+    tokens = file.strings("tokenizer.ggml.tokens")
+    types = file.integers("tokenizer.ggml.token_type") or [_NORMAL] * len(tokens)
     if not tokens or len(types) != len(tokens):
         raise DamageError(
             f"{path} has {len(tokens)} tokens and {len(types)} kinds of tokens; fetch or convert the file again"
@@ -86,17 +86,17 @@ def gguf_tokenizer(path: str) -> PreTrainedTokenizerFast:
         for number, (token, type_) in enumerate(zip(tokens, types, strict=True))
         if (type_, token) != (_UNUSED, f"[PAD{number}]")
     }
-    merges = [tuple(merge.split(" ", 1)) for merge in metadata.get("tokenizer.ggml.merges", [])]
+    merges = [cast("tuple[str, str]", tuple(merge.split(" ", 1))) for merge in file.strings("tokenizer.ggml.merges")]
     broken = next((merge for merge in merges if not {*merge, "".join(merge)} <= vocabulary.keys()), None)
     if broken is not None:
         raise DamageError(
             f"{path} has the merge {' '.join(broken)!r} of tokens that its vocabulary lacks; fetch or convert it again"
         )
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=kind.ignore_merges))  # type: ignore[arg-type]
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=kind.ignore_merges))
     if kind.normalize:
-        tokenizer.normalizer = normalizers.NFC()  # type: ignore[assignment]
+        tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = _pre_tokenizer(kind)
-    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    tokenizer.decoder = decoders.ByteLevel()
     for type_, is_special in ((_CONTROL, True), (_USER_DEFINED, False)):
         # This includes tokens that the merges can produce: added tokens are split off the text first.
         added = [
@@ -116,7 +116,7 @@ def _kind(file: GGUFFile) -> _Kind:
             f"{file.path} has a tokenizer of kind {model!r} (tokenizer.ggml.model), which is not supported; supported "
             "is gpt2, which is byte-level BPE: choose another file, or the model's Hugging Face folder"
         )
-    name = file.metadata.get("tokenizer.ggml.pre", "missing")
+    name = str(file.metadata.get("tokenizer.ggml.pre", "missing"))
     if name not in _KINDS:
         raise UserError(
             f"{file.path} cuts text in a way that is not supported (tokenizer.ggml.pre={name}); supported are "
@@ -125,8 +125,8 @@ def _kind(file: GGUFFile) -> _Kind:
     return _KINDS[name]
 
 
-def _pre_tokenizer(kind: _Kind) -> Any:
-    steps: list[Any] = []
+def _pre_tokenizer(kind: _Kind) -> pre_tokenizers.PreTokenizer:
+    steps: list[pre_tokenizers.PreTokenizer] = []
     if kind.single_digits:
         steps.append(pre_tokenizers.Digits(individual_digits=True))
     if kind.split is not None:
@@ -145,10 +145,10 @@ def _add_template(tokenizer: Tokenizer, file: GGUFFile, kind: _Kind) -> None:
         parts = [around.get("bos"), "$A", around.get("eos")]
         second = [part and f"{part}:1" for part in (around.get("bos"), "$B", around.get("eos"))]
         ids = {token: file.metadata[f"tokenizer.ggml.{name}_token_id"] for name, token in around.items()}
-        tokenizer.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
+        tokenizer.post_processor = processors.TemplateProcessing(
             single=[part for part in parts if part],
             pair=[part for part in [*parts, *second] if part],
-            special_tokens=list(ids.items()),  # type: ignore[arg-type]
+            special_tokens=list(ids.items()),
         )
 
 
@@ -168,7 +168,7 @@ def _as_fast(tokenizer: Tokenizer, file: GGUFFile) -> PreTrainedTokenizerFast:
 
 def _special(file: GGUFFile, name: str) -> str | None:
     """Return the token of a role, such as `bos`, or None."""
-    number, tokens = file.metadata.get(f"tokenizer.ggml.{name}_token_id"), file.metadata["tokenizer.ggml.tokens"]
+    number, tokens = file.integer(f"tokenizer.ggml.{name}_token_id"), file.strings("tokenizer.ggml.tokens")
     if number is not None and number >= len(tokens):
         raise DamageError(
             f"{file.path} has tokenizer.ggml.{name}_token_id={number} and has {len(tokens)} tokens; "

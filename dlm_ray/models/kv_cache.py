@@ -61,13 +61,13 @@ class KeyValueCache:
         self._places: Tensor | None = None
         self._end = 0
 
-    def part(self, first: int, count: int) -> KeyValueCache:
+    def slot_range(self, first: int, count: int) -> KeyValueCache:
         """Return a view of `count` slots from `first` on, for one pass over only them; they share the memory."""
-        part = copy.copy(self)
-        part._pairs = [pair[:, first : first + count] for pair in self._pairs]
-        part.lengths = self.lengths[first : first + count]
-        part.last_rows = self.last_rows[first : first + count]
-        return part
+        view = copy.copy(self)
+        view._pairs = [pair[:, first : first + count] for pair in self._pairs]
+        view.lengths = self.lengths[first : first + count]
+        view.last_rows = self.last_rows[first : first + count]
+        return view
 
     def begin(self, offsets: tuple[int, ...], num_queries: int) -> int:
         """Prepare a pass of `num_queries` positions in the first len(offsets) slots, and return its number of keys."""
@@ -83,16 +83,16 @@ class KeyValueCache:
 
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Write the keys and values of this pass, and return all up to its last position."""
-        num_rows, _, num_queries, _ = key.shape
+        num_slots, _, num_queries, _ = key.shape
         pair = self._pairs[layer]
         if self._places is None:
-            pair[0, :num_rows, :, self._end - num_queries : self._end] = key
-            pair[1, :num_rows, :, self._end - num_queries : self._end] = value
+            pair[0, :num_slots, :, self._end - num_queries : self._end] = key
+            pair[1, :num_slots, :, self._end - num_queries : self._end] = value
         else:
-            row = torch.arange(num_rows, device=key.device)[:, None]
-            pair[0, row, :, self._places] = key.transpose(1, 2)
-            pair[1, row, :, self._places] = value.transpose(1, 2)
-        return pair[0, :num_rows, :, : self._end], pair[1, :num_rows, :, : self._end]
+            slot = torch.arange(num_slots, device=key.device)[:, None]
+            pair[0, slot, :, self._places] = key.transpose(1, 2)
+            pair[1, slot, :, self._places] = value.transpose(1, 2)
+        return pair[0, :num_slots, :, : self._end], pair[1, :num_slots, :, : self._end]
 
     def commit(self, slot: int, num_tokens: int, last_row: Tensor) -> None:
         """Keep the next `num_tokens` positions of a slot, which the last pass wrote.
@@ -131,7 +131,7 @@ class KeyValueCache:
 
 
 class KeyValues:
-    """The keys and values of one pass, with gradients; later passes attend to [their own ; recorded]."""
+    """The keys and values of one pass, with gradients; later passes attend to [their own ; these]."""
 
     def __init__(self) -> None:
         self._pairs: list[tuple[Tensor, Tensor]] = []
@@ -139,15 +139,15 @@ class KeyValues:
         self._is_complete = False
 
     def finish(self) -> None:
-        """End the recording; from here on, passes attend to the recorded keys and values."""
+        """Mark the pass as finished; later passes attend to its keys and values."""
         self.num_keys = self._pairs[0][0].shape[2]
         self._is_complete = True
 
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Record the keys and values of the first pass; return [own ; recorded] in later passes."""
+        """Store the keys and values of the first pass; in later passes, return [those of the pass ; stored]."""
         if not self._is_complete:
             assert layer == len(self._pairs), "layers run in order, once"
             self._pairs.append((key, value))
             return key, value
-        recorded_key, recorded_value = self._pairs[layer]
-        return torch.cat([key, recorded_key], 2), torch.cat([value, recorded_value], 2)
+        stored_key, stored_value = self._pairs[layer]
+        return torch.cat([key, stored_key], 2), torch.cat([value, stored_value], 2)

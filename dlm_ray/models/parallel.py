@@ -1,8 +1,14 @@
 """Builds networks larger than one device: on meta, with activation checkpointing, compile and FSDP2; then initialises.
 
-Training and serving use it. In training, the root is the module whose `forward` runs the whole objective, because FSDP2
-gathers and reduces parameters in hooks of `forward`. Embedding, final norm and head form the root's group and stay
-gathered between forward and backward.
+Training and serving use these functions. In training, the root is the module whose `forward` runs the whole objective,
+because FSDP2 gathers and reduces parameters in hooks of `forward`. Embedding, final norm and head form the root's group
+and stay gathered between forward and backward.
+
+Parameters are float32: `materialize` allocates the master weights that the optimizer updates, and `shard` only casts
+gathered copies to the precision of the run. A parameter is trained unless it has `requires_grad=False`, which the
+caller sets. An adapter such as LoRA would be injected between `build` and `shard`: it would replace linear layers of
+`HuggingFaceDenoiser.layers` while they are on the meta device, and freeze all other parameters, so that sharding,
+materialisation and initialisation treat the adapter's matrices as any other parameter.
 """
 
 from __future__ import annotations
@@ -47,8 +53,9 @@ def shard(
 ) -> None:
     """Shard with FSDP2 over `mesh`: one group per layer, and the rest with the root.
 
-    Gathered weights and activations are in `precision`, sums in float32. Parameters in `replicated` are left to the
-    caller: whole on every rank, float32, without reduction of their gradients.
+    Gathered weights and activations are in `precision`; sums, and the shards that the optimizer updates, in float32.
+    Parameters in `replicated` are left to the caller: whole on every rank, float32, without reduction of their
+    gradients.
     """
     policy = (
         MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -81,7 +88,7 @@ def materialize(denoiser: HuggingFaceDenoiser, device: torch.device) -> None:
     network.to_empty(device=device)
     if network.config.tie_word_embeddings:
         # Without sharding, `to_empty` allocates tied weights separately.
-        network.get_output_embeddings().weight = network.get_input_embeddings().weight
+        network.get_output_embeddings().weight = denoiser.embedding
     for module in network.modules():
         if "RotaryEmbedding" in type(module).__name__:
             network._init_weights(module)
@@ -95,7 +102,7 @@ def initialize(denoiser: HuggingFaceDenoiser, seed: int, zero_head: bool = False
     a standard deviation smaller by sqrt(2 layers), norms 1, biases 0; with `zero_head`, an untied head is 0.
     """
     config = denoiser.network.config
-    head = denoiser.network.get_output_embeddings().weight
+    head = denoiser.head
     for name, parameter in denoiser.network.named_parameters():
         owner, _, kind = name.rpartition(".")
         if kind == "bias" or (zero_head and parameter is head):

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from dlm_ray.config.errors import UserError
-from dlm_ray.config.server import Engine as EngineSettings
+from dlm_ray.config.server import EngineSettings
 from dlm_ray.diffusion.samplers.adjust import banned
 from dlm_ray.diffusion.samplers.blocks import BlockSampler
 from dlm_ray.diffusion.samplers.canvases import CanvasRequest, CanvasSampler, CanvasState
@@ -31,7 +31,8 @@ from dlm_ray.diffusion.samplers.rules import Confidence, SelectionRule
 from dlm_ray.diffusion.schedules import Polynomial
 from dlm_ray.generation.text_model import TextModel
 from dlm_ray.serving.invariance import check_batch_invariance
-from dlm_ray.serving.jobs import FinishReason, Job, SequenceUpdate, TextStream
+from dlm_ray.serving.jobs import Job, SequenceUpdate, TextStream
+from dlm_ray.serving.messages import CanvasTokens, FinishReason
 from dlm_ray.serving.recovery import NetworkLost, check_network, isolate_failures
 from dlm_ray.serving.slots import FinishedSequence, RunningSequence, SlotRequest, SlotSampler
 
@@ -128,7 +129,7 @@ class Engine:
             job = self.waiting.popleft()
             sampler = self._samplers[job.params.block_tokens]
             try:
-                stream = TextStream(self.model.tokenizer.decode, job.stops)
+                stream = TextStream(self.model.decode, job.stops)
                 running = _RunningJob(job, self._request(job), sampler, stream)
             except Exception as error:
                 failed.append(SequenceUpdate(job, failure=error))
@@ -238,7 +239,7 @@ class Engine:
         text: str,
         num_tokens: int,
         reason: FinishReason | None,
-        canvas: dict[str, Any] | None = None,
+        canvas: CanvasTokens | None = None,
     ) -> SequenceUpdate:
         if reason is not None:
             self.num_tokens += num_tokens
@@ -268,7 +269,7 @@ class Engine:
 
     def _canvas(
         self, job: Job, sequence: RunningSequence, ids: Tensor, is_masked: Tensor, confidence: Tensor
-    ) -> dict[str, Any]:
+    ) -> CanvasTokens:
         """Return the current block, or the whole generated part of a canvas, without the positions of the prompt."""
         start, num_given = 0, 0
         if isinstance(sequence, SequenceState):
@@ -280,8 +281,10 @@ class Engine:
             confidence.exp()[num_given:].tolist(),
             strict=True,
         )
-        decode = self.model.tokenizer.decode
-        tokens = [[None, 0.0] if masked else [decode([token]), round(p, 3)] for token, masked, p in positions]
+        decode = self.model.decode
+        tokens: list[list[str | float | None]] = [
+            [None, 0.0] if masked else [decode([token]), round(p, 3)] for token, masked, p in positions
+        ]
         return {"start": start, "tokens": tokens[: job.length_tokens - start]}
 
     def _expired(self, running: _RunningJob) -> SequenceUpdate:

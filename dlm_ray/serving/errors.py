@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import NotRequired, TypedDict
 
-Event = dict[str, Any]
-"""An event of a request as `EngineWorker.generate` yields it: plain values."""
+from dlm_ray.serving.messages import ErrorFields, Event, Score
 
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+class ErrorDetail(TypedDict):
+    """The error in the body of a response."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+    request_id: NotRequired[str]
+    """Id of the request; only in an error that ends a stream, whose headers have been sent."""
+
+
+class ErrorBody(TypedDict):
+    """The body of an error response."""
+
+    error: ErrorDetail
 
 
 class ApiError(Exception):
@@ -16,7 +32,7 @@ class ApiError(Exception):
 
     Args:
         status: the HTTP status.
-        message: the value, what is allowed and what to change, for people.
+        message: the value, the allowed values and the fix, for the user.
         code: the kind of error, for programs.
         param: the invalid field.
         retry_after_seconds: seconds after which a retry may succeed; None if it cannot.
@@ -30,7 +46,7 @@ class ApiError(Exception):
         self.retry_after_seconds = retry_after_seconds
 
     @property
-    def body(self) -> dict[str, Any]:
+    def body(self) -> ErrorBody:
         """Return the JSON body of the response."""
         error_type = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
         return {"error": {"message": self.message, "type": error_type, "param": self.param, "code": self.code}}
@@ -69,12 +85,17 @@ def overloaded() -> ApiError:
     return ApiError(503, "all slots are in use and the queue is full; try again", "overloaded", retry_after_seconds=1)
 
 
+def error_fields(error: ApiError) -> ErrorFields:
+    """Return an error as plain values, which can cross process boundaries."""
+    return error.status, error.message, error.code, error.param, error.retry_after_seconds
+
+
 def error_event(error: ApiError) -> Event:
-    """Return an error as an event, which can cross process boundaries."""
-    return {"error": [error.status, error.message, error.code, error.param, error.retry_after_seconds]}
+    """Return the event that ends a request with an error."""
+    return {"error": error_fields(error)}
 
 
-def raise_error(event: Event) -> None:
-    """Raise the ApiError of an event that has one."""
+def raise_error(event: Event | Score) -> None:
+    """Raise the ApiError of an event or a score that has one."""
     if "error" in event:
         raise ApiError(*event["error"])

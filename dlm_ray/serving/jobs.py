@@ -4,44 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypedDict
 
 from dlm_ray.config.sampling import ResolvedSampling
-
-FinishReason = Literal["length", "stop", "deadline", "cancelled"]
-
-
-class Task(TypedDict):
-    """A request for text as plain values, which are sent between processes."""
-
-    request_id: str
-    """Id in the log and in the response."""
-    model: str
-    """Name of the served model."""
-    prompts: list[Any]
-    """Texts, or lists of ids."""
-    messages: list[dict[str, str]] | None
-    """Messages of a chat, which replace `prompts`."""
-    suffix: str | None
-    """Text after the generated text."""
-    lengths: list[int]
-    """Tokens to generate: one text per prompt and length; empty for the default length."""
-    length_field: str
-    """Field of the request that holds the length."""
-    n: int
-    """Texts per prompt and length."""
-    seed: int | None
-    """Seed; None to draw one."""
-    stops: list[str]
-    """Stop texts."""
-    options: dict[str, Any]
-    """`SamplingOptions` that the request sets."""
-    is_streamed: bool
-    """Whether the client reads the text while it is generated."""
-    stream_canvas: bool
-    """Whether the client reads the canvas while it is denoised."""
-    timeout_seconds: float | None
-    """Timeout of the request; None for the deadline of the service."""
+from dlm_ray.serving.messages import CanvasTokens, FinishReason
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,9 +45,8 @@ class SequenceUpdate:
     """The job."""
     text: str = ""
     """Characters that became final in this tick; for a job that is not streamed, all characters, in its last update."""
-    canvas: dict[str, Any] | None = None
-    """`start`, the number of final tokens before the canvas, and `tokens`: for each position its text (None while
-    masked) and its probability."""
+    canvas: CanvasTokens | None = None
+    """The canvas while it is denoised; None for a job whose canvas is not streamed."""
     finish_reason: FinishReason | None = None
     """Why the job ended; None while it runs."""
     num_tokens: int = 0

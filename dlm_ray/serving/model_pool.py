@@ -8,12 +8,11 @@ import time
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
-from typing import Any
 from weakref import WeakValueDictionary
 
 from dlm_ray.config.server import Server
-from dlm_ray.serving.errors import ApiError, Event, deadline_passed, error_event, no_model
-from dlm_ray.serving.jobs import Task
+from dlm_ray.serving.errors import ApiError, deadline_passed, error_event, error_fields, no_model
+from dlm_ray.serving.messages import Event, ModelCard, Score, Task
 from dlm_ray.serving.sharding import Group
 from dlm_ray.serving.worker import EngineWorker
 
@@ -53,7 +52,7 @@ class ModelPool:
         self._servers = {model.model_name: server.of(model) for model in server.served}
         self._deadline_seconds = server.engine.deadline_seconds
         self._num_held: Counter[str] = Counter()
-        self._cards: dict[str, dict[str, Any]] = {}
+        self._cards: dict[str, ModelCard] = {}
         self._workers: WeakValueDictionary[str, EngineWorker] = WeakValueDictionary()  # the cache keeps them alive
 
         async def load(name: str) -> PooledModel:
@@ -72,7 +71,7 @@ class ModelPool:
         for name in reversed(self._servers):
             await self._cached(name)
 
-    async def describe(self) -> list[dict[str, Any]]:
+    async def describe(self) -> list[ModelCard]:
         """Return the models' entries in /v1/models."""
         return [
             self._workers[name].describe() if name in self._workers else self._cards[name] for name in self._servers
@@ -91,13 +90,13 @@ class ModelPool:
         except ApiError as error:
             yield [error_event(error)]
 
-    async def score(self, model: str, text: str, draws: int, seed: int) -> Event:
+    async def score(self, model: str, text: str, draws: int, seed: int) -> Score:
         """Return a model's bits of a text, or a bound on them."""
         try:
             async with self._held(model, self._deadline_seconds) as worker:
                 return await worker.score(text, draws, seed)
         except ApiError as error:
-            return error_event(error)
+            return {"error": error_fields(error)}
 
     def check(self) -> None:
         """Raise RuntimeError if an engine has ended unexpectedly."""

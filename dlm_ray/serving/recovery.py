@@ -2,7 +2,7 @@
 
 A sampler's step that raises leaves every sequence before or after the step, never within it, so the step may be
 repeated. It is first repeated for all sequences, in case the failure was transient, and then for halves, until each
-sequence whose step raises is found. All others have made their step, with the random numbers that they have anyway.
+sequence whose step raises is found. All others have made their step, with unchanged random numbers.
 """
 
 from __future__ import annotations

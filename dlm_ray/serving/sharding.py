@@ -12,19 +12,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import IntEnum
-from typing import Any
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import TCPStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from dlm_ray.diffusion.denoiser import Cache, PassKeyValues, ReductionT
 from dlm_ray.diffusion.visibility import Visibility
 from dlm_ray.models.denoiser import HuggingFaceDenoiser
 
 # A collective of the network fails after the first; a follower waits for the leader's next call up to the second.
 _COLLECTIVE_TIMEOUT = timedelta(seconds=120)
 _IDLE_TIMEOUT = timedelta(days=365)
+T = TypeVar("T")
 
 
 class Call(IntEnum):
@@ -55,12 +58,12 @@ class Group:
         return Call(int(call))
 
 
-def create_store() -> dist.TCPStore:
+def create_store() -> TCPStore:
     """Return a rendezvous store on a free port of this machine; rank 0 keeps it as long as the group exists."""
-    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=_COLLECTIVE_TIMEOUT)
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=_COLLECTIVE_TIMEOUT)
 
 
-def join(rank: int, num_shards: int, store: dist.TCPStore | int, device: torch.device) -> Group:
+def join(rank: int, num_shards: int, store: TCPStore | int, device: torch.device) -> Group:
     """Collective: join this process to a group, all of whose processes are on one machine.
 
     Args:
@@ -70,7 +73,7 @@ def join(rank: int, num_shards: int, store: dist.TCPStore | int, device: torch.d
         device: the device of this process's shard.
     """
     if isinstance(store, int):
-        store = dist.TCPStore("127.0.0.1", store, is_master=False, timeout=_COLLECTIVE_TIMEOUT)
+        store = TCPStore("127.0.0.1", store, is_master=False, timeout=_COLLECTIVE_TIMEOUT)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=num_shards, timeout=_COLLECTIVE_TIMEOUT)
     return Group(init_device_mesh(device.type, (num_shards,)), dist.new_group(backend="gloo", timeout=_IDLE_TIMEOUT))
@@ -101,25 +104,25 @@ class LeaderDenoiser(HuggingFaceDenoiser):
         self.eval()
         dist.barrier(group.calls)
 
-    def hidden(self, inputs: Tensor, visibility: Visibility, kv: Any = None) -> Tensor:
+    def hidden(self, inputs: Tensor, visibility: Visibility, kv: Cache | PassKeyValues | None = None) -> Tensor:
         """Return the hidden states of `HuggingFaceDenoiser.hidden`, computed with the followers."""
-        return self._run_with_followers(Call.HIDDEN, self._sharded.hidden, inputs, visibility, kv)
+        return self._run_with_followers(Call.HIDDEN, lambda: self._sharded.hidden(inputs, visibility, kv))
 
-    def reduce_logits(self, rows: Tensor, fn: Callable[..., Any], *row_arguments: Tensor) -> Any:
+    def reduce_logits(self, rows: Tensor, fn: Callable[..., ReductionT], *row_arguments: Tensor) -> ReductionT:
         """Return the result of `HuggingFaceDenoiser.reduce_logits`, computed with the followers."""
-        return self._run_with_followers(Call.LOGITS, self._sharded.reduce_logits, rows, fn, *row_arguments)
+        return self._run_with_followers(Call.LOGITS, lambda: self._sharded.reduce_logits(rows, fn, *row_arguments))
 
     def stop(self) -> None:
         """End the followers' loops."""
         if not self.is_lost:
             self._group.send(Call.STOP)
 
-    def _run_with_followers(self, call: Call, method: Callable[..., Any], *arguments: Any) -> Any:
+    def _run_with_followers(self, call: Call, run: Callable[[], T]) -> T:
         if self.is_lost:
             raise RuntimeError("the processes that share this network have lost each other")
         try:
             self._group.send(call)
-            return method(*arguments)
+            return run()
         except BaseException:
             self.is_lost = True
             raise

@@ -11,14 +11,14 @@ import logging
 import threading
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future
-from typing import Any
 
 from dlm_ray.config.server import Server
 from dlm_ray.generation.loading import load
 from dlm_ray.serving.engine import Engine, NetworkLost
-from dlm_ray.serving.errors import ApiError, Event, error_event, overloaded
-from dlm_ray.serving.jobs import Job, SequenceUpdate, Task
-from dlm_ray.serving.planner import Planner
+from dlm_ray.serving.errors import ApiError, error_event, error_fields, overloaded
+from dlm_ray.serving.jobs import Job, SequenceUpdate
+from dlm_ray.serving.messages import Event, ModelCard, Score, Task
+from dlm_ray.serving.processor import RequestProcessor
 from dlm_ray.serving.sharding import Group, LeaderDenoiser
 
 log = logging.getLogger("dlm_ray.serving")
@@ -42,7 +42,7 @@ class EngineWorker:
         if group is not None:
             self._leader = self.model.denoiser = LeaderDenoiser(group, self.model.denoiser)
         self.engine = Engine(self.model, server.engine)
-        self.planner = Planner(self.model, self.engine, server)
+        self.processor = RequestProcessor(self.model, self.engine, server)
         self._changed = threading.Condition()
         self._inbox: list[Callable[[], object]] = []
         self._notify: dict[Job, Notify] = {}
@@ -50,9 +50,12 @@ class EngineWorker:
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> ModelCard:
         """Return the model's entry in /v1/models: its capabilities, its limits and this replica's load."""
-        return {**self.planner.card(), "load": {"active": self.engine.num_active, "waiting": len(self.engine.waiting)}}
+        return {
+            **self.processor.card(),
+            "load": {"active": self.engine.num_active, "waiting": len(self.engine.waiting)},
+        }
 
     def check(self) -> None:
         """Raise RuntimeError if the engine has ended without `close`."""
@@ -71,7 +74,7 @@ class EngineWorker:
         loop = asyncio.get_running_loop()
         queue: asyncio.Queue[SequenceUpdate | ApiError] = asyncio.Queue()
         try:
-            jobs, prompt_event = self.planner.jobs(task)
+            jobs, prompt_event = self.processor.jobs(task)
             if len(self._notify) + len(jobs) > self.server.engine.slots + self.server.engine.max_waiting:
                 raise overloaded()
         except ApiError as error:
@@ -104,24 +107,25 @@ class EngineWorker:
             if unfinished:
                 self._do(lambda: self.engine.cancel(unfinished))
 
-    async def score(self, text: str, draws: int, seed: int) -> Event:
+    async def score(self, text: str, draws: int, seed: int) -> Score:
         """Return the bits of a text, or a bound on them, with the interval over draws; or an `error`."""
         try:
-            ids = self.planner.scored_ids(text, draws)
+            ids = self.processor.scored_ids(text, draws)
         except ApiError as error:
-            return error_event(error)
-        done: Future[Event] = Future()
+            return {"error": error_fields(error)}
+        done: Future[Score] = Future()
 
         def work() -> None:
             if not done.set_running_or_notify_cancel():
                 return  # the request was cancelled
             try:
-                done.set_result(self.planner.score(ids, len(text.encode()), draws, seed))
+                done.set_result(self.processor.score(ids, len(text.encode()), draws, seed))
             except Exception as error:
                 log.exception("scoring failed")
-                done.set_result(error_event(ApiError(500, f"scoring failed: {type(error).__name__}", "internal")))
+                failure = ApiError(500, f"scoring failed: {type(error).__name__}", "internal")
+                done.set_result({"error": error_fields(failure)})
 
-        return await asyncio.wrap_future(done) if self._do(work) else error_event(_ended())
+        return await asyncio.wrap_future(done) if self._do(work) else {"error": error_fields(_ended())}
 
     def close(self) -> None:
         """End the thread after its current tick, and the followers that share the network."""

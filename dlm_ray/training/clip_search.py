@@ -15,7 +15,7 @@ from dlm_ray.config.recipe import Recipe
 from dlm_ray.data.reading import DataSequence
 from dlm_ray.diffusion import clip_search
 from dlm_ray.diffusion.absorbing import Absorbing, Clip
-from dlm_ray.diffusion.clip_search import Measured
+from dlm_ray.diffusion.clip_search import ClipStatistics
 from dlm_ray.diffusion.objectives.block import Block
 from dlm_ray.training import curriculum
 from dlm_ray.training.step import TrainModule
@@ -39,7 +39,7 @@ def search(
     rank: int,
     world_size: int,
     device: torch.device,
-) -> list[Measured]:
+) -> list[ClipStatistics]:
     """Measure the paper's candidates on held-out sequences, and return them with the least variance first.
 
     Collective: every rank passes the same sequences and gets the same result.
@@ -51,7 +51,7 @@ def search(
     document_ids = np.stack([sequence.document_ids for sequence in sequences])
     clips = clip_search.candidates(recipe.objective.clip.enforce if recipe.objective.clip else "none")
     with torch.no_grad():
-        totals = clip_search.sums(
+        totals = clip_search.clip_sums(
             lambda batch, draws: root(batch, draws=draws),
             objective,
             clips,
@@ -67,7 +67,7 @@ def search(
         )
     reshard(root)
     dist.all_reduce(totals)
-    return clip_search.measured(clips, totals)
+    return clip_search.clip_statistics(clips, totals)
 
 
 def apply(recipe: Recipe, objective: Block, interval: Sequence[float]) -> tuple[float, float]:

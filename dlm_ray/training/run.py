@@ -88,7 +88,8 @@ class Run:
         self.root.train()
         if self.recipe.objective.alignment_weight:
             assert isinstance(self.objective, Masked), "alignment is for masked objectives"
-            self.objective.terms = replace(self.objective.terms, teacher=teacher.load(self.recipe, mesh, self.device))
+            frozen = teacher.load(self.recipe, mesh, self.device)
+            self.objective.auxiliary = replace(self.objective.auxiliary, teacher=frozen)
         if manifest is None:
             setup.init_weights(self.recipe, self.network, denoiser, self.objective)
         self.optimizer = optimization.build(self.recipe.optimizer, self.root)

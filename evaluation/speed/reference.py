@@ -73,7 +73,7 @@ class Rejecting(Absorbing):
         assert self.clip is not None and key.block_tokens is not None, "there is a clip to enforce"
         num_blocks = maskable.shape[1] // key.block_tokens
         t = self.clip.beta + (self.clip.omega - self.clip.beta) * times(self.times, key, num_blocks).ravel()
-        random = generator(key.seed, _REJECTION_STREAM, key.step, key.rows[0])
+        random = generator(key.seed, _REJECTION_STREAM, key.step, key.indices[0])
         blocks = maskable.reshape(-1, key.block_tokens)
         least, most = self.clip.counts(blocks.sum(1))
         is_masked = np.zeros_like(blocks)

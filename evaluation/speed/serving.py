@@ -28,7 +28,7 @@ from dlm_ray.checkpoint.description import Description
 from dlm_ray.config.manifest_fields import JsonObject
 from dlm_ray.config.recipe import Architecture
 from dlm_ray.config.sampling import Sampling
-from dlm_ray.config.server import Engine as EngineSettings
+from dlm_ray.config.server import EngineSettings
 from dlm_ray.data.tokenizer import identity, load_tokenizer, train_tokenizer
 from dlm_ray.diffusion.visibility import Visibility
 from dlm_ray.generation.loading import load

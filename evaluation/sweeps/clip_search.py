@@ -21,7 +21,7 @@ from dlm_ray.data.index import load_index
 from dlm_ray.data.reading import DataSequence, read_split
 from dlm_ray.diffusion import clip_search
 from dlm_ray.diffusion.absorbing import Absorbing, Clip
-from dlm_ray.diffusion.clip_search import Measured
+from dlm_ray.diffusion.clip_search import ClipStatistics
 from dlm_ray.diffusion.objectives import Block
 from dlm_ray.generation.text_model import TextModel
 from dlm_ray.report import figures
@@ -43,7 +43,7 @@ def search(
     seed: int = 0,
     micro_batch_size: int = 16,
     progress: Progress = lambda done, total: None,
-) -> list[Measured]:
+) -> list[ClipStatistics]:
     """Measure the paper's 36 intervals on a trained model and return them, the least variance first.
 
     Args:
@@ -71,7 +71,7 @@ def search(
     num_batches = -(-len(sequences) * num_draws // micro_batch_size)
     num_steps = num_batches + (len(clips) if num_gradients else 0)
     with torch.no_grad():
-        totals = clip_search.sums(
+        totals = clip_search.clip_sums(
             lambda batch, draws: objective.nll_of_draws(model.denoiser, batch, draws),
             objective,
             clips,
@@ -83,7 +83,7 @@ def search(
             micro_batch_size=micro_batch_size,
             progress=lambda done, _: progress(done, num_steps),
         )
-    candidates = clip_search.measured(clips, totals)
+    candidates = clip_search.clip_statistics(clips, totals)
     if not num_gradients:
         return candidates
     batch = sequences[:gradient_sequences]
@@ -96,11 +96,11 @@ def search(
 
 
 def _with_gradients(
-    candidates: Sequence[Measured],
+    candidates: Sequence[ClipStatistics],
     variance_of: Callable[[Clip], float],
     clips: Sequence[Clip],
     progress: Callable[[int], None],
-) -> list[Measured]:
+) -> list[ClipStatistics]:
     """Return the candidates with the variance of the gradient; `progress` is called with the number of those done."""
     clip_of = {(clip.beta, clip.omega): clip for clip in clips}
     results = []
@@ -132,7 +132,7 @@ def _gradient_variance(
     return variances["gradient_variance"]
 
 
-def write(candidates: Sequence[Measured], out: Path, about: Mapping[str, Any]) -> list[Path]:
+def write(candidates: Sequence[ClipStatistics], out: Path, about: Mapping[str, Any]) -> list[Path]:
     """Write clip_search.json, and clip_search.svg with a heat map of the variance over beta and omega.
 
     Args:

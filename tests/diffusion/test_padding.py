@@ -40,8 +40,8 @@ def teacher(x_0, visibility):
 OBJECTIVES = {
     "autoregressive": Autoregressive,
     "masked": Masked,
-    "terms": lambda: Masked(terms=AuxiliaryLosses(confidence_weight=0.5, autoregressive_weight=0.2)),
-    "alignment": lambda: Masked(terms=AuxiliaryLosses(alignment_weight=1.0, teacher=teacher)),
+    "terms": lambda: Masked(auxiliary=AuxiliaryLosses(confidence_weight=0.5, autoregressive_weight=0.2)),
+    "alignment": lambda: Masked(auxiliary=AuxiliaryLosses(alignment_weight=1.0, teacher=teacher)),
     "block": lambda: Block(block_tokens=8),
     "sedd": lambda: Sedd(vocab_size=VOCAB),
     "genmd4": lambda: GenMD4(Absorbing(), VOCAB),

@@ -72,10 +72,10 @@ def test_a_context_is_rounded_down_to_whole_blocks(runs):
 def test_a_block_size_that_differs_from_training_warns_with_both_sizes(runs):
     with pytest.warns(UserWarning, match="trained on blocks of 8 tokens and is sampled by blocks of 4 tokens"):
         load(runs / "block8").sample(length_tokens=5, block_tokens=4)
-    with pytest.warns(UserWarning, match="trained on whole rows of 32 tokens and is sampled by blocks of 8 tokens"):
+    with pytest.warns(UserWarning, match="on whole sequences of 32 tokens and is sampled by blocks of 8 tokens"):
         texts = load(runs / "whole").sample("the", length_tokens=40, block_tokens=8, rule="first_hitting")
     assert texts.network_calls["cache"] > 0
-    with pytest.warns(UserWarning, match="trained on blocks of 8 tokens and is sampled by whole rows of 32 tokens"):
+    with pytest.warns(UserWarning, match="on blocks of 8 tokens and is sampled by whole sequences of 32 tokens"):
         load(runs / "block8").sample(length_tokens=5, block_tokens=32)
 
 
@@ -160,7 +160,7 @@ def test_options_out_of_range_or_of_another_rule_are_refused(runs, data_folder):
         assert error.value.field in options and "--" not in str(error.value)
     with pytest.raises(UserError, match="must be at least 1, and .* in the context of 32 leave room for 0"):
         model.sample("word " * 40)
-    with pytest.raises(UserError, match="trained on rows of 32, which leaves 0"):
+    with pytest.raises(UserError, match="trained on sequences of 32, which leaves 0"):
         model.sample("word " * 40, length_tokens=5)
     with pytest.raises(UserError, match="`stop` is for sampling block by block, and this samples the whole canvas"):
         load(runs / "whole").sample(length_tokens=5, stop=["end"])

@@ -87,7 +87,7 @@ def test_a_block_checkpoint_scores_rows_of_any_length_in_the_blocks_it_was_train
     if sequence_length % 8:
         assert (
             len(messages) == 1
-            and f"rows of {sequence_length} tokens" in messages[0]
+            and f"sequences of {sequence_length} tokens" in messages[0]
             and "blocks of 8" in messages[0]
             and "padding" in messages[0]
         )
@@ -111,10 +111,10 @@ def test_a_block_checkpoint_scores_rows_of_any_length_in_the_blocks_it_was_train
 
 def test_sequences_beyond_the_positions_are_refused_and_longer_than_in_training_warn(runs, data_folder, tmp_path):
     model = load(runs / "adapted")
-    with pytest.warns(UserWarning, match="rows of 40 tokens, and the checkpoint was trained on rows of 32"):
+    with pytest.warns(UserWarning, match="sequences of 40 tokens, and the checkpoint was trained on sequences of 32"):
         model.score(make_data(tmp_path / "longer", sequence_length=40, tokenizer=model.tokenizer), draws_per_sequence=1)
     with pytest.raises(
-        UserError, match=r"rows of 80 tokens.*the network has 64; build the data with a smaller `sequence_length`"
+        UserError, match=r"sequences of 80 tokens.*the network has 64; build the data with a smaller `sequence_length`"
     ):
         model.score(make_data(tmp_path / "too-long", sequence_length=80, tokenizer=model.tokenizer))
 
@@ -169,7 +169,7 @@ def test_infilling_keeps_both_sides_and_is_reproducible(runs, rule):
 def test_a_sample_ends_at_the_end_of_text_token(runs):
     model = load(runs / "adapted")
     assert all("<|endoftext|>" not in text for text in model.sample(num_samples=8, length_tokens=20, steps=4))
-    assert model._text([5, model.tokenizer_identity.end_id, 6]) == model.tokenizer.decode([5])
+    assert model.decode_until_end([5, model.tokenizer_identity.end_id, 6]) == model.tokenizer.decode([5])
 
 
 def test_an_autoregressive_checkpoint_decodes_like_stock_greedy_decoding(runs, tmp_path):
@@ -180,7 +180,7 @@ def test_an_autoregressive_checkpoint_decodes_like_stock_greedy_decoding(runs, t
     expected = stock.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)[0, ids.shape[1] :].tolist()
     model = load(runs / "base")
     [text] = model.sample("the model", length_tokens=8, temperature=0)
-    assert text == model._text(expected)
+    assert text == model.decode_until_end(expected)
     with pytest.raises(UserError, match="is autoregressive: it cannot infill"):
         model.infill("a", "b", length_tokens=2)
 
@@ -208,7 +208,7 @@ def test_an_export_is_the_same_model_in_stock_transformers_and_when_loaded_again
 
 def test_inputs_that_do_not_fit_the_checkpoint_are_refused(runs, data_folder, tmp_path):
     model = load(runs / "adapted")
-    with pytest.raises(UserError, match="trained on rows of 32"):
+    with pytest.raises(UserError, match="trained on sequences of 32"):
         model.sample("word " * 40, length_tokens=5)
     with pytest.raises(
         UserError,

@@ -16,7 +16,7 @@ class Recomputing:
         return Texts(self.last_rows.new_zeros(num_slots, self.last_rows.shape[1]))
 
     def hidden(self, inputs, visibility, memory):
-        texts, first = memory.part(0, len(inputs)) if isinstance(memory, Texts) else memory
+        texts, first = memory.slot_range(0, len(inputs)) if isinstance(memory, Texts) else memory
         rows = []
         for slot, own in enumerate(inputs.tolist(), start=first):
             texts.passed[slot] = own
@@ -32,7 +32,7 @@ class Texts:
     def lengths(self):
         return [len(text) for text in self.committed]
 
-    def part(self, first, count):
+    def slot_range(self, first, count):
         return self, first
 
     def commit(self, slot, num_tokens, last_row):

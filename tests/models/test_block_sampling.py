@@ -324,7 +324,7 @@ def test_only_committed_blocks_stay_in_the_cache():
     cache.commit(0, 4, both[0, -1])
     cache.fork(0, 2)
     assert cache.lengths == [8, 4, 8] and torch.equal(cache.last_rows[2], cache.last_rows[0])
-    part = denoiser.hidden(ids[:1, 8:], visibility, cache.part(2, 1))
+    part = denoiser.hidden(ids[:1, 8:], visibility, cache.slot_range(2, 1))
     assert torch.allclose(part[0], clean[0, 8:], atol=1e-12)
     cache.release(0)
     assert cache.lengths == [0, 4, 8]

@@ -10,7 +10,7 @@ import torch
 from helpers.jobs import finish, job
 
 from dlm_ray.config.errors import UserError
-from dlm_ray.config.server import Engine as Settings
+from dlm_ray.config.server import EngineSettings as Settings
 from dlm_ray.diffusion.samplers.rules import LeftToRight
 from dlm_ray.diffusion.visibility import Visibility
 from dlm_ray.generation.loading import load

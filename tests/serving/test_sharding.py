@@ -12,7 +12,7 @@ from helpers.jobs import finish, job
 from helpers.processes import PROCESSES
 from torch.distributed.tensor import DTensor
 
-from dlm_ray.config.server import Engine as Settings
+from dlm_ray.config.server import EngineSettings as Settings
 from dlm_ray.config.server import Server
 from dlm_ray.generation.loading import load, load_network
 from dlm_ray.serving import sharding

@@ -53,7 +53,9 @@ def test_block_sizes_come_in_order_and_end_at_the_objectives(data_folder, tmp_pa
 def test_the_future_within_a_block_is_annealed(data_folder):
     recipe = block(data_folder, block_tokens=8, curriculum__annealing={"pattern": "window", "steps": 4})
     documents = np.zeros((1, 32), dtype=np.int32)
-    reach = [curriculum.visibility(recipe, False, step, documents, torch.device("cpu")).threshold for step in range(3)]
+    reach = [
+        curriculum.visibility(recipe, False, step, documents, torch.device("cpu")).window_tokens for step in range(3)
+    ]
     assert reach == [2, 4, 5]  # of the 7 later positions of a block of 8: a quarter, a half, three quarters
     assert curriculum.visibility(recipe, False, 3, documents, torch.device("cpu")).pattern == "bidirectional"
 

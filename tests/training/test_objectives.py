@@ -26,7 +26,7 @@ from dlm_ray.data.tokenizer import train_tokenizer
 from dlm_ray.diffusion.denoiser import LossSum
 from dlm_ray.diffusion.objectives import Masked
 from dlm_ray.serving.engine import Engine
-from dlm_ray.serving.planner import Planner
+from dlm_ray.serving.processor import RequestProcessor
 from dlm_ray.training import loop, teacher
 
 pytestmark = pytest.mark.long
@@ -286,7 +286,7 @@ def test_what_is_learned_beside_the_network_is_averaged_and_left_out_of_exports(
 def known(model):
     """What a loaded model knows, beside its weights: everything that decides how it is sampled, scored and served."""
     server = Server(checkpoint="x", name="x")
-    card = Planner(model, Engine(model, server.engine), server).card()
+    card = RequestProcessor(model, Engine(model, server.engine), server).card()
     return {
         "sampling_target": model.sampling_target(),
         "objective": (

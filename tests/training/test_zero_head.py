@@ -16,7 +16,7 @@ from helpers.recipes import tiny_recipe
 from dlm_ray.config.server import Server
 from dlm_ray.data.reading import read_split
 from dlm_ray.generation.loading import load
-from dlm_ray.serving.planner import Planner
+from dlm_ray.serving.processor import RequestProcessor
 from dlm_ray.training import loop
 
 pytestmark = pytest.mark.long
@@ -111,8 +111,10 @@ def test_a_head_of_zeros_is_ln_v_nats_a_token_wherever_a_bound_is_reported(chang
         nats, model.score(data_folder, max_sequences=ROWS, draws_per_sequence=16).draw_totals / same.num_tokens
     )
 
-    planner = Planner(model, SimpleNamespace(block_sizes=(None,)), Server(checkpoint=str(tmp_path), name="zeros"))
-    scored = [planner.score(list(range(1, 33)), 31, 16, seed) for seed in range(6)]
+    processor = RequestProcessor(
+        model, SimpleNamespace(block_sizes=(None,)), Server(checkpoint=str(tmp_path), name="zeros")
+    )
+    scored = [processor.score(list(range(1, 33)), 31, 16, seed) for seed in range(6)]
     _assert_within(nats, np.array([one["nats"] / one["tokens"] for one in scored]))
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 from torch import Tensor, nn
 
 from dlm_ray.diffusion.denoiser import Batch, CanvasKind, Denoiser, Likelihood, LossSum, NetworkFacts, score
 from dlm_ray.diffusion.draws import Draw, DrawKey, make_draw
+from dlm_ray.diffusion.settings import ObjectiveSettings
 
 
 class Autoregressive(nn.Module):
@@ -22,12 +22,12 @@ class Autoregressive(nn.Module):
     draws_per_sequence = 1
 
     @classmethod
-    def build(cls, settings: Mapping[str, Any], facts: NetworkFacts) -> Autoregressive:
+    def build(cls, settings: ObjectiveSettings, facts: NetworkFacts) -> Autoregressive:
         """Return the objective; no setting changes it."""
         return cls()
 
     @classmethod
-    def restore(cls, settings: Mapping[str, Any], facts: NetworkFacts) -> Autoregressive:
+    def restore(cls, settings: ObjectiveSettings, facts: NetworkFacts) -> Autoregressive:
         """Return the same objective as `build`."""
         return cls.build(settings, facts)
 

@@ -10,29 +10,30 @@ diffusion.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dlm_ray.diffusion.absorbing import Absorbing, Process
+from dlm_ray.diffusion.absorbing import Absorbing, Process, build_process
 from dlm_ray.diffusion.denoiser import Batch, CanvasKind, Denoiser, NetworkFacts, nll_of
 from dlm_ray.diffusion.draws import BLOCK_TIME, Draw, DrawKey, generator
 from dlm_ray.diffusion.objectives.auxiliary import AuxiliaryLosses
-from dlm_ray.diffusion.objectives.masked import Masked, masked_arguments
+from dlm_ray.diffusion.objectives.masked import Masked, loss_options
+from dlm_ray.diffusion.settings import ObjectiveSettings
 
 
 class Block(Masked):
     """The bound of block diffusion, with one time per block.
 
     Args:
-        process, normalize_by, draws_per_sequence, terms: as in `Masked`.
+        process, normalize_by, draws_per_sequence, auxiliary: as in `Masked`.
         block_tokens: K, at which the bound is evaluated; a step may train at another K (`DrawKey.block_tokens`).
-        context: what a block sees in training of the blocks before it: `clean` x_0, or `noisy` x_t (one pass over x_t;
-            BD3-LM's ablation). The bound always uses x_0, which is what a sampler has.
+        context: the tokens of earlier blocks that a block sees in training: `clean` x_0, or `noisy` x_t (one pass over
+            x_t; BD3-LM's ablation). The bound always uses x_0, as a sampler does.
         passes: `one` pass over [x_t ; x_0], or `two`: x_0 first, then x_t over its keys and values, with equal results.
     """
 
@@ -44,22 +45,24 @@ class Block(Masked):
         process: Process | None = None,
         normalize_by: str = "all_tokens",
         draws_per_sequence: int = 1,
-        terms: AuxiliaryLosses | None = None,
+        auxiliary: AuxiliaryLosses | None = None,
         *,
         block_tokens: int,
         context: Literal["clean", "noisy"] = "clean",
         passes: Literal["one", "two"] = "one",
     ):
-        super().__init__(process, normalize_by, draws_per_sequence, terms)
+        super().__init__(process, normalize_by, draws_per_sequence, auxiliary)
         self.block_tokens, self.context, self.passes = block_tokens, context, passes
         # Counted masks of a block of one token have no randomness: the bound is the likelihood there.
         self.likelihood = "exact" if block_tokens == 1 and isinstance(self.process, Absorbing) else "bound"
 
     @classmethod
-    def build(cls, settings: Mapping[str, Any], facts: NetworkFacts) -> Block:
+    def build(cls, settings: ObjectiveSettings, facts: NetworkFacts) -> Block:
         """Return the objective for a recipe's `objective` section."""
-        blocks = {"block_tokens": settings["block_tokens"], "context": settings["context"]}
-        return cls(**masked_arguments(settings, facts), **blocks)
+        block_tokens = settings["block_tokens"]
+        assert block_tokens is not None, "a recipe of block diffusion has `objective.block_tokens`"
+        process = build_process(settings, facts)
+        return cls(process, block_tokens=block_tokens, context=settings["context"], **loss_options(settings))
 
     def draw(self, key: DrawKey, x_0: np.ndarray, maskable: np.ndarray) -> Draw:
         """Return the draw of the process, with one t per block.
@@ -85,7 +88,9 @@ class Block(Masked):
         """
         _check_whole(x_0.shape[1], self.block_tokens)
         num_blocks = x_0.shape[1] // self.block_tokens
-        turns = np.stack([generator(seed, BLOCK_TIME, 0, row).random(num_blocks) for _, row in keys])  # [B, blocks]
+        turns = np.stack(
+            [generator(seed, BLOCK_TIME, 0, sequence).random(num_blocks) for _, sequence in keys]
+        )  # [B, blocks]
         t = (t[:, None] + turns) % 1.0
         if isinstance(self.process, Absorbing):
             return Absorbing(mask_sampler="count").draw_at(seed, keys, t, maskable)
@@ -139,7 +144,7 @@ def _check_whole(num_positions: int, block_tokens: int) -> None:
     """Raise ValueError if a sequence is not a whole number of blocks."""
     if num_positions % block_tokens:
         raise ValueError(
-            f"rows of {num_positions} positions are not a whole number of blocks of {block_tokens}; pad them to "
+            f"sequences of {num_positions} positions are not a whole number of blocks of {block_tokens}; pad them to "
             f"{num_positions + -num_positions % block_tokens} with document id -1"
         )
 

@@ -11,8 +11,8 @@ reports. The last step, to s = 0, is computed like all others.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
+from typing import Unpack
 
 import numpy as np
 import torch
@@ -29,7 +29,8 @@ from dlm_ray.diffusion.denoiser import (
     scored_rows,
 )
 from dlm_ray.diffusion.draws import Draw, DrawKey, make_draw
-from dlm_ray.diffusion.objectives.masked import Masked, masked_arguments
+from dlm_ray.diffusion.objectives.masked import LossOptions, Masked, loss_options
+from dlm_ray.diffusion.settings import ObjectiveSettings
 
 
 class D3pm(Masked):
@@ -38,21 +39,22 @@ class D3pm(Masked):
     Args:
         process: the absorbing process, with its number of timesteps T.
         epsilon: added to every factor of a posterior (1e-6 in the authors' code).
+        options: as in `Masked`.
     """
 
-    def __init__(self, process: Absorbing, *arguments: Any, epsilon: float = 1e-6, **options: Any):
-        super().__init__(process, *arguments, **options)
+    def __init__(self, process: Absorbing, *, epsilon: float = 1e-6, **options: Unpack[LossOptions]):
+        super().__init__(process, **options)
         assert process.num_timesteps is not None, "D3PM has discrete times"
         self.schedule, self.num_timesteps, self.epsilon = process.schedule, process.num_timesteps, epsilon
 
     @classmethod
-    def build(cls, settings: Mapping[str, Any], facts: NetworkFacts) -> D3pm:
+    def build(cls, settings: ObjectiveSettings, facts: NetworkFacts) -> D3pm:
         """Return the objective for a recipe's `objective` section; T is 1000 if it has no `num_timesteps`."""
-        settings = {**settings, "num_timesteps": settings["num_timesteps"] or 1000}
-        return cls(**masked_arguments(settings, facts), epsilon=settings["posterior_epsilon"])
+        process = replace(Absorbing.build(settings, facts), num_timesteps=settings["num_timesteps"] or 1000)
+        return cls(process, epsilon=settings["posterior_epsilon"], **loss_options(settings))
 
     @classmethod
-    def restore(cls, settings: Mapping[str, Any], facts: NetworkFacts) -> Masked:
+    def restore(cls, settings: ObjectiveSettings, facts: NetworkFacts) -> Masked:
         """Return `Masked`: the bound is MD4's form of the same sum, in continuous time."""
         return Masked.build(settings, facts)
 
@@ -76,9 +78,9 @@ class D3pm(Masked):
     def _kl(self, denoiser: Denoiser, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return [R] nats each: the literal KL of a token, and its closed form without a gradient."""
         draw = batch.draw
-        row = draw.scored // batch.x_0.shape[1]
-        alpha_t = self.schedule.alpha(draw.t)[row]
-        alpha_s = 1 - self.schedule.mask_probability(step_before(draw.t, self.num_timesteps))[row]
+        sequence = draw.scored // batch.x_0.shape[1]  # [R]
+        alpha_t = self.schedule.alpha(draw.t)[sequence]
+        alpha_s = 1 - self.schedule.mask_probability(step_before(draw.t, self.num_timesteps))[sequence]
         is_masked = draw.is_masked.flatten()[draw.scored]
         hidden = denoiser.hidden(self.process.inputs(denoiser, batch), batch.visibility)
         rows = scored_rows(denoiser, hidden, draw)

@@ -12,9 +12,8 @@ is missing.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -33,6 +32,7 @@ from dlm_ray.diffusion.denoiser import (
     scored_rows,
 )
 from dlm_ray.diffusion.draws import EVALUATION_MASK, MASK, Draw, DrawKey, make_draw, times, uniforms
+from dlm_ray.diffusion.settings import ObjectiveSettings
 
 T_1 = 1e-3
 # The largest float32 below 1: at t = 1 an unmasked token has probability 0.
@@ -52,7 +52,7 @@ class GenMD4(nn.Module):
     canvas: CanvasKind = "whole"
     likelihood: Likelihood = "bound"
     is_causal = False
-    draws_per_sequence = 2  # sequences 2i and 2i+1 of a batch are two masks of one text at one time
+    draws_per_sequence = 2  # draws 2i and 2i+1 of a batch are two masks of one sequence at one time
 
     def __init__(self, process: Absorbing, vocab_size: int, scalar: bool = False):
         super().__init__()
@@ -60,12 +60,12 @@ class GenMD4(nn.Module):
         self.theta = nn.Parameter(torch.full((1 if scalar else vocab_size,), math.log(math.e - 1)))
 
     @classmethod
-    def build(cls, settings: Mapping[str, Any], facts: NetworkFacts) -> GenMD4:
+    def build(cls, settings: ObjectiveSettings, facts: NetworkFacts) -> GenMD4:
         """Return the objective for a recipe's `objective` section."""
         return cls(Absorbing(times=settings["times"]), facts.vocab_size, scalar=settings["exponents"] == "scalar")
 
     @classmethod
-    def restore(cls, settings: Mapping[str, Any], facts: NetworkFacts) -> GenMD4:
+    def restore(cls, settings: ObjectiveSettings, facts: NetworkFacts) -> GenMD4:
         """Return the same objective as `build`, whose exponents are then loaded."""
         return cls.build(settings, facts)
 
@@ -77,12 +77,19 @@ class GenMD4(nn.Module):
     def draw(self, key: DrawKey, x_0: np.ndarray, maskable: np.ndarray) -> Draw:
         """Return times in [t_1, 1], one per pair, and masks with probability t ** w of every token.
 
-        The masked tokens are scored with weight 1 - t_1.
+        Masked tokens are scored with weight 1 - t_1.
         """
         assert key.global_batch_size % 2 == 0, "draws of a sequence come in pairs"
-        pairs = replace(key, rows=[row // 2 for row in key.rows], global_batch_size=key.global_batch_size // 2)
+        pairs = replace(
+            key, indices=[index // 2 for index in key.indices], global_batch_size=key.global_batch_size // 2
+        )
         t, is_masked = self._masks(
-            key.seed, MASK, [(key.step, row) for row in key.rows], times(self.process.times, pairs)[:, 0], x_0, maskable
+            key.seed,
+            MASK,
+            [(key.step, index) for index in key.indices],
+            times(self.process.times, pairs)[:, 0],
+            x_0,
+            maskable,
         )
         scored = np.flatnonzero(is_masked)
         return make_draw(t, is_masked, scored, np.full(len(scored), 1 - T_1), maskable)
@@ -90,7 +97,7 @@ class GenMD4(nn.Module):
     def evaluation_draw(
         self, seed: int, keys: Sequence[tuple[int, int]], t: np.ndarray, x_0: np.ndarray, maskable: np.ndarray
     ) -> Draw:
-        """Return one mask for each pair (number of the draw, row).
+        """Return one mask for each pair (number of the draw, sequence).
 
         Every maskable position is scored, because each has a reconstruction term.
         """
@@ -103,7 +110,7 @@ class GenMD4(nn.Module):
         return draw.num_maskable
 
     def token_nll(self, denoiser: Denoiser, batch: Batch) -> Tensor:
-        """Return [R] nats: the parts of the positions in the bound at this t, reconstruction included."""
+        """Return [R] nats: the contributions of the positions to the bound at this t, reconstruction included."""
         draw = batch.draw
         targets = batch.x_0.flatten()[draw.scored]
         integrand = self._integrand(denoiser, batch)[0] * draw.is_masked.flatten()[draw.scored]
@@ -118,10 +125,10 @@ class GenMD4(nn.Module):
 
         It is L^1 + L^2 + stop(L^1 - L^2) (log q(x^1) - log q(x^2)), summed over pairs.
         """
-        draw, (num_rows, num_positions) = batch.draw, batch.x_0.shape
+        draw, (num_draws, num_positions) = batch.draw, batch.x_0.shape
         integrand, nll = self._integrand(denoiser, batch)
-        rows = torch.zeros(num_rows, dtype=integrand.dtype, device=integrand.device)
-        losses = rows.index_add(0, draw.scored // num_positions, draw.weight * integrand).view(-1, 2)  # [pairs, 2]
+        zeros = torch.zeros(num_draws, dtype=integrand.dtype, device=integrand.device)
+        losses = zeros.index_add(0, draw.scored // num_positions, draw.weight * integrand).view(-1, 2)  # [pairs, 2]
         log_q = self._log_q(batch).view(-1, 2)
         reconstruction = (self._reconstruction(batch.x_0) * draw.maskable).sum()
         advantage = (losses[:, 0] - losses[:, 1]).detach()
@@ -155,8 +162,7 @@ class GenMD4(nn.Module):
 
         hidden = denoiser.hidden(self.process.inputs(denoiser, batch), batch.visibility)
         t = draw.t[draw.scored // batch.x_0.shape[1]]
-        parts: tuple[Tensor, Tensor] = reduce_scored(denoiser, scored_rows(denoiser, hidden, draw), bracket, batch, t)
-        return parts
+        return reduce_scored(denoiser, scored_rows(denoiser, hidden, draw), bracket, batch, t)
 
     def _log_q(self, batch: Batch) -> Tensor:
         """Return [B] log q(x_t | x_0) = sum over masked of w_x ln t + sum over unmasked of ln(1 - t ** w_x)."""

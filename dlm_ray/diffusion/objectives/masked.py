@@ -7,8 +7,8 @@ in nats per sequence.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TypedDict
 
 import numpy as np
 from torch import Tensor, nn
@@ -28,6 +28,15 @@ from dlm_ray.diffusion.denoiser import (
 )
 from dlm_ray.diffusion.draws import Draw, DrawKey
 from dlm_ray.diffusion.objectives.auxiliary import AuxiliaryLosses
+from dlm_ray.diffusion.settings import ObjectiveSettings
+
+
+class LossOptions(TypedDict, total=False):
+    """Arguments of `Masked` that its subclasses share, in addition to the process."""
+
+    normalize_by: str
+    draws_per_sequence: int
+    auxiliary: AuxiliaryLosses
 
 
 class Masked(nn.Module):
@@ -40,7 +49,7 @@ class Masked(nn.Module):
         process: the forward process q(x_t | x_0) with its schedule, times and weights.
         normalize_by: divisor of the loss, `all_tokens` or `global_masked`.
         draws_per_sequence: masks of one sequence in a batch.
-        terms: auxiliary losses; none by default.
+        auxiliary: auxiliary losses; none by default.
     """
 
     kind = "masked"
@@ -53,21 +62,21 @@ class Masked(nn.Module):
         process: Process | None = None,
         normalize_by: str = "all_tokens",
         draws_per_sequence: int = 1,
-        terms: AuxiliaryLosses | None = None,
+        auxiliary: AuxiliaryLosses | None = None,
     ):
         super().__init__()
         self.process: Process = process or Absorbing()
         self.normalize_by = normalize_by
         self.draws_per_sequence = draws_per_sequence
-        self.terms = terms or AuxiliaryLosses()
+        self.auxiliary = auxiliary or AuxiliaryLosses()
 
     @classmethod
-    def build(cls, settings: Mapping[str, Any], facts: NetworkFacts) -> Masked:
+    def build(cls, settings: ObjectiveSettings, facts: NetworkFacts) -> Masked:
         """Return the objective for a recipe's `objective` section."""
-        return cls(**masked_arguments(settings, facts))
+        return cls(build_process(settings, facts), **loss_options(settings))
 
     @classmethod
-    def restore(cls, settings: Mapping[str, Any], facts: NetworkFacts) -> Masked:
+    def restore(cls, settings: ObjectiveSettings, facts: NetworkFacts) -> Masked:
         """Return the objective that scores and samples; its process evaluates the bound over the full range of t."""
         return cls.build(settings, facts)
 
@@ -81,7 +90,7 @@ class Masked(nn.Module):
     def evaluation_draw(
         self, seed: int, keys: Sequence[tuple[int, int]], t: np.ndarray, x_0: np.ndarray, maskable: np.ndarray
     ) -> Draw:
-        """Return the masks of pairs (number of the draw, row) at given times t [B]."""
+        """Return the masks of pairs (number of the draw, sequence) at given times t [B]."""
         return self.process.evaluation_draw(seed, keys, t, maskable)
 
     def count(self, draw: Draw) -> int:
@@ -104,42 +113,41 @@ class Masked(nn.Module):
 
     def forward(self, denoiser: Denoiser, batch: Batch) -> LossSum:
         """Return the weighted sum over masked tokens; the unweighted sum is logged, to compare weights and papers."""
-        if self.terms.any:
-            return self._with_terms(denoiser, batch)
+        if self.auxiliary.any:
+            return self._with_auxiliary_losses(denoiser, batch)
         nll = nll_of(denoiser, self.rows(denoiser, batch), batch)
         return LossSum((batch.draw.weight * nll).sum(), {"masked_nll": self._masked_nll(nll, batch)})
 
-    def _with_terms(self, denoiser: Denoiser, batch: Batch) -> LossSum:
+    def _with_auxiliary_losses(self, denoiser: Denoiser, batch: Batch) -> LossSum:
         """Return the sum with the auxiliary losses.
 
-        Sums over masked tokens are divided as the loss is, all other terms by the number of tokens.
+        Sums over masked tokens are divided as the loss is, all other losses by the number of tokens.
         """
         states: tuple[Tensor, ...] = ()
-        if self.terms.alignment_weight:
+        if self.auxiliary.alignment_weight:
             states = denoiser.states(self.process.inputs(denoiser, batch), batch.visibility)
         rows = scored_rows(denoiser, states[-1], batch.draw) if states else self.rows(denoiser, batch)
         by_token, confidence = {}, rows.new_zeros(())
-        if self.terms.confidence_weight:
-            nll, entropy = reduce_scored(denoiser, rows, self.terms.confidence, batch)
-            confidence = self.terms.confidence_weight * (entropy * batch.draw.is_scored).sum()
+        if self.auxiliary.confidence_weight:
+            nll, entropy = reduce_scored(denoiser, rows, self.auxiliary.confidence, batch)
+            confidence = self.auxiliary.confidence_weight * (entropy * batch.draw.is_scored).sum()
             by_token["confidence"] = confidence.detach()
         else:
             nll = reduce_scored(denoiser, rows, cross_entropy, batch)
         weighted = (batch.draw.weight * nll).sum()
         by_token["bound"] = weighted.detach()
-        over_tokens = self.terms.over_tokens(denoiser, batch, states)
+        over_tokens = self.auxiliary.over_tokens(denoiser, batch, states)
         return LossSum(weighted + confidence, {"masked_nll": self._masked_nll(nll, batch)}, by_token, over_tokens)
 
     def _masked_nll(self, nll: Tensor, batch: Batch) -> Tensor:
         return (nll.detach() * batch.draw.is_scored).sum()
 
 
-def masked_arguments(settings: Mapping[str, Any], facts: NetworkFacts) -> dict[str, Any]:
-    """Return the constructor arguments that `Masked` and its subclasses share."""
+def loss_options(settings: ObjectiveSettings) -> LossOptions:
+    """Return the constructor arguments that `Masked` and its subclasses share, in addition to the process."""
     weights = (settings["confidence_weight"], settings["autoregressive_weight"], settings["alignment_weight"])
     return {
-        "process": build_process(settings, facts),
         "normalize_by": settings["normalize_by"],
         "draws_per_sequence": settings["draws_per_sequence"],
-        "terms": AuxiliaryLosses(*weights),
+        "auxiliary": AuxiliaryLosses(*weights),
     }

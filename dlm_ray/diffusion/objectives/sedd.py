@@ -15,35 +15,37 @@ because it has no cancellation at either end of t.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
+from dlm_ray.diffusion.absorbing import Process, build_process
 from dlm_ray.diffusion.denoiser import Batch, Denoiser, LossSum, NetworkFacts, reduce_scored, scored_rows
-from dlm_ray.diffusion.objectives.masked import Masked, masked_arguments
+from dlm_ray.diffusion.objectives.masked import LossOptions, Masked, loss_options
+from dlm_ray.diffusion.settings import ObjectiveSettings
 
 
 class Sedd(Masked):
     """Denoising score entropy of the absorbing graph. It logs the consistency gap.
 
     Args:
+        process, options: as in `Masked`.
         vocab_size: V.
     """
 
     kind = "sedd"
 
-    def __init__(self, *arguments: Any, vocab_size: int, **options: Any):
-        super().__init__(*arguments, **options)
+    def __init__(self, process: Process | None = None, *, vocab_size: int, **options: Unpack[LossOptions]):
+        super().__init__(process, **options)
         self.vocab_size = vocab_size
 
     @classmethod
-    def build(cls, settings: Mapping[str, Any], facts: NetworkFacts) -> Sedd:
+    def build(cls, settings: ObjectiveSettings, facts: NetworkFacts) -> Sedd:
         """Return the objective for a recipe's `objective` section."""
-        return cls(**masked_arguments(settings, facts), vocab_size=facts.vocab_size)
+        return cls(build_process(settings, facts), vocab_size=facts.vocab_size, **loss_options(settings))
 
-    def parts(self, denoiser: Denoiser, batch: Batch) -> tuple[Tensor, Tensor]:
+    def nll_and_gap(self, denoiser: Denoiser, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return [R] nats each: -ln mu_{x_0}, and the gap Z - 1 - ln Z."""
 
         def score_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,19 +55,16 @@ class Sedd(Masked):
             return nll, torch.expm1(log_z) - log_z
 
         hidden = denoiser.hidden(self.process.inputs(denoiser, batch), batch.visibility)
-        parts: tuple[Tensor, Tensor] = reduce_scored(
-            denoiser, scored_rows(denoiser, hidden, batch.draw), score_entropy, batch
-        )
-        return parts
+        return reduce_scored(denoiser, scored_rows(denoiser, hidden, batch.draw), score_entropy, batch)
 
     def token_nll(self, denoiser: Denoiser, batch: Batch) -> Tensor:
-        """Return [R] nats: the score entropy in units of MD4's weight; MD4's loss is one of its two parts."""
-        nll, gap = self.parts(denoiser, batch)
+        """Return [R] nats: the score entropy in units of MD4's weight; MD4's loss is one of its two terms."""
+        nll, gap = self.nll_and_gap(denoiser, batch)
         return nll + gap
 
     def forward(self, denoiser: Denoiser, batch: Batch) -> LossSum:
-        """Return the weighted sum over masked tokens; its two parts are logged without weights."""
-        nll, gap = self.parts(denoiser, batch)
+        """Return the weighted sum over masked tokens; its two terms are logged without weights."""
+        nll, gap = self.nll_and_gap(denoiser, batch)
         is_scored = batch.draw.is_scored
         by_name = {"masked_nll": (nll.detach() * is_scored).sum(), "consistency_gap": (gap.detach() * is_scored).sum()}
         return LossSum((batch.draw.weight * (nll + gap)).sum(), by_name)

@@ -13,9 +13,8 @@ as one. Unlike in the authors' code, each sequence of a batch has its own contex
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 
 from dlm_ray.diffusion.denoiser import Batch, CanvasKind, Denoiser, Likelihood, LossSum, NetworkFacts, score
 from dlm_ray.diffusion.draws import EVALUATION_MASK, MASK, NOISE, Draw, DrawKey, generator, make_draw, times
+from dlm_ray.diffusion.settings import ObjectiveSettings
 
 _OFFSET = 1e-4  # s of the cosine schedule
 
@@ -72,7 +72,7 @@ class SsdLm(nn.Module):
         self.time_offset = nn.Parameter(torch.zeros(width))
 
     @classmethod
-    def build(cls, settings: Mapping[str, Any], facts: NetworkFacts) -> SsdLm:
+    def build(cls, settings: ObjectiveSettings, facts: NetworkFacts) -> SsdLm:
         """Return the objective for a recipe's `objective` section.
 
         Raises:
@@ -87,7 +87,7 @@ class SsdLm(nn.Module):
         return objective
 
     @classmethod
-    def restore(cls, settings: Mapping[str, Any], facts: NetworkFacts) -> SsdLm:
+    def restore(cls, settings: ObjectiveSettings, facts: NetworkFacts) -> SsdLm:
         """Return the same objective as `build`, whose embeddings are then loaded."""
         return cls.build(settings, facts)
 
@@ -98,12 +98,13 @@ class SsdLm(nn.Module):
 
     def draw(self, key: DrawKey, x_0: np.ndarray, maskable: np.ndarray) -> Draw:
         """Return times on the grid 1/T .. 1, blocks that start anywhere after the first token, and the noise seeds."""
-        return self._draw(key.seed, MASK, [(key.step, row) for row in key.rows], times(self.times, key)[:, 0], maskable)
+        keys = [(key.step, index) for index in key.indices]
+        return self._draw(key.seed, MASK, keys, times(self.times, key)[:, 0], maskable)
 
     def evaluation_draw(
         self, seed: int, keys: Sequence[tuple[int, int]], t: np.ndarray, x_0: np.ndarray, maskable: np.ndarray
     ) -> Draw:
-        """Return the same for pairs (number of the draw, row) at given times."""
+        """Return the same for pairs (number of the draw, sequence) at given times."""
         return self._draw(seed, EVALUATION_MASK, keys, t, maskable)
 
     def count(self, draw: Draw) -> int:
@@ -166,8 +167,8 @@ class SsdLm(nn.Module):
         assert self.block_tokens < num_positions, "a block is shorter than the sequence"
         starts = np.array(
             [
-                generator(seed, stream, step, row).integers(1, num_positions - self.block_tokens + 1)
-                for step, row in keys
+                generator(seed, stream, step, index).integers(1, num_positions - self.block_tokens + 1)
+                for step, index in keys
             ]
         )
         place = np.arange(num_positions)
@@ -175,6 +176,7 @@ class SsdLm(nn.Module):
         scored = np.flatnonzero(is_block & maskable)
         t = np.minimum(np.floor(t * self.num_timesteps) + 1, self.num_timesteps) / self.num_timesteps
         seeds = [
-            int(generator(seed, NOISE, step, row).integers(2**62)) + (stream == EVALUATION_MASK) for step, row in keys
+            int(generator(seed, NOISE, step, index).integers(2**62)) + (stream == EVALUATION_MASK)
+            for step, index in keys
         ]
         return replace(make_draw(t, is_block, scored, np.ones(len(scored)), maskable), noise_seeds=tuple(seeds))

@@ -9,8 +9,7 @@ mask one more token i, uniform among the n unmasked ones. `one_token` scores onl
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal, Unpack
 
 import numpy as np
 from torch import Tensor
@@ -18,7 +17,8 @@ from torch import Tensor
 from dlm_ray.diffusion.absorbing import Absorbing
 from dlm_ray.diffusion.denoiser import NetworkFacts
 from dlm_ray.diffusion.draws import JUMP, Draw, DrawKey, generator, make_draw
-from dlm_ray.diffusion.objectives.masked import Masked, masked_arguments
+from dlm_ray.diffusion.objectives.masked import LossOptions, Masked, loss_options
+from dlm_ray.diffusion.settings import ObjectiveSettings
 
 # The largest float32 below 1: at t = 1 nothing is unmasked, and beta is infinite.
 _LATEST = 1 - 2.0**-24
@@ -30,25 +30,27 @@ class TauLDR(Masked):
     Args:
         process: the absorbing process.
         estimator: `one_token` or `all_masked`.
+        options: as in `Masked`.
     """
 
     def __init__(
         self,
         process: Absorbing,
-        *arguments: Any,
+        *,
         estimator: Literal["one_token", "all_masked"] = "one_token",
-        **options: Any,
+        **options: Unpack[LossOptions],
     ):
-        super().__init__(process, *arguments, **options)
+        super().__init__(process, **options)
         self.schedule, self.estimator = process.schedule, estimator
 
     @classmethod
-    def build(cls, settings: Mapping[str, Any], facts: NetworkFacts) -> TauLDR:
+    def build(cls, settings: ObjectiveSettings, facts: NetworkFacts) -> TauLDR:
         """Return the objective for a recipe's `objective` section."""
-        return cls(**masked_arguments(settings, facts), estimator=settings["estimator"])
+        process = Absorbing.build(settings, facts)
+        return cls(process, estimator=settings["estimator"], **loss_options(settings))
 
     @classmethod
-    def restore(cls, settings: Mapping[str, Any], facts: NetworkFacts) -> Masked:
+    def restore(cls, settings: ObjectiveSettings, facts: NetworkFacts) -> Masked:
         """Return `Masked`: MD4's form of the same bound, which has less variance."""
         return Masked.build(settings, facts)
 
@@ -58,13 +60,13 @@ class TauLDR(Masked):
         is_masked = before.is_masked.numpy()
         unmasked = maskable & ~is_masked
         num_unmasked = unmasked.sum(1)
-        rows = np.flatnonzero(num_unmasked)
-        place = np.array(
-            [generator(key.seed, JUMP, key.step, key.rows[row]).integers(num_unmasked[row]) for row in rows.tolist()],
+        jumping = np.flatnonzero(num_unmasked)  # the draws with an unmasked token
+        choice = np.array(
+            [generator(key.seed, JUMP, key.step, key.indices[b]).integers(num_unmasked[b]) for b in jumping.tolist()],
             dtype=np.int64,
         )
         jumped = np.zeros_like(is_masked)
-        jumped[rows, [np.flatnonzero(unmasked[row])[i] for row, i in zip(rows, place, strict=True)]] = True
+        jumped[jumping, [np.flatnonzero(unmasked[b])[i] for b, i in zip(jumping, choice, strict=True)]] = True
         return self.after_jump(before.t.double(), is_masked, jumped, maskable)
 
     def after_jump(self, t: Tensor, is_masked: np.ndarray, jumped: np.ndarray, maskable: np.ndarray) -> Draw:

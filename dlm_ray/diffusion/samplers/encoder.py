@@ -127,7 +127,7 @@ class Encoder:
         The tokens are padded on the right, where no block attends.
         """
         ids = torch.tensor([part + [0] * (width - len(part)) for part in parts], device=self.cache.last_rows.device)
-        hidden = self.denoiser.hidden(ids, self.visibility, self.cache.part(first, len(parts)))
+        hidden = self.denoiser.hidden(ids, self.visibility, self.cache.slot_range(first, len(parts)))
         self.num_calls += 1
         for place, part in enumerate(parts):
             if part:

@@ -19,10 +19,10 @@ from ray.serve.handle import DeploymentHandle
 from dlm_ray.config.manifest_fields import JsonObject
 from dlm_ray.config.server import Server
 from dlm_ray.config.server_file import read_keys
-from dlm_ray.serving.errors import Event, ReplicaLost
+from dlm_ray.serving.errors import ReplicaLost
 
 if TYPE_CHECKING:
-    from dlm_ray.serving.jobs import Task
+    from dlm_ray.serving.messages import Event, ModelCard, Score, Task
 
 log = logging.getLogger("dlm_ray.serving")
 T = TypeVar("T")
@@ -45,7 +45,7 @@ class Replica:
         if self._shards:
             self._shards.watch()
 
-    async def describe(self) -> list[JsonObject]:
+    async def describe(self) -> list[ModelCard]:
         """Return the descriptions of all models."""
         return await self._pool.describe()
 
@@ -58,7 +58,7 @@ class Replica:
         finally:
             await stream.aclose()
 
-    async def score(self, model: str, text: str, draws: int, seed: int) -> Event:
+    async def score(self, model: str, text: str, draws: int, seed: int) -> Score:
         """Return the bound of a text under a model."""
         return await self._pool.score(model, text, draws, seed)
 
@@ -73,11 +73,11 @@ class ReplicaClient:
     def __init__(self, handle: DeploymentHandle[Replica]):
         self._handle = handle
 
-    async def describe(self) -> list[JsonObject]:
+    async def describe(self) -> list[ModelCard]:
         """Return the descriptions of all models, from any replica."""
         return await _result(self._handle.describe.remote())
 
-    async def score(self, model: str, text: str, draws: int, seed: int) -> Event:
+    async def score(self, model: str, text: str, draws: int, seed: int) -> Score:
         """Return the bound of a text, preferably from a replica that holds the model."""
         return await _result(self._handle.options(multiplexed_model_id=model).score.remote(model, text, draws, seed))
 

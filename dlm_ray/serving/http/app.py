@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Awaitable, Callable
 from importlib import resources
 from typing import Any
 
@@ -46,6 +47,27 @@ def build(
     metrics, admission = Metrics(), Admission(capacity_texts, server.limits.requests_per_key)
     service = Service(server, backend, admission, metrics)
     _add_errors(app)
+    _add_completions(app, service)
+    _add_infill(app, service)
+    _add_score(app, service)
+    _add_models(app, backend)
+    _add_health(app, backend)
+    _add_metrics(app, metrics, admission)
+    if server.http.playground:
+        _add_playground(app)
+    paths = [route.path for route in app.routes if hasattr(route, "path")]
+    return Middleware(
+        app,
+        keys=keys,
+        body_bytes=server.limits.body_bytes,
+        metrics=metrics,
+        known_paths=paths,
+        has_request_ids=has_request_ids,
+    )
+
+
+def _add_completions(app: FastAPI, service: Service) -> None:
+    """Add OpenAI's paths for text completions and chats."""
 
     @app.post("/v1/completions")
     async def completions(body: Completion, request: Request) -> Response:
@@ -73,21 +95,33 @@ def build(
         task = await service.task(body, request, messages=messages, lengths=getattr(body, field), length_field=field)
         return await service.answer(body, task, request, is_chat=True)
 
+
+def _add_infill(app: FastAPI, service: Service) -> None:
+    """Add the path that generates the text between two texts."""
+
     @app.post("/v1/infill")
     async def infill(body: Infill, request: Request) -> Response:
-        fields: dict[str, Any] = {"prompts": [body.prefix], "suffix": body.suffix, "length_field": "length_tokens"}
         if isinstance(body.length_tokens, int):
-            task = await service.task(body, request, lengths=body.length_tokens, **fields)
+            task = await service.infill_task(body, request, body.length_tokens)
             return await service.answer(body, task, request, is_chat=False)
-        return await service.infill_best(body, fields, request)
+        return await service.infill_best(body, request)
+
+
+def _add_score(app: FastAPI, service: Service) -> None:
+    """Add the path that scores a text."""
 
     @app.post("/v1/score")
     async def score(body: Score, request: Request) -> Response:
         await service.check_model(body.model)
         with service.admitted(request, 1):
-            event = await backend.score(body.model, body.text, body.draws, body.seed)
+            event = await service.backend.score(body.model, body.text, body.draws, body.seed)
         raise_error(event)
         return JSONResponse({"object": "score", "model": body.model, **event})
+
+
+# FastAPI derives the schema of a response from the return type: `dict[str, Any]` is a JSON object without a schema.
+def _add_models(app: FastAPI, backend: Backend) -> None:
+    """Add OpenAI's paths that describe the models."""
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -98,7 +132,11 @@ def build(
         cards = {card["id"]: card for card in await backend.describe()}
         if name not in cards:
             raise no_model(name, list(cards))
-        return cards[name]
+        return {**cards[name]}
+
+
+def _add_health(app: FastAPI, backend: Backend) -> None:
+    """Add the paths of the health checks: whether this process is alive, and whether a replica answers."""
 
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
@@ -113,27 +151,24 @@ def build(
             raise ApiError(503, "no replica is ready yet", "not_ready", retry_after_seconds=1) from None
         return JSONResponse({"status": "ready"})
 
+
+def _add_metrics(app: FastAPI, metrics: Metrics, admission: Admission) -> None:
+    """Add the path that Prometheus reads."""
+
     @app.get("/metrics")
     async def metrics_page() -> Response:
         return PlainTextResponse(
             metrics.render({"texts_under_way": admission.num_texts, "texts_capacity": admission.capacity_texts})
         )
 
-    if server.http.playground:
-        for path, (name, media_type) in _PLAYGROUND_FILES.items():
-            app.add_api_route(path, _playground_file(name, media_type), include_in_schema=False)
-    paths = [route.path for route in app.routes if hasattr(route, "path")]
-    return Middleware(
-        app,
-        keys=keys,
-        body_bytes=server.limits.body_bytes,
-        metrics=metrics,
-        known_paths=paths,
-        has_request_ids=has_request_ids,
-    )
+
+def _add_playground(app: FastAPI) -> None:
+    """Add the files of the playground."""
+    for path, (name, media_type) in _PLAYGROUND_FILES.items():
+        app.add_api_route(path, _playground_file(name, media_type), include_in_schema=False)
 
 
-def _playground_file(name: str, media_type: str) -> Any:
+def _playground_file(name: str, media_type: str) -> Callable[[], Awaitable[Response]]:
     content = resources.files("dlm_ray.serving.http.playground").joinpath(name).read_bytes()
     policy = (
         "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; base-uri 'none'; "

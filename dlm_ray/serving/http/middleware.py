@@ -10,15 +10,13 @@ import re
 import secrets
 import time
 from collections import Counter, defaultdict
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dlm_ray.serving.errors import ApiError, overloaded
 
 log = logging.getLogger("dlm_ray.serving")
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 # Paths that need no key: health checks and the playground, which asks for the key itself.
 _OPEN_PATHS = ("/healthz", "/readyz", "/", "/playground.js", "/playground.css")
@@ -99,7 +97,7 @@ class Middleware:
 
     def __init__(
         self,
-        app: Any,
+        app: ASGIApp,
         *,
         keys: Sequence[str],
         body_bytes: int,
@@ -119,7 +117,7 @@ class Middleware:
         scope.setdefault("state", {})["request_id"] = request_id
         started, status = time.monotonic(), 499
 
-        async def answer(message: MutableMapping[str, Any]) -> None:
+        async def answer(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -181,7 +179,7 @@ class Middleware:
             raise ApiError(408, f"the body was not complete after {_BODY_SECONDS:g} seconds", "body_timeout") from error
         is_replayed = False
 
-        async def replay() -> MutableMapping[str, Any]:
+        async def replay() -> Message:
             nonlocal is_replayed
             if is_replayed:
                 return await receive()

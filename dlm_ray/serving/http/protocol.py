@@ -6,7 +6,7 @@ effect (a penalty of 0, one candidate).
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 from pydantic import (
     AfterValidator,
@@ -21,6 +21,9 @@ from pydantic import (
 
 from dlm_ray.config.imports import is_class_path
 from dlm_ray.config.sampling import RULE_NAMES, ServedSampling
+
+if TYPE_CHECKING:
+    from dlm_ray.generation.sampling import SamplingOptions
 
 MAX_STOPS = 4
 OPTIONS = tuple(ServedSampling.model_fields)
@@ -81,7 +84,7 @@ class GenerationRequest(ServedSampling):
 
     @model_validator(mode="before")
     @classmethod
-    def _drop_null_options(cls, body: Any) -> Any:
+    def _drop_null_options(cls, body: object) -> object:
         """Treat a null option as left out."""
         if not isinstance(body, dict):
             return body
@@ -89,7 +92,7 @@ class GenerationRequest(ServedSampling):
 
     @field_validator("steps", "block_tokens", mode="before")
     @classmethod
-    def _whole_number(cls, value: Any) -> Any:
+    def _whole_number(cls, value: object) -> object:
         """Refuse a number with a decimal point, and a number in a string."""
         if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
             raise ValueError("must be a whole number")
@@ -105,9 +108,10 @@ class GenerationRequest(ServedSampling):
             raise ValueError(f"must be one of {', '.join(RULE_NAMES)}")
         return rule
 
-    def options(self) -> dict[str, Any]:
+    def options(self) -> SamplingOptions:
         """Return the options of sampling that the request sets."""
-        return {name: getattr(self, name) for name in OPTIONS if name in self.model_fields_set}
+        options = {name: getattr(self, name) for name in OPTIONS if name in self.model_fields_set}
+        return cast("SamplingOptions", options)
 
     def stops(self) -> list[str]:
         """Return the stop texts."""
@@ -134,8 +138,11 @@ class Completion(GenerationRequest):
 
     def prompts(self) -> list[str] | list[list[int]]:
         """Return the prompts as a list."""
-        prompt: Any = self.prompt
-        return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return self.prompt
 
 
 class ContentPart(BaseModel):

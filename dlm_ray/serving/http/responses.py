@@ -4,19 +4,81 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypedDict
 
-from dlm_ray.serving.errors import ApiError, Event, deadline_passed, raise_error
+from dlm_ray.serving.errors import ApiError, ErrorBody, deadline_passed, raise_error
+from dlm_ray.serving.messages import CanvasTokens, Event, FinishReason
+
+
+class Usage(TypedDict):
+    """The `usage` object of a response."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: dict[str, int]
+    network_calls: dict[str, int]
+
+
+class ChatText(TypedDict, total=False):
+    """The message of a chat's choice, or the part of it in a chunk."""
+
+    role: str
+    content: str
+    refusal: None
+
+
+class ChoiceBody(TypedDict, total=False):
+    """A generated text in a response or a chunk: `text`, or for a chat `message` or `delta`."""
+
+    index: int
+    finish_reason: FinishReason | None
+    logprobs: None
+    text: str
+    message: ChatText
+    delta: ChatText
+
+
+class Candidate(TypedDict):
+    """An infilled text of one of several lengths, and the score of the whole text."""
+
+    length_tokens: int
+    text: str
+    bits_per_byte: float | None
+    ci95_draws: tuple[float, float] | None
+
+
+class Extension(TypedDict, total=False):
+    """The object `dlm_ray` of a response or a chunk, which OpenAI's API does not have."""
+
+    seed: int
+    canvas: CanvasTokens
+    length_tokens: int
+    """Length of the returned text, of several lengths."""
+    candidates: list[Candidate]
+    """The texts of all lengths."""
+
+
+class Body(TypedDict, total=False):
+    """A response, or a chunk of a stream."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+    choices: list[ChoiceBody]
+    usage: Usage
+    dlm_ray: Extension
 
 
 @dataclass
 class _Choice:
     text: str = ""
-    finish_reason: str | None = None
+    finish_reason: FinishReason | None = None
     num_tokens: int = 0
-    calls: tuple[int, int] = (0, 0)
+    calls: Sequence[int] = (0, 0)
     cached_tokens: int = 0
 
 
@@ -49,7 +111,7 @@ class Answer:
         if "finish_reason" in event:
             if event["finish_reason"] == "deadline":
                 raise deadline_passed(self.deadline_seconds)
-            choice.finish_reason, choice.calls = event["finish_reason"], tuple(event["calls"])
+            choice.finish_reason, choice.calls = event["finish_reason"], event["calls"]
             choice.cached_tokens = event["cached_tokens"]
 
     @property
@@ -65,7 +127,7 @@ class Answer:
         """Return the number of prompt tokens that were in the prefix cache."""
         return sum(choice.cached_tokens for choice in self.choices.values())
 
-    def usage(self) -> dict[str, Any]:
+    def usage(self) -> Usage:
         """Return the `usage` object: numbers of tokens and network calls."""
         num_completion_tokens = sum(choice.num_tokens for choice in self.choices.values())
         return {
@@ -76,38 +138,46 @@ class Answer:
             "network_calls": self.network_calls,
         }
 
-    def body(self) -> dict[str, Any]:
+    def body(self) -> Body:
         """Return the body of a response that is not streamed."""
         choices = [self._choice(index, choice) for index, choice in sorted(self.choices.items())]
         object_type = "chat.completion" if self.is_chat else "text_completion"
         return {**self._head(object_type), "choices": choices, "usage": self.usage(), "dlm_ray": {"seed": self.seed}}
 
-    def chunk(self, event: Event) -> dict[str, Any] | None:
+    def chunk(self, event: Event) -> Body | None:
         """Return the chunk of an event that `take` has added; None if the event adds nothing to the stream."""
         if "prompt_tokens" in event:
             return None
         text, reason = event.get("text", ""), event.get("finish_reason")
-        choice: dict[str, Any] = {"index": event["index"], "finish_reason": reason, "logprobs": None}
+        choice: ChoiceBody = {"index": event["index"], "finish_reason": reason, "logprobs": None}
         if self.is_chat:
             choice["delta"] = {"content": text} if text else {}
         else:
             choice["text"] = text
-        chunk = {**self._head("chat.completion.chunk" if self.is_chat else "text_completion"), "choices": [choice]}
+        chunk: Body = {
+            **self._head("chat.completion.chunk" if self.is_chat else "text_completion"),
+            "choices": [choice],
+        }
         if "canvas" in event:
             chunk["dlm_ray"] = {"canvas": event["canvas"]}
         return chunk
 
-    def first_chunk(self) -> dict[str, Any]:
+    def first_chunk(self) -> Body:
         """Return the first chunk of a chat, with the role."""
-        choice = {"index": 0, "finish_reason": None, "logprobs": None, "delta": {"role": "assistant", "content": ""}}
+        choice: ChoiceBody = {
+            "index": 0,
+            "finish_reason": None,
+            "logprobs": None,
+            "delta": {"role": "assistant", "content": ""},
+        }
         return {**self._head("chat.completion.chunk"), "choices": [choice]}
 
-    def usage_chunk(self) -> dict[str, Any]:
+    def usage_chunk(self) -> Body:
         """Return the last chunk, with the usage."""
         object_type = "chat.completion.chunk" if self.is_chat else "text_completion"
         return {**self._head(object_type), "choices": [], "usage": self.usage(), "dlm_ray": {"seed": self.seed}}
 
-    def _head(self, object_type: str) -> dict[str, Any]:
+    def _head(self, object_type: str) -> Body:
         prefix = "chatcmpl" if self.is_chat else "cmpl"
         return {
             "id": f"{prefix}-{self.request_id}",
@@ -116,14 +186,14 @@ class Answer:
             "model": self.model,
         }
 
-    def _choice(self, index: int, choice: _Choice) -> dict[str, Any]:
-        common: dict[str, Any] = {"index": index, "finish_reason": choice.finish_reason, "logprobs": None}
+    def _choice(self, index: int, choice: _Choice) -> ChoiceBody:
+        common: ChoiceBody = {"index": index, "finish_reason": choice.finish_reason, "logprobs": None}
         if self.is_chat:
             return {**common, "message": {"role": "assistant", "content": choice.text, "refusal": None}}
         return {**common, "text": choice.text}
 
 
-def encode_event(data: dict[str, Any]) -> bytes:
+def encode_event(data: Body | ErrorBody) -> bytes:
     """Return the bytes of one server-sent event."""
     return f"data: {json.dumps(data)}\n\n".encode()
 

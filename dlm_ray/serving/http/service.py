@@ -7,19 +7,18 @@ import logging
 import math
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Protocol
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from dlm_ray.config.server import Server
-from dlm_ray.serving.errors import ApiError, Event, ReplicaLost, error_event, no_model, raise_error
-from dlm_ray.serving.http.middleware import Admission, Metrics, Receive, Scope, Send
+from dlm_ray.serving.errors import ApiError, ReplicaLost, error_event, no_model, raise_error
+from dlm_ray.serving.http.middleware import Admission, Metrics
 from dlm_ray.serving.http.protocol import GenerationRequest, Infill
-from dlm_ray.serving.http.responses import Answer, stream
-
-if TYPE_CHECKING:
-    from dlm_ray.serving.jobs import Task
+from dlm_ray.serving.http.responses import Answer, Candidate, stream
+from dlm_ray.serving.messages import Event, ModelCard, Score, Task
 
 log = logging.getLogger("dlm_ray.serving")
 MAX_TRIES = 4
@@ -28,13 +27,13 @@ MAX_TRIES = 4
 class Backend(Protocol):
     """The engines: workers in this process, or replicas behind a Serve handle, which raise ReplicaLost if they end."""
 
-    async def describe(self) -> list[dict[str, Any]]:
+    async def describe(self) -> list[ModelCard]:
         """Return the models' entries in /v1/models."""
 
     def generate(self, task: Task) -> AsyncGenerator[list[Event]]:
         """Yield the events of a task in batches; closing the generator frees its slots."""
 
-    async def score(self, model: str, text: str, draws: int, seed: int) -> Event:
+    async def score(self, model: str, text: str, draws: int, seed: int) -> Score:
         """Return a model's bits of a text, or a bound on them."""
 
 
@@ -74,7 +73,15 @@ class Service:
             raise no_model(name, names)
 
     async def task(
-        self, body: GenerationRequest, request: Request, *, lengths: Any, length_field: str, **fields: Any
+        self,
+        body: GenerationRequest,
+        request: Request,
+        *,
+        lengths: int | list[int] | None,
+        length_field: str,
+        prompts: list[str] | list[list[int]] | None = None,
+        messages: list[dict[str, str]] | None = None,
+        suffix: str | None = None,
     ) -> Task:
         """Return the task of a request, after the checks that need no tokenizer."""
         await self.check_model(body.model)
@@ -83,9 +90,9 @@ class Service:
         return {
             "request_id": request.state.request_id,
             "model": body.model,
-            "prompts": fields.get("prompts", []),
-            "messages": fields.get("messages"),
-            "suffix": fields.get("suffix"),
+            "prompts": prompts or [],
+            "messages": messages,
+            "suffix": suffix,
             "lengths": lengths if isinstance(lengths, list) else [] if lengths is None else [lengths],
             "length_field": length_field,
             "n": body.n or 1,
@@ -96,6 +103,17 @@ class Service:
             "stream_canvas": bool(body.stream_options and body.stream_options.denoising),
             "timeout_seconds": body.timeout_seconds,
         }
+
+    async def infill_task(self, body: Infill, request: Request, lengths: int | list[int]) -> Task:
+        """Return the task of an infill request with one or several lengths."""
+        return await self.task(
+            body,
+            request,
+            lengths=lengths,
+            length_field="length_tokens",
+            prompts=[body.prefix],
+            suffix=body.suffix,
+        )
 
     def admitted(self, request: Request, num_texts: int) -> Admitted:
         """Admit a request, or raise ApiError beyond the limits."""
@@ -131,7 +149,7 @@ class Service:
 
         return _Stream(chunks, end)
 
-    async def infill_best(self, body: Infill, fields: dict[str, Any], request: Request) -> Response:
+    async def infill_best(self, body: Infill, request: Request) -> Response:
         """Infill with several lengths; return the candidate whose whole text has the fewest bits per byte."""
         if body.stream or (body.n or 1) > 1:
             raise ApiError(
@@ -142,7 +160,7 @@ class Service:
             )
         assert isinstance(body.length_tokens, list), "one length has one candidate"
         lengths = list(dict.fromkeys(body.length_tokens))
-        task = await self.task(body, request, lengths=lengths, **fields)
+        task = await self.infill_task(body, request, lengths)
         answer = self._answer(task, False)
         with self.admitted(request, len(lengths)):
             await self._collect(task, answer, request)
@@ -151,7 +169,7 @@ class Service:
         best = min(range(len(lengths)), key=lambda index: _or_infinite(scores[index]["bits_per_byte"]))
         response = answer.body()
         response["choices"] = [{**response["choices"][best], "index": 0}]
-        candidates = [
+        candidates: list[Candidate] = [
             {
                 "length_tokens": length,
                 "text": text,
@@ -163,7 +181,7 @@ class Service:
         response["dlm_ray"] |= {"length_tokens": lengths[best], "candidates": candidates}
         return JSONResponse(response)
 
-    async def _score(self, model: str, text: str) -> Event:
+    async def _score(self, model: str, text: str) -> Score:
         """Return the score of a candidate's whole text, with None as values if the text cannot be scored.
 
         An empty text cannot be scored, nor one that is tokenized into more tokens than were generated (an incomplete

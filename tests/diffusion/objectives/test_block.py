@@ -383,9 +383,9 @@ def test_a_text_of_any_length_has_the_bound_of_its_own_tokens_however_much_paddi
 def test_an_objective_of_blocks_refuses_rows_that_are_not_whole_blocks():
     maskable = np.ones((1, 10), dtype=bool)
     objective = Block(block_tokens=8)
-    with pytest.raises(ValueError, match="rows of 10 positions are not a whole number of blocks of 8; pad them to 16"):
+    with pytest.raises(ValueError, match="of 10 positions are not a whole number of blocks of 8; pad them to 16"):
         objective.evaluation_draw(0, [(0, 0)], np.array([0.5]), np.zeros((1, 10)), maskable)
-    with pytest.raises(ValueError, match="rows of 10 positions are not a whole number of blocks of 4; pad them to 12"):
+    with pytest.raises(ValueError, match="of 10 positions are not a whole number of blocks of 4; pad them to 12"):
         objective.draw(DrawKey(0, 0, [0], 1, block_tokens=4), np.zeros((1, 10)), maskable)
 
 
@@ -417,7 +417,7 @@ def test_the_search_shares_one_clean_pass_and_its_statistic_is_the_papers():
     share = {"num_draws": 3, "seed": 4, "micro_batch_size": 18}
 
     def run(**ranks):
-        return clip_search.sums(
+        return clip_search.clip_sums(
             lambda batch, draws: objective.nll_of_draws(denoiser, batch, draws),
             objective, clips, x_0.numpy(), document_ids, lambda ids: FULL, CPU, **share, **ranks,
         )  # fmt: skip
@@ -426,7 +426,7 @@ def test_the_search_shares_one_clean_pass_and_its_statistic_is_the_papers():
     assert passes == [False, True, True, True]
     split = run(rank=0, world_size=2) + run(rank=1, world_size=2)
     assert torch.allclose(totals, split)
-    found = {(one.beta, one.omega): one for one in clip_search.measured(clips, totals)}
+    found = {(one.beta, one.omega): one for one in clip_search.clip_statistics(clips, totals)}
     for clip in clips:
         own = Block(Absorbing(clip=clip), block_tokens=4)
         key = DrawKey(4, 0, range(18), 18)

@@ -69,7 +69,9 @@ def test_the_block_attends_as_far_as_annealing_has_come(objective):
     attend = toy.hidden
     toy.hidden = lambda inputs, visibility: seen.append(visibility) or attend(inputs, visibility)
     nll = {
-        pattern: objective.token_nll(toy, replace(batch, visibility=Visibility(pattern, threshold=1))).tolist()
+        pattern: objective.token_nll(
+            toy, replace(batch, visibility=Visibility(pattern, hash_limit=1, window_tokens=1))
+        ).tolist()
         for pattern in ("causal", "window", "bidirectional")
     }
     assert [visibility.pattern for visibility in seen] == list(nll)

@@ -504,7 +504,7 @@ def test_a_score_that_fails_fails_alone_and_one_that_nobody_waits_for_any_more_i
     host, app = whole
     asked = {"model": "tiny", "text": "the model"}
     with monkeypatch.context() as patch:
-        patch.setattr(host.planner, "score", lambda *_: 1 // 0)
+        patch.setattr(host.processor, "score", lambda *_: 1 // 0)
         failed, completed = ask(
             app, ("POST", "/v1/score", asked), ("POST", "/v1/completions", {"model": "tiny", "prompt": "a"})
         )

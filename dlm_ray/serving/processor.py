@@ -1,4 +1,4 @@
-"""Turns a request into jobs of the engine, and scores texts. Every error of a request is an ApiError."""
+"""Converts requests to jobs of the engine, and scores texts. Every error of a request is an ApiError."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 import secrets
 import time
 import warnings
-from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,13 +19,14 @@ from dlm_ray.generation.sampling import SamplingOptions, resolve_sampling
 from dlm_ray.generation.text_model import TextModel
 from dlm_ray.serving.engine import Engine
 from dlm_ray.serving.errors import ApiError
-from dlm_ray.serving.jobs import Job, Task
+from dlm_ray.serving.jobs import Job
+from dlm_ray.serving.messages import Event, ModelCard, Score, Task
 
 DEFAULT_COMPLETION_TOKENS = 16
 
 
-class Planner:
-    """Plans requests by the abilities of a checkpoint and the limits of the service.
+class RequestProcessor:
+    """Validates requests against a checkpoint and the limits of the service, tokenizes them, and scores texts.
 
     Args:
         model: the checkpoint.
@@ -41,7 +41,7 @@ class Planner:
         room = model.sequence_length - 1  # after the start token
         self._max_prompt = min(room, server.limits.prompt_tokens or room)
 
-    def card(self) -> dict[str, Any]:
+    def card(self) -> ModelCard:
         """Return the entry of the model in /v1/models."""
         limits, kind = self.server.limits, self._target.kind
         has_whole = None in self._sizes
@@ -78,7 +78,7 @@ class Planner:
             "defaults": {"temperature": self._target.sampling.temperature, "top_p": self._target.sampling.top_p},
         }
 
-    def jobs(self, task: Task) -> tuple[list[Job], dict[str, Any]]:
+    def jobs(self, task: Task) -> tuple[list[Job], Event]:
         """Return the jobs of a task, and the event with its prompt tokens and seed."""
         prompts = self._prompts(task)
         suffix = None if task["suffix"] is None else self._encoded(task["suffix"], "suffix")
@@ -148,7 +148,7 @@ class Planner:
         return ids
 
     @torch.no_grad()
-    def score(self, ids: list[int], num_bytes: int, draws: int, seed: int) -> dict[str, Any]:
+    def score(self, ids: list[int], num_bytes: int, draws: int, seed: int) -> Score:
         """Return the exact nats (autoregressive) or their bound (diffusion) of a text, with the interval over draws."""
         model = self.model
         scored = likelihood.token_nats(
@@ -247,18 +247,19 @@ class Planner:
             )
         return list(task["lengths"])
 
-    def _params(self, options: dict[str, Any], length: int) -> ResolvedSampling:
+    def _params(self, options: SamplingOptions, length: int) -> ResolvedSampling:
         """Return the options of sampling of a text; raise ApiError if the service does not allow them."""
         size = options.get("block_tokens")
         if size is not None and size not in self._sizes:
             sizes = ", ".join(str(served) for served in self._sizes if served) or "whole texts only"
             raise _invalid("block_tokens", f"block_tokens={size}; this service has {sizes}")
-        if options.get("steps", 0) > self.server.limits.steps:
-            raise _invalid("steps", f"steps={options['steps']}; at most {self.server.limits.steps}")
+        steps = options.get("steps")
+        if steps is not None and steps > self.server.limits.steps:
+            raise _invalid("steps", f"steps={steps}; at most {self.server.limits.steps}")
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # the operator allowed sizes that differ from training
-                return resolve_sampling(cast(SamplingOptions, options), self._target, length)
+                return resolve_sampling(options, self._target, length)
         except UserError as error:
             raise _invalid(error.field, str(error)) from error
 
