@@ -208,8 +208,10 @@ class Objective(ConfigNode):
     """The noise of `ssd_lm`; its defaults if absent."""
     block_tokens: Positive | None = None
     """K of `block`, required there: 1 is the autoregressive end, the sequence length is masked diffusion."""
-    context: Literal["clean", "noisy"] = "clean"
-    """What a block sees of the blocks before it; `noisy` trains on x_t only (BD3-LM's ablation)."""
+    context: Literal["clean", "clean_causal", "noisy"] = "clean"
+    """The blocks before a block, as it sees them: `clean` attends in blocks; `clean_causal` attends causally, as the AR
+    base does, so that the base's predictions stay and `autoregressive_weight` costs no pass of its own; `noisy` trains
+    on x_t only (BD3-LM's ablation)."""
 
     @property
     def draws_of_a_row(self) -> int:

@@ -41,6 +41,8 @@ def evaluation_batch(
     visibility_of: Callable[[np.ndarray], Visibility],
     device: torch.device,
     is_real: bool = True,
+    is_given: np.ndarray | None = None,
+    keys: Sequence[int] | None = None,
 ) -> Batch:
     """Return the batch that scores pairs (sequence, number of the draw).
 
@@ -53,12 +55,15 @@ def evaluation_batch(
         visibility_of: function of the [B, L] document ids of the batch.
         device: device of the network.
         is_real: False scores nothing (a filler that keeps ranks in step).
+        is_given, keys: as in `token_nats`.
     """
     sequences = [sequence for sequence, _ in pairs]
     maskable = maskable_positions(document_ids[sequences]) & is_real
+    if is_given is not None:
+        maskable &= ~is_given[sequences]
     t = np.array([times[pair] for pair in pairs])
-    keys = [(number, sequence) for sequence, number in pairs]
-    draw = objective.evaluation_draw(seed, keys, t, x_0[sequences], maskable)
+    draw_keys = [(number, sequence if keys is None else keys[sequence]) for sequence, number in pairs]
+    draw = objective.evaluation_draw(seed, draw_keys, t, x_0[sequences], maskable)
     return Batch(torch.from_numpy(x_0[sequences]).to(device), draw.to(device), visibility_of(document_ids[sequences]))
 
 
@@ -94,6 +99,8 @@ def token_nats(
     seed: int = 0,
     micro_batch_size: int = 16,
     progress: Callable[[int, int], None] | None = None,
+    is_given: np.ndarray | None = None,
+    keys: Sequence[int] | None = None,
 ) -> TokenNats:
     """Return the nats of every token of sequences [N, L], or their bound.
 
@@ -111,12 +118,18 @@ def token_nats(
         seed: seed of the draws.
         micro_batch_size: draws per network call.
         progress: called with (draws done, draws).
+        is_given: [N, L] bool: tokens that are never masked and not scored, such as a prompt; the nats are then those
+            of the other tokens given these, if what is given comes first.
+        keys: [N] number of each sequence in the draws, by default its index; sequences of one number share times and
+            uniform numbers, so that the choices of a question compare in pairs.
     """
     assert objective.likelihood != "none", "this objective bounds nothing"
     num_draws = 1 if objective.likelihood == "exact" else num_draws
     length = x_0.shape[1]
     x_0, document_ids = pad_to_blocks(objective, x_0, document_ids)
     num_positions = x_0.shape[1]
+    if is_given is not None:
+        is_given = np.pad(is_given, ((0, 0), (0, num_positions - length)))
 
     def visible(ids: np.ndarray) -> Visibility:
         visibility = visibility_of(ids)
@@ -124,12 +137,14 @@ def token_nats(
             return replace(visibility, document_ids=documents_apart(ids, False, device))
         return visibility
 
-    times = evaluation_times(seed, range(len(x_0)), num_draws)
+    times = evaluation_times(seed, range(len(x_0)) if keys is None else keys, num_draws)
     pairs = [(sequence, number) for sequence in range(len(x_0)) for number in range(num_draws)]
     nats, totals = np.zeros(x_0.shape), np.zeros(num_draws)
     for start in range(0, len(pairs), micro_batch_size):
         batch_pairs = pairs[start : start + micro_batch_size]
-        batch = evaluation_batch(objective, x_0, document_ids, batch_pairs, times, seed, visible, device)
+        batch = evaluation_batch(
+            objective, x_0, document_ids, batch_pairs, times, seed, visible, device, is_given=is_given, keys=keys
+        )
         weighted = (
             (batch.draw.weight * objective.token_nll(denoiser, batch)).double().cpu().numpy()[: batch.draw.num_scored]
         )

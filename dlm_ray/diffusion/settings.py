@@ -64,4 +64,4 @@ class ObjectiveSettings(TypedDict):
     simplex: SimplexSettings | None
     block_tokens: int | None
     """K; None for an objective without blocks."""
-    context: Literal["clean", "noisy"]
+    context: Literal["clean", "clean_causal", "noisy"]

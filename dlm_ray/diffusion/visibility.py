@@ -27,7 +27,7 @@ class Visibility:
     `pattern` defines which future positions a query sees. `block_tokens` K limits the future to the query's block of K
     positions (blocks are aligned to absolute positions). `half` L means that the sequence is [x_t ; x_0], two halves of
     L positions with the same position ids (BD3-LM, arXiv 2503.09573, section 3.2): x_t sees its own block in x_t and
-    all earlier blocks in x_0; x_0 sees itself block by block, and never x_t.
+    all earlier blocks in x_0; x_0 sees itself block by block (causally with `is_context_causal`), and never x_t.
     """
 
     pattern: Literal["causal", "bidirectional", "bernoulli", "window"]
@@ -44,6 +44,8 @@ class Visibility:
     """K, the positions of a block; None: one block."""
     half: int | None = None
     """L, for sequences [x_t ; x_0] of 2L positions; None for ordinary sequences."""
+    is_context_causal: bool = False
+    """Whether x_0 in [x_t ; x_0] sees no future position, not even within a block: the attention of the AR base."""
     offsets: tuple[int, ...] | None = None
     """For queries after cached keys: the position of each sequence's first query; keys count from 0. None: all 0."""
 
@@ -67,10 +69,11 @@ class Visibility:
                 visible = visible & (key_block <= query_block)
             else:
                 is_noisy, sees_noisy = query < self.half, key < self.half
+                context = (m <= n) if self.is_context_causal else (key_block <= query_block) & visible
                 visible = (
                     (is_noisy & sees_noisy & (key_block == query_block) & visible)
                     | (is_noisy & ~sees_noisy & (key_block < query_block))
-                    | (~is_noisy & ~sees_noisy & (key_block <= query_block) & visible)
+                    | (~is_noisy & ~sees_noisy & context)
                 )
         if self.document_ids is not None:
             visible = visible & (self.document_ids[sequence, n] == self.document_ids[sequence, m])

@@ -46,13 +46,22 @@ class AuxiliaryLosses:
         entropy = -(log_probs.exp() * log_probs.clamp(min=-1e4)).sum(-1)
         return cross_entropy(logits, targets), entropy * (logits.argmax(-1) == targets)
 
-    def over_tokens(self, denoiser: Denoiser, batch: Batch, states: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        """Return the losses that do not depend on the masks, by name: weighted sums over all maskable positions."""
+    def over_tokens(
+        self, denoiser: Denoiser, batch: Batch, states: tuple[Tensor, ...], clean: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Return the losses that do not depend on the masks, by name: weighted sums over all maskable positions.
+
+        Args:
+            denoiser: the network.
+            batch: the micro-batch.
+            states: of the network's pass over x_t, for the alignment.
+            clean: [B, L, D], the hidden states of x_0 under causal attention; None: the AR loss computes them.
+        """
         sums = {}
         past = Visibility("causal", document_ids=batch.visibility.document_ids)
         maskable = batch.draw.maskable
         if self.autoregressive_weight:
-            hidden = denoiser.hidden(batch.x_0, past).flatten(0, 1)  # [B * L, D]
+            hidden = (denoiser.hidden(batch.x_0, past) if clean is None else clean).flatten(0, 1)  # [B * L, D]
             rows = hidden[denoiser.rows_for(torch.arange(len(hidden), device=hidden.device))]
             is_context = ~maskable.flatten()
             # As in `reduce_scored`: values of unscored positions are finite whatever their logits are.

@@ -24,6 +24,7 @@ from dlm_ray.diffusion.draws import BLOCK_TIME, Draw, DrawKey, generator
 from dlm_ray.diffusion.objectives.auxiliary import AuxiliaryLosses
 from dlm_ray.diffusion.objectives.masked import Masked, loss_options
 from dlm_ray.diffusion.settings import ObjectiveSettings
+from dlm_ray.diffusion.visibility import Visibility
 
 
 class Block(Masked):
@@ -32,8 +33,10 @@ class Block(Masked):
     Args:
         process, normalize_by, draws_per_sequence, auxiliary: as in `Masked`.
         block_tokens: K, at which the bound is evaluated; a step may train at another K (`DrawKey.block_tokens`).
-        context: the tokens of earlier blocks that a block sees in training: `clean` x_0, or `noisy` x_t (one pass over
-            x_t; BD3-LM's ablation). The bound always uses x_0, as a sampler does.
+        context: the tokens of earlier blocks that a block sees in training: `clean` x_0; `clean_causal`, x_0 with the
+            causal attention of the AR base, so that its hidden states stay those of an AR model, which the AR loss
+            trains without a pass of its own (NBDiff, arXiv 2512.06776); or `noisy` x_t (one pass over x_t; BD3-LM's
+            ablation). The bound always uses x_0, as a sampler does.
         passes: `one` pass over [x_t ; x_0], or `two`: x_0 first, then x_t over its keys and values, with equal results.
     """
 
@@ -48,7 +51,7 @@ class Block(Masked):
         auxiliary: AuxiliaryLosses | None = None,
         *,
         block_tokens: int,
-        context: Literal["clean", "noisy"] = "clean",
+        context: Literal["clean", "clean_causal", "noisy"] = "clean",
         passes: Literal["one", "two"] = "one",
     ):
         super().__init__(process, normalize_by, draws_per_sequence, auxiliary)
@@ -98,31 +101,49 @@ class Block(Masked):
 
     def token_nll(self, denoiser: Denoiser, batch: Batch) -> Tensor:
         """Return [R] nats: -log p(x_0^n | x_t^b, x_0^{<b}) at the masked positions n."""
-        return nll_of(denoiser, self._rows(denoiser, batch, "clean"), batch)
+        rows, _ = self._rows(denoiser, batch, "clean" if self.context == "noisy" else self.context)
+        return nll_of(denoiser, rows, batch)
 
     def rows(self, denoiser: Denoiser, batch: Batch) -> Tensor:
         """Return [R, D]: the hidden states that predict the masked positions in training."""
-        return self._rows(denoiser, batch, self.context)
+        return self._rows(denoiser, batch, self.context)[0]
 
-    def _rows(self, denoiser: Denoiser, batch: Batch, context: str) -> Tensor:
+    def rows_and_context(self, denoiser: Denoiser, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Return `rows`, and the hidden states [B, L, D] of x_0 where the same pass computes them causally."""
+        rows, clean = self._rows(denoiser, batch, self.context)
+        return rows, clean if self.context == "clean_causal" else None
+
+    def _rows(self, denoiser: Denoiser, batch: Batch, context: str) -> tuple[Tensor, Tensor | None]:
+        """Return [R, D] for the masked positions, and the hidden states [B, L, D] of x_0 if there is a pass over it."""
         block_tokens = _block_tokens(batch)
         length = batch.x_0.shape[1]
         predicting = denoiser.rows_for(batch.draw.scored)  # in [B, L]: the position's own block or the one before
-        if context == "clean" and block_tokens < length:
+        if context != "noisy" and block_tokens < length:
             if block_tokens == 1 and _predicts_next(denoiser):
                 # Only hidden states of x_0 predict tokens, and they see only the past: the autoregressive model.
-                return denoiser.hidden(batch.x_0, replace(batch.visibility, pattern="causal")).flatten(0, 1)[predicting]
+                clean = denoiser.hidden(batch.x_0, replace(batch.visibility, pattern="causal"))
+                return clean.flatten(0, 1)[predicting], clean
             if self.passes == "two":
-                return next(self._rows_of_draws(denoiser, batch, [batch.draw]))
-            halves = replace(batch.visibility, block_tokens=block_tokens, half=length)
+                return next(self._rows_of_draws(denoiser, batch, [batch.draw])), None
+            halves = self._halves(batch, block_tokens)
             hidden = denoiser.hidden(
                 torch.cat([self.process.inputs(denoiser, batch), batch.x_0], 1), halves
             )  # [B, 2L, D]
-            return hidden.flatten(0, 1)[_in_halves(predicting, batch.draw.scored, block_tokens, length)]
+            rows = hidden.flatten(0, 1)[_in_halves(predicting, batch.draw.scored, block_tokens, length)]
+            return rows, hidden[:, length:]
         visibility = (
             batch.visibility if block_tokens == length else replace(batch.visibility, block_tokens=block_tokens)
         )
-        return denoiser.hidden(self.process.inputs(denoiser, batch), visibility).flatten(0, 1)[predicting]
+        return denoiser.hidden(self.process.inputs(denoiser, batch), visibility).flatten(0, 1)[predicting], None
+
+    def _halves(self, batch: Batch, block_tokens: int) -> Visibility:
+        """Return the visibility of [x_t ; x_0] for blocks of `block_tokens`."""
+        return replace(
+            batch.visibility,
+            block_tokens=block_tokens,
+            half=batch.x_0.shape[1],
+            is_context_causal=self.context == "clean_causal",
+        )
 
     def nll_of_draws(self, denoiser: Denoiser, batch: Batch, draws: Sequence[Draw]) -> list[Tensor]:
         """Return [R] nats for each of several draws of the same sequences, which share one pass over x_0."""
@@ -132,8 +153,9 @@ class Block(Masked):
     def _rows_of_draws(self, denoiser: Denoiser, batch: Batch, draws: Sequence[Draw]) -> Iterator[Tensor]:
         """Yield [R, D] for each draw: x_t over the keys and values of one pass over x_0."""
         block_tokens, length = _block_tokens(batch), batch.x_0.shape[1]
-        halves = replace(batch.visibility, block_tokens=block_tokens, half=length)
-        clean, kv = denoiser.forward_with_kv(batch.x_0, replace(halves, half=None))
+        halves = self._halves(batch, block_tokens)
+        of_x_0 = replace(halves, half=None, pattern="causal" if halves.is_context_causal else halves.pattern)
+        clean, kv = denoiser.forward_with_kv(batch.x_0, of_x_0)
         for draw in draws:
             x_t = self.process.inputs(denoiser, replace(batch, draw=draw))
             hidden = torch.cat([denoiser.hidden(x_t, halves, kv), clean], 1)  # [B, 2L, D]

@@ -107,6 +107,10 @@ class Masked(nn.Module):
             denoiser, denoiser.hidden(self.process.inputs(denoiser, batch), batch.visibility), batch.draw
         )
 
+    def rows_and_context(self, denoiser: Denoiser, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Return `rows`, and the hidden states [B, L, D] of x_0 under causal attention if the pass computes them."""
+        return self.rows(denoiser, batch), None
+
     def training_nats(self, denoiser: Denoiser, batch: Batch) -> Tensor:
         """Return [R] nats: the contributions of the scored positions to the estimate of the bound, weights included."""
         return batch.draw.weight * self.token_nll(denoiser, batch)
@@ -126,7 +130,11 @@ class Masked(nn.Module):
         states: tuple[Tensor, ...] = ()
         if self.auxiliary.alignment_weight:
             states = denoiser.states(self.process.inputs(denoiser, batch), batch.visibility)
-        rows = scored_rows(denoiser, states[-1], batch.draw) if states else self.rows(denoiser, batch)
+        clean: Tensor | None = None
+        if states:
+            rows = scored_rows(denoiser, states[-1], batch.draw)
+        else:
+            rows, clean = self.rows_and_context(denoiser, batch)
         by_token, confidence = {}, rows.new_zeros(())
         if self.auxiliary.confidence_weight:
             nll, entropy = reduce_scored(denoiser, rows, self.auxiliary.confidence, batch)
@@ -136,7 +144,7 @@ class Masked(nn.Module):
             nll = reduce_scored(denoiser, rows, cross_entropy, batch)
         weighted = (batch.draw.weight * nll).sum()
         by_token["bound"] = weighted.detach()
-        over_tokens = self.auxiliary.over_tokens(denoiser, batch, states)
+        over_tokens = self.auxiliary.over_tokens(denoiser, batch, states, clean)
         return LossSum(weighted + confidence, {"masked_nll": self._masked_nll(nll, batch)}, by_token, over_tokens)
 
     def _masked_nll(self, nll: Tensor, batch: Batch) -> Tensor:

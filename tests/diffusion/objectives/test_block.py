@@ -19,7 +19,9 @@ from dlm_ray.diffusion.absorbing import Absorbing, Clip
 from dlm_ray.diffusion.denoiser import Batch
 from dlm_ray.diffusion.draws import DrawKey, maskable_positions
 from dlm_ray.diffusion.objectives import Autoregressive, Block, Masked
+from dlm_ray.diffusion.objectives.auxiliary import AuxiliaryLosses
 from dlm_ray.diffusion.visibility import Visibility, annealed, documents_apart
+from dlm_ray.models.attention import PreparedVisibility
 
 FULL = Visibility("bidirectional")
 VOCAB = 23
@@ -209,6 +211,78 @@ def test_training_on_noisy_context_is_another_loss_and_the_same_bound(shift):
     batch = batch_of(clean, x_0, maskable)
     assert not torch.isclose(clean(denoiser, batch).weighted_sum, noisy(denoiser, batch).weighted_sum)
     assert torch.equal(clean.token_nll(denoiser, batch), noisy.token_nll(denoiser, batch))
+
+
+# A causal clean half: the context keeps the attention of the AR base
+
+
+def causal_context(**options):
+    return Block(Absorbing(mask_sampler="count"), block_tokens=4, context="clean_causal", **options)
+
+
+@torch.no_grad()
+def test_with_a_causal_context_the_first_position_of_a_block_is_predicted_as_the_ar_model_predicts_it():
+    denoiser, (x_0, maskable) = network(True), texts(24)
+    objective = causal_context()
+    batch = batch_of(objective, x_0, maskable)
+    scored = batch.draw.scored[: batch.draw.num_scored]
+    logits = denoiser.network(x_0, attention_mask=None, visibility=PreparedVisibility("sdpa", is_causal=True)).logits[
+        ..., :VOCAB
+    ]
+    expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), x_0[:, 1:].flatten(), reduction="none").view(3, 23)
+    expected = F.pad(expected, (1, 0)).flatten()[scored]
+    is_first = scored % 4 == 0
+    nll = objective.token_nll(denoiser, batch)[: len(scored)].double()
+    assert torch.allclose(nll[is_first], expected[is_first], atol=1e-5)
+    assert not torch.allclose(nll[~is_first], expected[~is_first], atol=1e-2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("passes", ["one", "two"])
+def test_with_a_causal_context_the_pass_over_both_halves_is_a_causal_pass_and_a_pass_per_block(passes, shift):
+    denoiser, (x_0, maskable) = network(shift), texts(24)
+    objective = causal_context(passes=passes)
+    batch = batch_of(objective, x_0, maskable)
+    x_t = torch.where(batch.draw.is_masked, VOCAB, x_0)
+    rows = torch.arange(48)
+    expected = torch.zeros(x_0.shape, dtype=torch.float64)
+    for first in range(0, 24, 4):  # a clean causal past, then a block that sees itself: one dense mask per block
+        seen = (rows[None, :] <= rows[:, None]) | ((rows[:, None] >= first) & (rows[None, :] < first + 4))
+        sequence = torch.cat([x_0[:, :first], x_t[:, first : first + 4]], 1)
+        length = first + 4
+        prepared = PreparedVisibility("sdpa", mask=seen[None, None, :length, :length])
+        logits = denoiser.network(sequence, visibility=prepared).logits[..., :VOCAB]
+        for n in range(first, length):
+            if n or not shift:
+                expected[:, n] = F.cross_entropy(logits[:, n - shift], x_0[:, n], reduction="none")
+    nll = objective.token_nll(denoiser, batch)[: batch.draw.num_scored]
+    order = batch.draw.scored[: batch.draw.num_scored].argsort()
+    assert torch.allclose(nll[order].double(), expected[batch.draw.is_masked], atol=1e-5)
+    if passes == "one":
+        assert torch.allclose(objective.nll_of_draws(denoiser, batch, [batch.draw])[0][: len(nll)], nll, atol=1e-5)
+
+
+def test_with_a_causal_context_the_ar_loss_needs_no_pass_of_its_own():
+    x_0, maskable = texts(24)
+    terms = AuxiliaryLosses(autoregressive_weight=0.5)
+    found = {}
+    for context in ("clean", "clean_causal"):
+        denoiser = network(True)
+        objective = Block(Absorbing(mask_sampler="count"), block_tokens=4, context=context, auxiliary=terms)
+        batch = batch_of(objective, x_0, maskable)
+        lengths = []
+        hidden = denoiser.hidden
+        denoiser.hidden = lambda inputs, *rest, run=hidden, seen=lengths: (
+            seen.append(inputs.shape[1]),
+            run(inputs, *rest),
+        )[1]
+        loss = objective(denoiser, batch).over_tokens["autoregressive"]
+        loss.backward()
+        found[context] = lengths, loss.detach(), [parameter.grad for parameter in denoiser.parameters()]
+    assert found["clean"][0] == [48, 24] and found["clean_causal"][0] == [48]
+    assert torch.allclose(found["clean"][1], found["clean_causal"][1], rtol=1e-6)
+    for one, other in zip(found["clean"][2], found["clean_causal"][2], strict=True):
+        assert torch.allclose(one, other, rtol=1e-3, atol=1e-5)
 
 
 # The bound
