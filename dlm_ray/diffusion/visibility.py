@@ -48,6 +48,8 @@ class Visibility:
     """Whether x_0 in [x_t ; x_0] sees no future position, not even within a block: the attention of the AR base."""
     offsets: tuple[int, ...] | None = None
     """For queries after cached keys: the position of each sequence's first query; keys count from 0. None: all 0."""
+    causal_sequences: tuple[bool, ...] | None = None
+    """[B]: whether a sequence sees no future position, whatever the pattern is. None: no sequence."""
 
     def sees(self, sequence: Tensor, query: Tensor, key: Tensor) -> Tensor:
         """Return whether position `query` sees position `key` in sequence `sequence` of the batch.
@@ -75,6 +77,9 @@ class Visibility:
                     | (is_noisy & ~sees_noisy & (key_block < query_block))
                     | (~is_noisy & ~sees_noisy & context)
                 )
+        if self.causal_sequences is not None:
+            is_causal = torch.tensor(self.causal_sequences, device=n.device)[sequence]
+            visible = visible & ((m <= n) | ~is_causal)
         if self.document_ids is not None:
             visible = visible & (self.document_ids[sequence, n] == self.document_ids[sequence, m])
         return visible
@@ -82,6 +87,8 @@ class Visibility:
     def fused(self, num_queries: int, num_keys: int) -> Literal["causal", "full"] | None:
         """Return the kernel without a mask that computes this visibility, or None."""
         if self.document_ids is not None or self.half is not None or self.pattern not in ("causal", "bidirectional"):
+            return None
+        if self.causal_sequences is not None and any(self.causal_sequences):
             return None
         if self.offsets is None:
             if self.pattern == "causal" or self.block_tokens == 1:
@@ -114,6 +121,8 @@ class Visibility:
         query = query[:, :, None]
         key = torch.arange(num_queries if num_keys is None else num_keys, device=device)[None, None, :]
         num_sequences = 1 if self.document_ids is None else self.document_ids.shape[0]
+        if self.causal_sequences is not None:
+            num_sequences = len(self.causal_sequences)
         return self.sees(torch.arange(num_sequences, device=device)[:, None, None], query, key)[:, None]
 
     def block_mask(self, num_queries: int, device: torch.device, num_keys: int | None = None) -> BlockMask:

@@ -59,6 +59,11 @@ class Block(Masked):
         # Counted masks of a block of one token have no randomness: the bound is the likelihood there.
         self.likelihood = "exact" if block_tokens == 1 and isinstance(self.process, Absorbing) else "bound"
 
+    @property
+    def is_context_causal(self) -> bool:
+        """Whether finished blocks attend causally, also when they are sampled."""
+        return self.context == "clean_causal"
+
     @classmethod
     def build(cls, settings: ObjectiveSettings, facts: NetworkFacts) -> Block:
         """Return the objective for a recipe's `objective` section."""
@@ -111,7 +116,7 @@ class Block(Masked):
     def rows_and_context(self, denoiser: Denoiser, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Return `rows`, and the hidden states [B, L, D] of x_0 where the same pass computes them causally."""
         rows, clean = self._rows(denoiser, batch, self.context)
-        return rows, clean if self.context == "clean_causal" else None
+        return rows, clean if self.is_context_causal else None
 
     def _rows(self, denoiser: Denoiser, batch: Batch, context: str) -> tuple[Tensor, Tensor | None]:
         """Return [R, D] for the masked positions, and the hidden states [B, L, D] of x_0 if there is a pass over it."""
@@ -142,7 +147,7 @@ class Block(Masked):
             batch.visibility,
             block_tokens=block_tokens,
             half=batch.x_0.shape[1],
-            is_context_causal=self.context == "clean_causal",
+            is_context_causal=self.is_context_causal,
         )
 
     def nll_of_draws(self, denoiser: Denoiser, batch: Batch, draws: Sequence[Draw]) -> list[Tensor]:
