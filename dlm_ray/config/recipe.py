@@ -116,8 +116,14 @@ class BlockStage(ConfigNode):
 
     block_tokens: Positive
     """Block size in tokens; divides the sequence length."""
-    steps: Positive
-    """Length of the stage in optimizer steps."""
+    steps: NonNegative = 0
+    """Length of the stage in optimizer steps. Set this or `share`."""
+    share: Share | None = None
+    """Length of the stage as a share of training.steps, such as 0.2, rounded down. Set this or `steps`."""
+
+    def num_steps(self, training_steps: int) -> int:
+        """Return the length of the stage in a run of `training_steps`; 0 for a share of less than one step."""
+        return self.steps if self.share is None else steps_of_share(self.share, training_steps)
 
 
 class ClipSearch(ConfigNode):
@@ -145,6 +151,10 @@ class Curriculum(ConfigNode):
     then down again). Only for objective.name=block."""
     clip_search: ClipSearch | None = None
     """Periodic search for objective.clip; off by default. Only for objective.name=block."""
+
+    def num_staged_steps(self, training_steps: int) -> int:
+        """Return the number of steps of all stages of `block_sizes` together in a run of `training_steps`."""
+        return sum(stage.num_steps(training_steps) for stage in self.block_sizes)
 
 
 class Optimizer(ConfigNode):

@@ -88,7 +88,14 @@ def _blocks(recipe: Recipe) -> list[str]:
             f"curriculum.block_sizes is for objective.name=block, and the name is {objective.name}; remove either"
         )
         return problems
-    total = sum(stage.steps for stage in stages)
+    for number, stage in enumerate(stages):
+        key = f"curriculum.block_sizes.{number}"
+        problems += _both(f"{key}.steps", stage.steps, f"{key}.share", stage.share)
+        if not stage.steps and stage.share is None:
+            problems.append(
+                f"{key} has no length; set {key}.steps to optimizer steps, or {key}.share to a share of training.steps"
+            )
+    total = recipe.curriculum.num_staged_steps(recipe.training.steps)
     ends_at_trained_size = bool(stages) and stages[-1].block_tokens == objective.block_tokens
     if total > recipe.training.steps or (total == recipe.training.steps and not ends_at_trained_size):
         problems.append(
@@ -124,7 +131,7 @@ def _clip_search(recipe: Recipe) -> list[str]:
         for problem in clipped.contradictions(has_base)
         if problem not in without
     ]
-    staged = sum(stage.steps for stage in recipe.curriculum.block_sizes)
+    staged = recipe.curriculum.num_staged_steps(recipe.training.steps)
     first = max(1, -(-staged // search.every_steps)) * search.every_steps
     if first >= recipe.training.steps:
         problems.append(

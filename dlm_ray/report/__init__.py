@@ -1,6 +1,18 @@
 """Reports: a self-contained HTML page from tables, figures and text."""
 
 from dlm_ray.report.figures import curves, intervals
-from dlm_ray.report.page import Block, Code, Figure, Numbers, Paragraph, Table, page
+from dlm_ray.report.page import Answers, Block, Code, Denoising, Figure, Numbers, Paragraph, Table, page
 
-__all__ = ["Block", "Code", "Figure", "Numbers", "Paragraph", "Table", "curves", "intervals", "page"]
+__all__ = [
+    "Answers",
+    "Block",
+    "Code",
+    "Denoising",
+    "Figure",
+    "Numbers",
+    "Paragraph",
+    "Table",
+    "curves",
+    "intervals",
+    "page",
+]

@@ -11,13 +11,42 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 _GREY = "#8a93a0"
 
 
-def curves(series: Mapping[str, Sequence[tuple[float, float]]], xlabel: str, ylabel: str) -> Any:
-    """Return line plots, one per series of (x, y), each labelled at its right end."""
-    figure, axes = _axes(7.0, 3.4)
-    for colour, points in zip(COLOURS, series.values(), strict=False):
+def curves(
+    series: Mapping[str, Sequence[tuple[float, float]]],
+    xlabel: str,
+    ylabel: str,
+    *,
+    spans: Sequence[tuple[float, float, str]] = (),
+    narrow: bool = False,
+) -> Any:
+    """Return line plots, one per series of (x, y), each labelled at its right end.
+
+    Args:
+        series: the points of each line, by its label.
+        xlabel, ylabel: the labels of the axes.
+        spans: parts of the x axis as (from, to, label), which alternate in shade.
+        narrow: a figure for a phone, whose labels are in a list above the axes.
+    """
+    figure, axes = _axes(*((4.1, 3.6) if narrow else (7.0, 3.4)))
+    for number, (low, high, label) in enumerate(spans):
+        axes.axvspan(low, high, color=_GREY, alpha=0.16 if number % 2 == 0 else 0.06, linewidth=0)
+        place = ((low + high) / 2, 1.0)
+        axes.annotate(
+            label, place, xycoords=("data", "axes fraction"), xytext=(0, -11), textcoords="offset points", ha="center",
+            fontsize=8,
+        )  # fmt: skip
+    for colour, (name, points) in zip(COLOURS, series.items(), strict=False):
         xs, ys = zip(*points, strict=True)
-        axes.plot(xs, ys, color=colour, linewidth=1.8, marker="o" if len(xs) < 12 else None, markersize=4)
+        marker = "o" if len(xs) < 12 else None
+        axes.plot(xs, ys, color=colour, linewidth=1.8, marker=marker, markersize=4, label=name)
     axes.set(xlabel=xlabel, ylabel=ylabel)
+    if spans:  # room for their labels above the lines
+        low, high = axes.get_ylim()
+        axes.set_ylim(low, high + 0.12 * (high - low))
+    if narrow:
+        figure.legend(loc="upper left", frameon=False, fontsize=9, labelcolor="linecolor", borderaxespad=0.0)
+        figure.subplots_adjust(left=0.15, right=0.97, top=0.97 - 0.065 * len(series), bottom=0.15)
+        return figure
     figure.subplots_adjust(left=0.09, right=0.84, top=0.96, bottom=0.15)
     ends = [(name, colour, *points[-1]) for colour, (name, points) in zip(COLOURS, series.items(), strict=False)]
     low, high = axes.get_ylim()
@@ -29,20 +58,42 @@ def curves(series: Mapping[str, Sequence[tuple[float, float]]], xlabel: str, yla
     return figure
 
 
-def intervals(rows: Sequence[tuple[str, float, float | None, float | None]], xlabel: str) -> Any:
-    """Return dots with intervals, one per (label, value, low, high), the first on top; None is no interval."""
-    figure, axes = _axes(7.0, 0.6 + 0.42 * len(rows))
-    for place, (_, value, low, high) in enumerate(reversed(rows)):
+def intervals(
+    rows: Sequence[tuple[str, float, float | None, float | None]],
+    xlabel: str,
+    *,
+    zero: bool = False,
+    narrow: bool = False,
+) -> Any:
+    """Return dots with intervals, one per (label, value, low, high), the first on top; None is no interval.
+
+    Args:
+        rows: the labels and values.
+        xlabel: the label of the axis.
+        zero: the values are differences: draw a line at 0, and write their signs.
+        narrow: a figure for a phone, with each label above its interval.
+    """
+    height = 0.6 + (0.62 if narrow else 0.42) * len(rows)
+    figure, axes = _axes(4.1 if narrow else 7.0, height)
+    for place, (label, value, low, high) in enumerate(reversed(rows)):
         if low is not None and high is not None:
             axes.plot([low, high], [place, place], color=COLOURS[0], linewidth=2.2)
         axes.plot([value], [place], "o", color=COLOURS[0], markersize=6)
-        axes.annotate(
-            f"{value:.3f}", (value, place), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=9
-        )
-    axes.set_yticks(range(len(rows)), [row[0] for row in reversed(rows)])
+        text = f"{value:+.3f}" if zero else f"{value:.3f}"
+        if narrow:
+            above = {"xycoords": ("axes fraction", "data"), "xytext": (0, 9), "textcoords": "offset points"}
+            axes.annotate(f"{label}: {text}", (0.0, place), fontsize=9, **above)
+        else:
+            axes.annotate(text, (value, place), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=9)
+    axes.set_yticks(range(len(rows)), ["" if narrow else row[0] for row in reversed(rows)])
     axes.set(xlabel=xlabel, ylim=(-0.6, len(rows) - 0.3))
+    if zero:
+        axes.axvline(0.0, color=_GREY, linewidth=1.0, linestyle=":")
+    if narrow:
+        axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", color=_GREY, alpha=0.25)
-    figure.subplots_adjust(left=0.22, right=0.97, top=0.97, bottom=0.5 / (0.6 + 0.42 * len(rows)))
+    margins = {"left": 0.03, "right": 0.97} if narrow else {"left": 0.22, "right": 0.97}
+    figure.subplots_adjust(**margins, top=0.97, bottom=0.5 / height)
     return figure
 
 

@@ -6,6 +6,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from importlib import resources
 from typing import Any
 
 
@@ -19,7 +20,7 @@ class Paragraph:
     def html(self) -> str:
         """Return the block as HTML."""
         heading = f"<h2>{escape(self.heading)}</h2>" if self.heading else ""
-        return f"{heading}<p>{escape(self.text)}</p>"
+        return f"{heading}<p>{escape(self.text)}</p>" if self.text else heading
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,13 @@ class Table:
     rows: Sequence[Sequence[str]]
 
     def html(self) -> str:
-        """Return the block as HTML."""
-        caption = f"<caption>{escape(self.caption)}</caption>"
+        """Return the block as HTML; a wide table scrolls sideways, and its caption does not."""
         head = "".join(f"<th>{escape(cell)}</th>" for cell in self.header)
         body = "".join("<tr>" + "".join(_cell(cell) for cell in row) + "</tr>" for row in self.rows)
-        return f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        return (
+            f'<figure><figcaption>{escape(self.caption)}</figcaption><div class="scroll"><table>'
+            f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div></figure>"
+        )
 
 
 @dataclass(frozen=True)
@@ -59,14 +62,23 @@ class Figure:
 
     figure: Any
     caption: str
+    narrow: Any = None
+    """The figure that a phone shows; None shows the wide one there, which scrolls sideways."""
 
     def html(self) -> str:
-        """Return the block with the figure as inline SVG."""
+        """Return the block with the figure, or both figures, as inline SVG."""
+        if self.narrow is None:
+            drawn = f'<div class="scroll">{self._svg(self.figure, "only")}</div>'
+        else:
+            drawn = self._svg(self.figure, "wide") + self._svg(self.narrow, "narrow")
+        return f"<figure>{drawn}<figcaption>{escape(self.caption)}</figcaption></figure>"
+
+    def _svg(self, figure: Any, kind: str) -> str:
         buffer = io.StringIO()
-        self.figure.savefig(buffer, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None})
+        figure.savefig(buffer, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None})
         svg = buffer.getvalue()
-        svg = svg[svg.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{escape(self.caption)}"', 1)
-        return f"<figure>{svg}<figcaption>{escape(self.caption)}</figcaption></figure>"
+        described = f'<svg class="{kind}" role="img" aria-label="{escape(self.caption)}"'
+        return svg[svg.index("<svg") :].replace("<svg", described, 1)
 
 
 @dataclass(frozen=True)
@@ -82,59 +94,68 @@ class Code:
         return f"<figure><figcaption>{escape(self.caption)}</figcaption><pre>{text}</pre></figure>"
 
 
-Block = Paragraph | Numbers | Table | Figure | Code
+@dataclass(frozen=True)
+class Answers:
+    """One prompt, and what several models wrote after it, side by side."""
+
+    prompt: str
+    answers: Sequence[tuple[str, str, str]]
+    """For each model (name, text, note)."""
+
+    def html(self) -> str:
+        """Return the block as HTML; on a phone the answers stand below each other."""
+        cards = "".join(
+            f"<div><h4>{escape(name)}</h4><p>{escape(text)}</p><small>{escape(note)}</small></div>"
+            for name, text, note in self.answers
+        )
+        return f'<section class="answers"><h3>{escape(self.prompt)}</h3><div class="cards">{cards}</div></section>'
+
+
+@dataclass(frozen=True)
+class Denoising:
+    """A text that was denoised step by step, with a slider over the steps."""
+
+    caption: str
+    prompt: str
+    tokens: Sequence[str]
+    """The text of each token."""
+    steps: Sequence[int]
+    """For each token the step at which it was known, from 1."""
+
+    def html(self) -> str:
+        """Return the block as HTML; without JavaScript it shows the finished text."""
+        last = max(self.steps, default=0)
+        text = "".join(
+            f'<span data-step="{step}">{escape(token)}</span>'
+            for token, step in zip(self.tokens, self.steps, strict=True)
+        )
+        return (
+            f'<figure class="denoising"><figcaption>{escape(self.caption)}</figcaption>'
+            f'<p class="prompt">{escape(self.prompt)}</p><p class="text" aria-live="off">{text}</p>'
+            f'<div class="controls" hidden><button type="button">Play</button>'
+            f'<input type="range" min="0" max="{last}" value="{last}" aria-label="denoising step">'
+            f"<output></output></div></figure>"
+        )
+
+
+Block = Paragraph | Numbers | Table | Figure | Code | Answers | Denoising
 
 
 def page(title: str, blocks: Sequence[Block]) -> str:
     """Return the page: the title, and the blocks below it."""
-    return _PAGE.format(title=escape(title), body="\n".join(block.html() for block in blocks))
+    style = resources.files(__package__).joinpath("page.css").read_text()
+    body = "\n".join(block.html() for block in blocks)
+    script = ""
+    if any(isinstance(block, Denoising) for block in blocks):
+        script = f"<script>\n{resources.files(__package__).joinpath('denoising.js').read_text()}</script>\n"
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>\n{style}</style>\n</head>\n"
+        f"<body>\n<h1>{escape(title)}</h1>\n{body}\n{script}</body>\n</html>\n"
+    )
 
 
 def _cell(cell: str) -> str:
     is_number = cell.strip().lstrip("+-")[:1].isdigit()
     return f'<td class="number">{escape(cell)}</td>' if is_number else f"<td>{escape(cell)}</td>"
-
-
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-:root {{
-  color-scheme: light dark; --ink: #1d2430; --paper: #fdfdfb; --soft: #5b6472; --line: #d9dce1; --mark: #fff0b8;
-}}
-@media (prefers-color-scheme: dark) {{
-  :root {{ --ink: #e6e8ec; --paper: #15181d; --soft: #9aa3af; --line: #333942; --mark: #5a4a10; }}
-}}
-body {{
-  font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--paper);
-  max-width: 52rem; margin: 2.5rem auto; padding: 0 1rem;
-}}
-h1 {{ font-size: 1.7rem; line-height: 1.2; }} h2 {{ font-size: 1.2rem; margin-top: 2.2rem; }}
-dl {{ display: flex; flex-wrap: wrap; gap: .8rem 2rem; }} dl div {{ display: flex; flex-direction: column-reverse; }}
-dd {{ margin: 0; font-size: 1.5rem; font-variant-numeric: tabular-nums; }}
-dt, figcaption, caption {{ color: var(--soft); font-size: .88rem; }}
-table {{ border-collapse: collapse; width: 100%; margin: 1.2rem 0; display: block; overflow-x: auto; }}
-caption {{ text-align: left; padding-bottom: .4rem; }}
-th, td {{
-  text-align: left; font-size: .92rem; padding: .35rem .9rem .35rem 0; border-bottom: 1px solid var(--line);
-  white-space: nowrap;
-}}
-.number {{ font-variant-numeric: tabular-nums; }}
-figure {{ margin: 1.4rem 0; }} svg {{ width: 100%; height: auto; }}
-svg text:not([style*="fill"]) {{ fill: var(--ink); }}
-pre {{
-  border-left: 3px solid var(--line); padding: .2rem 0 .2rem 1rem; overflow-x: auto; font-size: .85rem;
-  line-height: 1.45;
-}}
-mark {{ background: var(--mark); color: inherit; }}
-</style>
-</head>
-<body>
-<h1>{title}</h1>
-{body}
-</body>
-</html>
-"""

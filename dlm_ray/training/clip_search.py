@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 def is_due(recipe: Recipe, step: int) -> bool:
     """Return whether a search follows `step` steps: never within the stages of block sizes, which differ."""
     search_config = recipe.curriculum.clip_search
-    staged = sum(stage.steps for stage in recipe.curriculum.block_sizes)
+    staged = recipe.curriculum.num_staged_steps(recipe.training.steps)
     return search_config is not None and step >= staged and step % search_config.every_steps == 0
 
 

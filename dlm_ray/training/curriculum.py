@@ -21,9 +21,10 @@ def block_tokens(recipe: Recipe, step: int | None) -> int | None:
     """Return K at a step: the stage's; after all stages, or with `step` None, the objective's; None without blocks."""
     first = 0
     for stage in recipe.curriculum.block_sizes:
-        if step is not None and first <= step < first + stage.steps:
+        end = first + stage.num_steps(recipe.training.steps)
+        if step is not None and first <= step < end:
             return stage.block_tokens
-        first += stage.steps
+        first = end
     return recipe.objective.block_tokens
 
 

@@ -6,7 +6,8 @@ Arms: five ways to reveal the future (all at once; Bernoulli attention masks ove
 window; growing blocks), each with and without the shift.
 Claims: DiffuLLaMA's Tables 3 and 5 (annealing and the shift help); Dream and I-DLM keep the shift; Efficient-DLM,
 SDAR and LLaDA2.0 drop it; LLaDA2.0 grows blocks.
-Measured: the bound over all of t after annealing, with common draws. Data, base and recipe are the quickstart's.
+Measured: the bound over all of t after annealing, with common draws. Data, base and recipe are those of
+`dlm-ray quickstart --base own`.
 Command: python -m dlm_ray.evaluation.studies.annealing --quickstart QUICKSTART_DIR --out DIR
 """
 
@@ -78,7 +79,7 @@ def build_study(num_seeds: int, steps: int, sequence_length: int) -> Study:
 def _settings(schedule: str, shift: bool, steps: int, sequence_length: int) -> JsonObject:
     """Return the recipe of an arm."""
     pattern, share = SCHEDULES[schedule]
-    tree = read_tree("quickstart")
+    tree = read_tree("quickstart_own")
     tree["training"] = {"steps": steps, "global_batch_size": BATCH_SIZE, "micro_batch_size": BATCH_SIZE}
     tree["validation"] = {"sequences": 0}
     tree["checkpoint"] = {"every_steps": steps, "keep_last": 1}
@@ -121,7 +122,7 @@ def notes(base: str, data: str, steps: int) -> Sequence[str]:
 
 
 def quickstart_base(folder: Path) -> str:
-    """Return the last checkpoint of the AR base in a folder of `dlm-ray quickstart`.
+    """Return the last checkpoint of the AR base in a folder of `dlm-ray quickstart --base own`.
 
     Raises:
         UserError: if the folder has no base of its own, or several.
@@ -130,8 +131,8 @@ def quickstart_base(folder: Path) -> str:
     base = our_checkpoint(str(runs[0])) if len(runs) == 1 else None
     if base is None:
         raise UserError(
-            f"--quickstart {folder}: this is no folder of `dlm-ray quickstart` with exactly one base; run "
-            "`dlm-ray quickstart --out DIR` and give that folder"
+            f"--quickstart {folder}: this is no folder of `dlm-ray quickstart` with exactly one base of its own; run "
+            "`dlm-ray quickstart --base own --out DIR` and give that folder"
         )
     return base
 
@@ -144,7 +145,7 @@ def main() -> None:
         "--quickstart",
         type=folder_argument,
         required=True,
-        help="the --out folder of `dlm-ray quickstart`: data and base",
+        help="the --out folder of `dlm-ray quickstart --base own`: data and base",
     )
     arguments = setup.parse_arguments(parser)
     data, base = str(arguments.quickstart / "data"), quickstart_base(arguments.quickstart)

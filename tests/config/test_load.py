@@ -172,6 +172,17 @@ def test_a_wrong_override_says_what_is_allowed(recipe_file, override, message):
             ],
             "chooses objective.clip",
         ),
+        (
+            ["objective={name: block, block_tokens: 4}", "curriculum.block_sizes=[{block_tokens: 1}]"],
+            "curriculum.block_sizes.0 has no length; set curriculum.block_sizes.0.steps",
+        ),
+        (
+            [
+                "objective={name: block, block_tokens: 4}",
+                "curriculum.block_sizes=[{block_tokens: 1, steps: 2, share: 0.1}]",
+            ],
+            "curriculum.block_sizes.0.steps=2 and curriculum.block_sizes.0.share=0.1 are both set",
+        ),
         (["objective={name: block, block_tokens: 4}", "model.attention=flash"], "set model.attention=auto"),
         (["objective={name: block, block_tokens: 1}", "curriculum.clip_search={every_steps: 5}"], "nothing to search"),
         (
@@ -353,6 +364,6 @@ def test_a_share_of_the_run_is_rounded_down_to_whole_steps(share, steps, expecte
 
 
 def test_the_quickstart_keeps_the_lengths_that_its_published_numbers_were_measured_with():
-    adapted, base, scratch = map(load_recipe, ("quickstart", "quickstart_base", "quickstart_scratch"))
+    adapted, base = map(load_recipe, ("quickstart_own", "quickstart_base"))
     assert adapted.curriculum.annealing.num_steps(adapted.training.steps) == 72
-    assert [one.optimizer.num_warmup_steps(one.training.steps) for one in (adapted, base, scratch)] == [15, 30, 30]
+    assert [one.optimizer.num_warmup_steps(one.training.steps) for one in (adapted, base)] == [15, 30]

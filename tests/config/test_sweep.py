@@ -28,7 +28,9 @@ RATE = {"optimizer.learning_rate": {"loguniform": [1e-4, 1e-2]}}
 
 def load(tmp_path, typed=(), **fields):
     path = tmp_path / "sweep.yaml"
-    path.write_text(yaml.safe_dump({"name": "s", "recipe": "quickstart", "space": BLOCKS, **fields}, sort_keys=False))
+    path.write_text(
+        yaml.safe_dump({"name": "s", "recipe": "quickstart_own", "space": BLOCKS, **fields}, sort_keys=False)
+    )
     return load_sweep(str(path), typed)
 
 
