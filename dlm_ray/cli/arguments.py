@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, cast
 
 import typer
@@ -55,6 +56,13 @@ Overrides = Annotated[
         metavar="[KEY=VALUE]...",
         show_default=False,
     ),
+]
+Watch = Annotated[
+    bool, typer.Option("--watch", help="Show every step of the (first) text: masked, new and settled tokens.")
+]
+Save = Annotated[
+    Path | None,
+    typer.Option(help="Record the steps of the (last) text to FILE.html or FILE.gif.", metavar="FILE"),
 ]
 DataFolder = Annotated[
     str, typer.Option("--data", help="Folder that `data build` wrote with the checkpoint's tokenizer.")

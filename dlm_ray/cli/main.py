@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from dlm_ray.cli.chat import chat
 from dlm_ray.cli.checkpoint import checkpoint_app, convert, export
 from dlm_ray.cli.console import print_message, set_log_format, warnings_printed
 from dlm_ray.cli.data import data_app
@@ -47,6 +48,7 @@ app.add_typer(data_app, name="data")
 app.command()(train)
 app.add_typer(sweep_app, name="sweep")
 app.command()(sample)
+app.command()(chat)
 app.command("eval")(evaluate)
 app.command()(export)
 app.command()(convert)

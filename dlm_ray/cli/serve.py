@@ -31,7 +31,7 @@ Host = Annotated[
     str | None,
     typer.Option(help="Address to listen on (http.host); a public one needs API keys.", show_default="127.0.0.1"),
 ]
-Port = Annotated[int | None, typer.Option(help="Port to listen on (http.port). Default: 8000.", show_default=False)]
+Port = Annotated[int | None, typer.Option(help="Port to listen on (http.port).", show_default="8000")]
 KeysFile = Annotated[
     str | None,
     typer.Option(

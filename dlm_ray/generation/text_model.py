@@ -20,6 +20,8 @@ from dlm_ray.diffusion.samplers.rules import Rule, SelectionRule
 from dlm_ray.diffusion.samplers.simplex import sample_blocks
 from dlm_ray.diffusion.samplers.whole_canvas import CanvasOutput, sample
 from dlm_ray.diffusion.visibility import Visibility
+from dlm_ray.generation.chat import resolve_chat
+from dlm_ray.generation.progress import ProgressTracker
 from dlm_ray.generation.rules import build_rule
 from dlm_ray.generation.sampling import SamplingOptions, SamplingTarget, resolve_sampling
 from dlm_ray.generation.scoring import Scored, score_data
@@ -90,7 +92,7 @@ class TextModel:
         length = room if length_tokens is None else length_tokens
         params = resolve_sampling(options, self.sampling_target(), max(1, length))
         is_bounded = params.block_tokens is None or room < 1
-        self._check_room(length, len(prompt_ids), room, "`prompt`", is_bounded)
+        self.check_room(length, len(prompt_ids), room, "`prompt`", is_bounded)
         return self._generate(params, prompt_ids, length, [], options)
 
     def infill(
@@ -117,9 +119,30 @@ class TextModel:
             raise UserError.of("block_tokens", size, "a block sees no suffix", "leave it out to infill")
         prefix_ids, suffix_ids = self.encode(prefix), self.encode(suffix)
         num_given = len(prefix_ids) + len(suffix_ids)
-        self._check_room(length_tokens, num_given, self.sequence_length - 1 - num_given, "`prefix` and `suffix`")
+        self.check_room(length_tokens, num_given, self.sequence_length - 1 - num_given, "`prefix` and `suffix`")
         params = resolve_sampling(options, target, length_tokens)
         return self._generate(params, prefix_ids, length_tokens, suffix_ids, options)
+
+    def chat(
+        self,
+        messages: str | Sequence[Mapping[str, str]],
+        *,
+        length_tokens: int | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> GeneratedTexts:
+        """Return answers to a conversation in the tokenizer's chat template, each cut at its end-of-text token.
+
+        Args:
+            messages: one question, or mappings with `role` (system, user, assistant) and `content`.
+            length_tokens: most tokens of an answer; None takes 512, or 128 of a model that samples whole texts, which
+                denoises all of them.
+            options: `SamplingOptions`; temperature is 0 unless it is set, and an answer ends at its end-of-text token.
+
+        Raises:
+            UserError: if the tokenizer has no chat template, or as `sample`.
+        """
+        params, prompt_ids, length, options = resolve_chat(self, messages, length_tokens, options)
+        return self._generate(params, prompt_ids, length, [], options)
 
     def bits_per_byte(
         self,
@@ -202,7 +225,7 @@ class TextModel:
         text: str = self.tokenizer.decode(ids[: ids.index(end)] if end in ids else ids)
         return text
 
-    def _check_room(self, length: int, num_given: int, room: int, names: str, is_bounded: bool = True) -> None:
+    def check_room(self, length: int, num_given: int, room: int, names: str, is_bounded: bool = True) -> None:
         """Raise UserError if `length` tokens do not fit beside the given ones, whose parameters are `names`."""
         if length < 1:
             allowed = (
@@ -268,15 +291,20 @@ class TextModel:
             forced(forced_ids) if forced_ids else None,
         )
         rule = self.rule(params)
+        on_text, tracker = options.get("on_text"), ProgressTracker(len(prompt), length)
         if params.block_tokens is None:
             canvas = masked_canvas(
                 prompt, length, suffix_ids, self.tokenizer_identity.end_id, params.num_samples, self.device
             )
             common |= {"noise": params.noise, "seed": options.get("seed", 0)}
+            if on_text is not None:
+                common["on_step"] = tracker.with_step(common["on_step"], on_text, rule.remasks)
             denoised = sample(self.denoiser, canvas, rule, Visibility(self.pattern), **common)
             return self._texts(denoised, len(prompt), length)
         assert isinstance(rule, SelectionRule), "`resolve_sampling` refuses other rules"
         requests = [self._request(prompt, length, number, params, options) for number in range(params.num_samples)]
+        if on_text is not None:
+            common["on_tick"] = lambda sampler: on_text(tracker.of_blocks(sampler, requests[0]))
         batch = generate_blocks(
             self.denoiser,
             requests,
