@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import logging
 import sys
@@ -10,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from rich.console import Console
 from rich.markup import escape
@@ -25,15 +26,21 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from dlm_ray.config.errors import reworded
+
+LogFormat = Literal["text", "json"]
+
 console = Console(stderr=True)
-_LINE_SECONDS = 30.0
+_LINE_SECONDS = 10.0
+_LABEL_COLORS = {"stopped": "yellow", "damaged": "red", "error": "red", "failed": "red"}
+_log_format: LogFormat = "text"
 
 
 class Update(Protocol):
     """A callback that reports progress."""
 
-    def __call__(self, done: int, total: int, note: str = "") -> None:
-        """Report how much is done, of how much, and current metrics as text."""
+    def __call__(self, done: int, total: int) -> None:
+        """Report how much is done, and of how much."""
 
 
 def show_result(fields: Mapping[str, Any], as_json: bool, show: Callable[[], object]) -> None:
@@ -44,64 +51,98 @@ def show_result(fields: Mapping[str, Any], as_json: bool, show: Callable[[], obj
         show()
 
 
-def print_message(message: str) -> None:
-    """Print one message on stderr."""
-    console.print(escape(message), soft_wrap=True, highlight=False)
+def set_log_format(name: LogFormat) -> None:
+    """Choose how messages and progress are printed on stderr: as text, or as one JSON object per line."""
+    global _log_format
+    _log_format = name
+
+
+def is_json_log() -> bool:
+    """Return whether messages and progress are printed as JSON lines."""
+    return _log_format == "json"
+
+
+def print_message(message: str, label: str = "") -> None:
+    """Print one message on stderr, after a label such as `error`."""
+    if is_json_log():
+        print_event(label or "message", message=message)
+        return
+    color = _LABEL_COLORS.get(label)
+    prefix = f"[{color}]{label}:[/] " if color else f"{label}: " if label else ""
+    console.print(prefix + escape(message), soft_wrap=True, highlight=False)
+
+
+def print_event(event: str, **fields: Any) -> None:
+    """Print an event on stderr as one JSON object, with the time."""
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    console.file.write(json.dumps({"event": event, "time": now, **fields}, default=str) + "\n")
+    console.file.flush()
 
 
 @contextmanager
-def warnings_printed() -> Iterator[None]:
-    """Print Python warnings for users and log records of level WARNING as messages, without file names."""
+def warnings_printed(flags: Callable[[], Mapping[str, str]] = dict) -> Iterator[None]:
+    """Print Python warnings for users and log records of level WARNING as messages, without file names.
+
+    Args:
+        flags: returns the command-line flag of each Python parameter, which the warnings name.
+    """
 
     class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            print_message(f"warning: {record.getMessage()}")
+            print_message(reworded(record.getMessage(), flags()), label="warning")
 
     logger, handler = logging.getLogger("dlm_ray"), Handler(logging.WARNING)
     logger.addHandler(handler)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("always", UserWarning)
-            warnings.showwarning = lambda message, *_: print_message(f"warning: {message}")
+            warnings.showwarning = lambda message, *_: print_message(reworded(str(message), flags()), label="warning")
             yield
     finally:
         logger.removeHandler(handler)
 
 
 class ProgressLines:
-    """Progress as plain lines for logs: one every 30 seconds, and the last update if any line was printed before.
+    """Progress as plain lines for logs: one every 10 seconds, and the last update if any line was printed before.
 
     Args:
-        description: what each line begins with, such as `train: step`.
-        is_long: print the first update, too.
+        description: what each line begins with, such as `sequences x draws:`.
         clock: seconds; the time left is estimated from the first update on.
     """
 
-    def __init__(self, description: str, is_long: bool = False, clock: Callable[[], float] = time.monotonic):
+    def __init__(self, description: str, clock: Callable[[], float] = time.monotonic):
         self._description, self._clock = description, clock
         self._start: tuple[float, int] | None = None
-        self._printed_at = -float("inf") if is_long else clock()
-        self._has_printed, self._note = is_long, ""
+        self._printed_at = clock()
+        self._has_printed, self._is_complete = False, False
 
-    def __call__(self, done: int, total: int, note: str = "") -> None:
-        """Print a line if one is due; a missing note repeats the last one."""
+    def __call__(self, done: int, total: int) -> None:
+        """Print a line if one is due."""
         now = self._clock()
         self._start = self._start or (now, done)
-        self._note = note or self._note
-        is_due = now - self._printed_at >= _LINE_SECONDS or (done >= total and self._has_printed)
-        if not is_due:
+        is_last = done >= total
+        is_due = now - self._printed_at >= _LINE_SECONDS or (is_last and self._has_printed)
+        if not is_due or self._is_complete:
             return
-        self._printed_at, self._has_printed = now, True
-        parts = [f"{self._description} {done} of {total}", self._note, self._time_left(now, done, total)]
-        print_message(", ".join(part for part in parts if part))
+        self._printed_at, self._has_printed, self._is_complete = now, True, is_last
+        seconds = seconds_left(now - self._start[0], done - self._start[1], total - done)
+        if is_json_log():
+            task = self._description.strip().rstrip(":")
+            print_event("progress", task=task, done=done, total=total, seconds_left=seconds)
+            return
+        suffix = "" if seconds is None else f", {duration(seconds)} left"
+        print_message(f"{self._description} {done} of {total}{suffix}")
 
-    def _time_left(self, now: float, done: int, total: int) -> str:
-        assert self._start is not None, "the first update sets it"
-        seconds, count = now - self._start[0], done - self._start[1]
-        if not count or done >= total:
-            return ""
-        minutes, rest = divmod(round(seconds / count * (total - done)), 60)
-        return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d} left"
+
+def seconds_left(seconds: float, done: int, remaining: int) -> float | None:
+    """Return the time for the remaining units at the speed so far; None if nothing is done or nothing remains."""
+    return seconds / done * remaining if done > 0 and remaining > 0 else None
+
+
+def duration(seconds: float) -> str:
+    """Return a time such as 0:07:30 in hours, minutes and seconds."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
 def _columns() -> tuple[Any, ...]:
@@ -109,28 +150,26 @@ def _columns() -> tuple[Any, ...]:
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
     )
 
 
+def is_live() -> bool:
+    """Return whether stderr is a terminal that shows progress in place, and the log format is text."""
+    return console.is_terminal and not console.is_dumb_terminal and not is_json_log()
+
+
 @contextmanager
-def progress(description: str, is_long: bool = False) -> Iterator[Update]:
-    """Show progress on stderr: a bar on a terminal, a line every 30 seconds elsewhere (at once if the task is long)."""
-    if not console.is_terminal:
-        yield ProgressLines(description, is_long)
+def progress(description: str) -> Iterator[Update]:
+    """Show progress on stderr: a bar on a terminal, a line every 10 seconds elsewhere."""
+    if not is_live():
+        yield ProgressLines(description)
         return
     with Progress(*_columns(), console=console, transient=True) as bar:
-        task = bar.add_task(description, total=None, note="")
-
-        def update(done: int, total: int, note: str = "") -> None:
-            bar.update(task, completed=done, total=total)
-            if note:
-                bar.update(task, note=note)
-
-        yield update
+        task = bar.add_task(description, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 @contextmanager
@@ -139,7 +178,7 @@ def stage_progress() -> Iterator[Callable[[str, int, int], None]]:
 
     Each stage that begins gets a numbered line; the running one has a bar on a terminal, and lines elsewhere.
     """
-    if not console.is_terminal:
+    if not is_live():
         lines: dict[str, ProgressLines] = {}
 
         def print_lines(stage: str, done: int, total: int) -> None:
@@ -157,7 +196,7 @@ def stage_progress() -> Iterator[Callable[[str, int, int], None]]:
             if stage not in tasks:
                 for task in tasks.values():
                     bar.update(task, visible=False)
-                tasks[stage] = bar.add_task(f"{len(tasks) + 1:>2}. {stage}", total=None, note="")
+                tasks[stage] = bar.add_task(f"{len(tasks) + 1:>2}. {stage}", total=None)
                 bar.print(f"{len(tasks):>2}. {stage} ...")
             bar.update(tasks[stage], completed=done, total=total)
 

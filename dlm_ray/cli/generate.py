@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from typing import Annotated, Any
 
 import typer
 
-from dlm_ray.cli.arguments import Checkpoint, DataFolder, Json, Weights
-from dlm_ray.cli.console import print_bits, progress, show_result
+from dlm_ray.cli.arguments import Checkpoint, DataFolder, Json, Save, Watch, Weights
+from dlm_ray.cli.console import Update, print_bits, progress, show_result
 from dlm_ray.cli.sampling_options import with_sampling_options
 from dlm_ray.config.errors import UserError
 
@@ -43,6 +44,8 @@ def sample(
             show_default=False,
         ),
     ] = None,
+    watch: Watch = False,
+    save: Save = None,
     seed: Annotated[int, typer.Option(help="Seed; the same seed gives the same text.")] = 0,
     weights: Weights = None,
     as_json: Json = False,
@@ -58,17 +61,25 @@ def sample(
             "`length_tokens` is missing: infilling needs the number of tokens between `prefix` and `suffix`"
         )
     forced = _forced(force or [])
+    from dlm_ray.cli.watch import Watcher, checked_recording_path
     from dlm_ray.generation.loading import load
 
+    recording = checked_recording_path(save)
     model = load(checkpoint, weights)
     options |= {"ban": ban or (), "force": forced, "seed": seed}
-    with progress("denoising: step") as update:
+    watcher = Watcher(model.tokenizer, is_shown=watch, is_saved=recording is not None)
+    if watch or recording is not None:
+        options["on_text"] = watcher.on_text
+    given = (prompt, "") if prefix is None else (prefix, suffix or "")
+    with watcher.text(*given), _progress_unless(watch) as update:
         options["on_step"] = lambda step, steps, canvas: update(step, steps)
         if prefix is not None:
-            output = model.infill(prefix, suffix or "", length_tokens=length_tokens or 0, **options)
+            output = model.infill(*given, length_tokens=length_tokens or 0, **options)
         else:
             output = model.sample(prompt, length_tokens=length_tokens, **options)
-    texts = [f"{prefix if prefix is not None else prompt}{text}{suffix or ''}" for text in output]
+    if recording is not None:
+        watcher.save(recording, " ... ".join(filter(None, given)) or str(checkpoint))
+    texts = [f"{given[0]}{text}{given[1]}" for text in output]
     fields = {
         "written": output,
         "texts": texts,
@@ -76,6 +87,11 @@ def sample(
         "stopped_by": output.stopped_by,
     }
     show_result(fields, as_json, lambda: sys.stdout.write("\n---\n".join(texts) + "\n"))
+
+
+def _progress_unless(is_watched: bool) -> AbstractContextManager[Update]:
+    """Return the progress of denoising, or nothing where each step is shown."""
+    return nullcontext(lambda done, total: None) if is_watched else progress("denoising: step")
 
 
 def _forced(options: list[str]) -> dict[int, str]:

@@ -7,14 +7,15 @@ Commands import torch and Ray only when they run, which keeps `dlm-ray --help` f
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 
+from dlm_ray.cli.chat import chat
 from dlm_ray.cli.checkpoint import checkpoint_app, convert, export
-from dlm_ray.cli.console import console, warnings_printed
+from dlm_ray.cli.console import print_message, set_log_format, warnings_printed
 from dlm_ray.cli.data import data_app
 from dlm_ray.cli.generate import evaluate, sample
 from dlm_ray.cli.machine import doctor, schema
@@ -47,6 +48,7 @@ app.add_typer(data_app, name="data")
 app.command()(train)
 app.add_typer(sweep_app, name="sweep")
 app.command()(sample)
+app.command()(chat)
 app.command("eval")(evaluate)
 app.command()(export)
 app.command()(convert)
@@ -57,7 +59,9 @@ app.command()(doctor)
 
 
 @app.callback()
-def _options(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False) -> None:
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks, and Ray's own messages.")] = False,
+) -> None:
     """Declare the options that stand before the command; `main` reads --debug itself, at any position."""
 
 
@@ -65,8 +69,10 @@ def main() -> None:
     """Run the command line; the console script calls this."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
+    logging.getLogger("dlm_ray").setLevel(logging.DEBUG if debug else logging.NOTSET)
+    set_log_format("text")
     try:
-        with warnings_printed():
+        with warnings_printed(_flags):
             app(arguments)  # prints usage errors and exits by itself
     except Exception as error:
         if debug:
@@ -77,15 +83,15 @@ def main() -> None:
 def _fail(error: Exception) -> int:
     """Print an error for the user and return the exit code."""
     if isinstance(error, Stopped):
-        label, message, code = "[yellow]stopped:[/]", str(error), 75
+        label, message, code = "stopped", str(error), 75
     elif isinstance(error, DamageError):
-        label, message, code = "[red]damaged:[/]", error.worded(_flags()), 1
+        label, message, code = "damaged", error.worded(_flags()), 1
     elif isinstance(error, UserError):
-        label, message, code = "[red]error:[/]", error.worded(_flags()), 2
+        label, message, code = "error", error.worded(_flags()), 2
     else:
         hint = "Run again as `dlm-ray --debug ...` for the traceback."
-        label, message, code = "[red]failed:[/]", f"{type(error).__name__}: {error}\n{hint}", 1
-    console.print(f"{label} {escape(message)}", soft_wrap=True, highlight=False)
+        label, message, code = "failed", f"{type(error).__name__}: {error}\n{hint}", 1
+    print_message(message, label=label)
     return code
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -13,13 +13,22 @@ from pydantic.fields import FieldInfo
 from dlm_ray.config.sampling import PYTHON_ONLY, RULE_OF, LocalSampling, Sampling
 
 
-def with_sampling_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Replace the `**options` of a command by one option per field of `LocalSampling`; an option left out is None."""
+def with_sampling_options(
+    command: Callable[..., None], *, without: Collection[str] = (), defaults: Mapping[str, str] | None = None
+) -> Callable[..., None]:
+    """Replace the `**options` of a command by one option per field of `LocalSampling`; an option left out is None.
+
+    Args:
+        command: the command.
+        without: fields that the command does not have.
+        defaults: the command's own defaults, as the help shows them.
+    """
     signature = inspect.signature(command, eval_str=True)
     parameters = [item for item in signature.parameters.values() if item.kind is not inspect.Parameter.VAR_KEYWORD]
     for name, info in LocalSampling.model_fields.items():
-        if name not in PYTHON_ONLY:
-            option = typer.Option(help=_help(name, info), show_default=_default(name, info))
+        if name not in PYTHON_ONLY and name not in without:
+            default = (defaults or {}).get(name) or _default(name, info)
+            option = typer.Option(help=_help(name, info), show_default=default)
             annotation: Any = Annotated[_option_type(info.annotation) | None, option]
             keyword = inspect.Parameter.KEYWORD_ONLY
             parameters.append(inspect.Parameter(name, keyword, default=None, annotation=annotation))

@@ -3,52 +3,61 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
 
 import typer
 
 from dlm_ray.cli.arguments import Json
 from dlm_ray.cli.console import print_message, show_result
 
+Target = Annotated[
+    str,
+    typer.Argument(
+        help="Service file (examples in configs/serve/), or a checkpoint.",
+        metavar="CHECKPOINT | SERVE.yaml",
+        show_default=False,
+    ),
+]
+ServerOverrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="Changes, such as engine.slots=8; `dlm-ray schema server` describes all keys.",
+        metavar="[KEY=VALUE]...",
+        show_default=False,
+    ),
+]
+Host = Annotated[
+    str | None,
+    typer.Option(help="Address to listen on (http.host); a public one needs API keys.", show_default="127.0.0.1"),
+]
+Port = Annotated[int | None, typer.Option(help="Port to listen on (http.port).", show_default="8000")]
+KeysFile = Annotated[
+    str | None,
+    typer.Option(
+        help="File with one API key per line; the variable DLM_RAY_API_KEYS works, too.", show_default="no keys"
+    ),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(help="auto, cpu or cuda; auto takes CUDA where a replica sees a GPU.", show_default="auto"),
+]
+Gpus = Annotated[
+    float | None,
+    typer.Option(
+        help="GPUs that each replica reserves (replicas.gpus), at most 1; set 1 to serve on GPUs.", show_default="0"
+    ),
+]
+
 
 def serve(
-    target: Annotated[
-        str,
-        typer.Argument(
-            help="Service file (examples in configs/serve/), or a checkpoint.",
-            metavar="CHECKPOINT | SERVE.yaml",
-            show_default=False,
-        ),
-    ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(
-            help="Changes, such as engine.slots=8; `dlm-ray schema server` describes all keys.",
-            metavar="[KEY=VALUE]...",
-            show_default=False,
-        ),
-    ] = None,
-    host: Annotated[
-        str | None,
-        typer.Option(help="Address to listen on (http.host); a public one needs API keys.", show_default="127.0.0.1"),
-    ] = None,
-    port: Annotated[int | None, typer.Option(help="Port to listen on (http.port).", show_default="8000")] = None,
-    api_keys_file: Annotated[
-        str | None,
-        typer.Option(
-            help="File with one API key per line; the variable DLM_RAY_API_KEYS works, too.", show_default="no keys"
-        ),
-    ] = None,
-    device: Annotated[
-        str | None,
-        typer.Option(help="auto, cpu or cuda; auto takes CUDA where a replica sees a GPU.", show_default="auto"),
-    ] = None,
-    gpus: Annotated[
-        float | None,
-        typer.Option(
-            help="GPUs that each replica reserves (replicas.gpus), at most 1; set 1 to serve on GPUs.", show_default="0"
-        ),
-    ] = None,
+    target: Target,
+    overrides: ServerOverrides = None,
+    host: Host = None,
+    port: Port = None,
+    api_keys_file: KeysFile = None,
+    device: Device = None,
+    gpus: Gpus = None,
     replace: Annotated[
         bool, typer.Option("--replace", help="Replace the running service by this one without failing a request.")
     ] = False,
@@ -75,24 +84,29 @@ def serve(
     from dlm_ray.runtime.serve import deploy
 
     if render:
-        import yaml
+        _show_rendered(deploy.rendered(server), as_json)
+    elif replace:
+        url = deploy.replace_running(server)
+        fields = {"url": url, "models": server.model_names}
+        show_result(fields, as_json, lambda: print_message(f"{', '.join(server.model_names)} at {url} now"))
+    else:
+        deploy.run(server, lambda url, environment: _show_ready(server.model_names, url, environment, as_json))
 
-        config = deploy.rendered(server)
-        return show_result(config, as_json, lambda: sys.stdout.write(yaml.safe_dump(config, sort_keys=False)))
 
-    names = ", ".join(server.model_names)
+def _show_rendered(config: dict[str, Any], as_json: bool) -> None:
+    """Print a Ray Serve configuration as YAML or JSON."""
+    import yaml
 
-    def ready(url: str, environment: dict[str, str]) -> None:
-        fields = {"url": url, "models": server.model_names, "environment": environment}
-        variables = " ".join(f"{key}={value}" for key, value in environment.items())
-        text = (
-            f"{names} at {url} (playground) and {url}/v1; other commands find this Ray cluster with {variables}; "
-            "Ctrl-C finishes accepted requests and stops"
-        )
-        show_result(fields, as_json, lambda: print_message(text))
-        sys.stdout.flush()
+    show_result(config, as_json, lambda: sys.stdout.write(yaml.safe_dump(config, sort_keys=False)))
 
-    if not replace:
-        return deploy.run(server, ready)
-    url = deploy.replace_running(server)
-    show_result({"url": url, "models": server.model_names}, as_json, lambda: print_message(f"{names} at {url} now"))
+
+def _show_ready(names: Sequence[str], url: str, environment: Mapping[str, str], as_json: bool) -> None:
+    """Print where the service is, and how other commands find its Ray cluster."""
+    fields = {"url": url, "models": names, "environment": environment}
+    variables = " ".join(f"{key}={value}" for key, value in environment.items())
+    text = (
+        f"{', '.join(names)} at {url} (playground) and {url}/v1; other commands find this Ray cluster with "
+        f"{variables}; Ctrl-C finishes accepted requests and stops"
+    )
+    show_result(fields, as_json, lambda: print_message(text))
+    sys.stdout.flush()

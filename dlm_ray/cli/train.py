@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from dlm_ray.cli.arguments import Json, Overrides
-from dlm_ray.cli.console import print_message, print_quickstart, progress, show_result, stage_progress
+from dlm_ray.cli.arguments import Json, Log, Overrides
+from dlm_ray.cli.console import print_message, print_quickstart, show_result, stage_progress
+from dlm_ray.cli.run_display import run_display
 
 
 def quickstart(
@@ -29,6 +30,7 @@ def quickstart(
         ),
     ] = False,
     out: Annotated[Path, typer.Option(help="Folder for data, runs, export and report.")] = Path("runs/quickstart"),
+    log: Log = "text",
     as_json: Json = False,
 ) -> None:
     """Turn an AR model into a diffusion model on this machine: text, adaptation, control, bounds, answers, report.
@@ -60,11 +62,13 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check the recipe, print it with all defaults and exit.")
     ] = False,
+    log: Log = "text",
     as_json: Json = False,
 ) -> None:
     """Train a recipe on Ray.
 
-    Rerun the same command to resume an interrupted run. SIGTERM saves a checkpoint and exits with code 75.
+    A log gets a line at each event and every 10 seconds, later every minute; a terminal has one live line. Rerun the
+    same command to resume an interrupted run. SIGTERM saves a checkpoint and exits with code 75.
     """
     from dlm_ray.config.load import load_recipe
 
@@ -76,23 +80,16 @@ def train(
         return show_result(tree, as_json, lambda: sys.stdout.write(yaml.safe_dump(tree, sort_keys=False)))
     from dlm_ray.runtime.train import fit
 
-    with progress("train: step", is_long=True) as update:
+    with run_display(checked.name, checked.training.steps) as display:
         result = fit(
             checked,
             out,
             fresh=fresh,
-            on_start=lambda run_dir: print_message(f"run directory: {run_dir}"),
-            on_event=lambda event: update(event["step"], checked.training.steps, _metrics(event)),
+            on_start=lambda run_dir: display.begin(str(run_dir)),
+            on_event=display.on_event,
         )
     fields = {**vars(result), "run_dir": str(result.run_dir)}
     state = "was finished already" if result.already_finished else "is finished"
     bits = result.metrics.get("validation", {}).get("bits_per_byte")
     suffix = f", {bits:.3f} bits per byte on held-out sequences" if bits else ""
     show_result(fields, as_json, lambda: print_message(f"{checked.name} {state}: {result.checkpoint}{suffix}"))
-
-
-def _metrics(event: dict[str, Any]) -> str:
-    """Return the loss and the throughput of a line of metrics.jsonl; nothing if it has none."""
-    if "loss" not in event:
-        return ""
-    return f"loss {event['loss']:.4f}, {event['tokens_per_second']:,.0f} tokens/s"

@@ -9,6 +9,18 @@ from typing import Self
 _PARAMETER = re.compile(r"(?<![\w.\-])(?:`(\w+)`|(\w+)=)")
 
 
+def reworded(message: str, names: Mapping[str, str]) -> str:
+    """Return a message with parameters renamed: with {"top_p": "--top-p"}, `top_p=2` becomes `--top-p 2`."""
+
+    def renamed(match: re.Match[str]) -> str:
+        bare, assigned = match.groups()
+        if (bare or assigned) not in names:
+            return match.group()
+        return names[bare] if bare else f"{names[assigned]} "
+
+    return _PARAMETER.sub(renamed, message)
+
+
 class UserError(ValueError):
     """A value that the user typed or passed is wrong; the message has the value, what is allowed, and what to change.
 
@@ -40,15 +52,8 @@ class UserError(ValueError):
         return error
 
     def worded(self, names: Mapping[str, str]) -> str:
-        """Return the message with parameters renamed: with {"top_p": "--top-p"}, `top_p=2` becomes `--top-p 2`."""
-
-        def renamed(match: re.Match[str]) -> str:
-            bare, assigned = match.groups()
-            if (bare or assigned) not in names:
-                return match.group()
-            return names[bare] if bare else f"{names[assigned]} "
-
-        return _PARAMETER.sub(renamed, str(self))
+        """Return the message with parameters renamed, as `reworded`."""
+        return reworded(str(self), names)
 
 
 class DamageError(UserError):

@@ -9,12 +9,14 @@ import torch
 from dlm_ray.config.sampling import ResolvedSampling
 from dlm_ray.diffusion.objectives.ssd_lm import SsdLm
 from dlm_ray.diffusion.samplers.adjust import Adjust, banned, chained, forced
+from dlm_ray.diffusion.samplers.blocks import BlockSampler
 from dlm_ray.diffusion.samplers.generate import generate_blocks
 from dlm_ray.diffusion.samplers.requests import LOWEST_ENTROPY_NATS, Request, Stops
 from dlm_ray.diffusion.samplers.rules import Canvas, SelectionRule
 from dlm_ray.diffusion.samplers.simplex import Projection, sample_blocks
 from dlm_ray.diffusion.samplers.whole_canvas import CanvasOutput, sample
 from dlm_ray.diffusion.visibility import Visibility
+from dlm_ray.generation.progress import ProgressTracker
 from dlm_ray.generation.sampling import SamplingOptions
 from dlm_ray.generation.texts import GeneratedTexts, forced_tokens, masked_canvas
 
@@ -92,6 +94,9 @@ def _sample_canvas(
 ) -> GeneratedTexts:
     """Sample all positions of the texts at once."""
     rule = model.rule(params)
+    on_step, on_text = options.get("on_step"), options.get("on_text")
+    if on_text is not None:
+        on_step = ProgressTracker(len(prompt), length).with_step(on_step, on_text, rule.remasks)
     denoised = sample(
         model.denoiser,
         _canvas(model, params, prompt, length, suffix_ids),
@@ -104,7 +109,7 @@ def _sample_canvas(
         noise=params.noise,
         adjust=adjust,
         seed=options.get("seed", 0),
-        on_step=options.get("on_step"),
+        on_step=on_step,
     )
     return _texts(model, denoised, len(prompt), length)
 
@@ -121,9 +126,16 @@ def _sample_blocks(
     """Sample the texts block by block over a cache."""
     rule = model.rule(params)
     assert isinstance(rule, SelectionRule), "`resolve_sampling` refuses other rules"
+    requests = [_request(model, prompt, length, number, params, options) for number in range(params.num_samples)]
+    on_text, tracker = options.get("on_text"), ProgressTracker(len(prompt), length)
+
+    def on_tick(sampler: BlockSampler) -> None:
+        if on_text is not None:
+            on_text(tracker.of_blocks(sampler, requests[0]))
+
     batch = generate_blocks(
         model.denoiser,
-        [_request(model, prompt, length, number, params, options) for number in range(params.num_samples)],
+        requests,
         rule,
         block_tokens=block_tokens,
         context_tokens=model.sequence_length,
@@ -133,6 +145,7 @@ def _sample_blocks(
         top_p=params.top_p,
         adjust=adjust,
         on_step=options.get("on_step"),
+        on_tick=on_tick,
     )
     calls = {"denoising": batch.num_denoising_calls, "cache": batch.num_cache_calls}
     texts = (model.decode_until_end(output.ids) for output in batch.texts)

@@ -13,12 +13,14 @@ from dlm_ray.config.sampling import RULE_OF, LocalSampling, ResolvedSampling, Sa
 from dlm_ray.diffusion.samplers.adjust import Adjust
 from dlm_ray.diffusion.samplers.rules import Canvas
 from dlm_ray.diffusion.samplers.simplex import Control
+from dlm_ray.generation.progress import TextProgress
 from dlm_ray.generation.rules import load_rule
 
 # Rules that sample a token and whether it is revealed together; they need the whole text.
 WHOLE_CANVAS_RULES = ("state_dependent", "tweedie")
 _BLOCKS_ONLY = ("stop", "candidates", "reward")
 OnStep = Callable[[int, int, Canvas], None]
+OnText = Callable[[TextProgress], None]
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -59,6 +61,8 @@ class SamplingOptions(TypedDict, total=False):
     """Seed of the random numbers: the same seed gives the same text, whatever else is in the batch."""
     on_step: OnStep | None
     """Called with (steps done, steps, canvas); with blocks, (blocks done, blocks, canvas of the blocks in progress)."""
+    on_text: OnText | None
+    """Called after each step with the first text of the batch so far, also across blocks. Not for ssd_lm."""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from dlm_ray.diffusion.denoiser import Objective
 from dlm_ray.diffusion.objectives.ssd_lm import SsdLm
 from dlm_ray.diffusion.samplers.rules import Rule
 from dlm_ray.generation.batches import generate
+from dlm_ray.generation.chat import resolve_chat
 from dlm_ray.generation.rules import build_rule
 from dlm_ray.generation.sampling import SamplingOptions, SamplingTarget, resolve_sampling
 from dlm_ray.generation.scoring import Scored, ScoreReport, score_data
@@ -86,7 +87,7 @@ class TextModel:
         length = room if length_tokens is None else length_tokens
         params = resolve_sampling(options, self.sampling_target(), max(1, length))
         is_bounded = params.block_tokens is None or room < 1
-        self._check_room(length, len(prompt_ids), room, "`prompt`", is_bounded)
+        self.check_room(length, len(prompt_ids), room, "`prompt`", is_bounded)
         return generate(self, params, prompt_ids, length, [], options)
 
     def infill(
@@ -113,9 +114,30 @@ class TextModel:
             raise UserError.of("block_tokens", size, "a block sees no suffix", "leave it out to infill")
         prefix_ids, suffix_ids = self.encode(prefix), self.encode(suffix)
         num_given = len(prefix_ids) + len(suffix_ids)
-        self._check_room(length_tokens, num_given, self.sequence_length - 1 - num_given, "`prefix` and `suffix`")
+        self.check_room(length_tokens, num_given, self.sequence_length - 1 - num_given, "`prefix` and `suffix`")
         params = resolve_sampling(options, target, length_tokens)
         return generate(self, params, prefix_ids, length_tokens, suffix_ids, options)
+
+    def chat(
+        self,
+        messages: str | Sequence[Mapping[str, str]],
+        *,
+        length_tokens: int | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> GeneratedTexts:
+        """Return answers to a conversation in the tokenizer's chat template, each cut at its end-of-text token.
+
+        Args:
+            messages: one question, or mappings with `role` (system, user, assistant) and `content`.
+            length_tokens: most tokens of an answer; None takes 512, or 128 of a model that samples whole texts, which
+                denoises all of them.
+            options: `SamplingOptions`; temperature is 0 unless it is set, and an answer ends at its end-of-text token.
+
+        Raises:
+            UserError: if the tokenizer has no chat template, or as `sample`.
+        """
+        params, prompt_ids, length, options = resolve_chat(self, messages, length_tokens, options)
+        return generate(self, params, prompt_ids, length, [], options)
 
     def bits_per_byte(
         self,
@@ -201,7 +223,7 @@ class TextModel:
         end_id = self.tokenizer_identity.end_id
         return self.decode(ids[: ids.index(end_id)] if end_id in ids else ids)
 
-    def _check_room(self, length: int, num_given: int, room: int, names: str, is_bounded: bool = True) -> None:
+    def check_room(self, length: int, num_given: int, room: int, names: str, is_bounded: bool = True) -> None:
         """Raise UserError if `length` tokens do not fit next to the given ones, whose parameters are `names`."""
         if length < 1:
             allowed = (

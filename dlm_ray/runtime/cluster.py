@@ -32,7 +32,7 @@ def session() -> Iterator[None]:
         UserError: if no cluster answers at RAY_ADDRESS.
     """
     for logger in ("ray.data", "ray.train"):
-        logging.getLogger(logger).setLevel(logging.ERROR)
+        logging.getLogger(logger).setLevel(_ray_log_level())
     if ray.is_initialized():
         yield
         return
@@ -47,6 +47,15 @@ def session() -> Iterator[None]:
         ray.shutdown()
         if not address:
             os.environ.pop("RAY_ADDRESS", None)
+
+
+def _is_debugging() -> bool:
+    """Return whether the user wants Ray's own messages: the logger `dlm_ray` has level DEBUG, as with --debug."""
+    return logging.getLogger("dlm_ray").isEnabledFor(logging.DEBUG)
+
+
+def _ray_log_level() -> int:
+    return logging.INFO if _is_debugging() else logging.ERROR
 
 
 def _start() -> None:
@@ -68,8 +77,8 @@ def _start() -> None:
             include_dashboard=True,
             dashboard_host="127.0.0.1",
             object_store_memory=256 * 2**20,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
+            log_to_driver=_is_debugging(),
+            logging_level=_ray_log_level(),
         )
     except BaseException:
         del os.environ["RAY_ADDRESS"]
@@ -120,7 +129,7 @@ def _connect(address: str) -> None:
         except (OSError, OverflowError) as error:
             raise UserError(f"RAY_ADDRESS={address}: nothing answers there ({error}); {fix}") from error
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        ray.init(address=address, log_to_driver=_is_debugging(), logging_level=_ray_log_level())
     except (ConnectionError, AuthenticationError) as error:
         where = "on this machine, or more than one" if address == "auto" else f"at RAY_ADDRESS={address}"
         raise UserError(

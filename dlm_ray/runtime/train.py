@@ -70,7 +70,7 @@ def fit(
             path.
         fresh: start a new run even if one of the same recipe exists.
         on_start: called with the run directory before the workers start.
-        on_event: called with every line of `metrics.jsonl` while the workers run.
+        on_event: called with every line of `metrics.jsonl` while the workers run, and with the steps in between.
 
     Raises:
         UserError: if the recipe does not fit the data, its base or the cluster, before any worker starts; or if another

@@ -178,6 +178,8 @@ class TrainingLoop:
     def _log(self, result: StepResult) -> None:
         """Write the metrics of the step, every `tracking.log_every_steps` steps and at the last one."""
         run, recipe = self.run, self.recipe
+        if self._metrics_log is not None:
+            self._metrics_log.advance(run.step, self._clock.tokens_per_second())
         if run.step % recipe.tracking.log_every_steps != 0 and not self._is_last:
             return
         index = run.step - 1

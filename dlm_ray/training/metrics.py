@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -12,6 +13,10 @@ from types import ModuleType
 
 from dlm_ray.config.errors import UserError
 from dlm_ray.config.recipe import Recipe
+
+PROGRESS_FILE = "progress.json"
+"""File of a run directory with the last step, for whoever follows the run."""
+_PROGRESS_SECONDS = 1.0
 
 
 class MetricsLog:
@@ -29,6 +34,7 @@ class MetricsLog:
         partial.write_text("".join(kept))
         os.replace(partial, self.path)
         self._file = self.path.open("a")
+        self._advanced_at = -math.inf
         self._wandb = None
         if recipe.tracking.wandb != "disabled":
             wandb = _import_wandb(recipe.tracking.wandb)
@@ -55,6 +61,17 @@ class MetricsLog:
         self._file.flush()
         if self._wandb is not None:
             self._wandb.log(values, step=step)
+
+    def advance(self, step: int, tokens_per_second: float) -> None:
+        """Write `progress.json`, at most once a second: the last step, also between two lines of metrics.jsonl."""
+        now = time.monotonic()
+        if now - self._advanced_at < _PROGRESS_SECONDS:
+            return
+        self._advanced_at = now
+        path = self.path.with_name(PROGRESS_FILE)
+        partial = path.with_suffix(".tmp")
+        partial.write_text(json.dumps({"step": step, "tokens_per_second": tokens_per_second}))
+        os.replace(partial, path)
 
     def close(self) -> None:
         """Close the file, and finish the Weights & Biases run."""

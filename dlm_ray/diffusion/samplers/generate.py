@@ -33,6 +33,7 @@ def generate_blocks(
     block_tokens: int,
     context_tokens: int,
     on_step: Callable[[int, int, Canvas], None] | None = None,
+    on_tick: Callable[[BlockSampler], None] | None = None,
     **options: object,
 ) -> GenerationBatch:
     """Generate all requests in one batch.
@@ -44,6 +45,7 @@ def generate_blocks(
         requests: the requests, whose prompts and lengths may differ.
         on_step: called after each call with (blocks done, blocks, canvas of the current blocks); a sequence that stops
             early has fewer blocks.
+        on_tick: called after each call with the sampler.
     """
     ends = [len(request.prompt) + request.length_tokens for request in requests]
     sampler = BlockSampler(
@@ -63,6 +65,8 @@ def generate_blocks(
         sampler.tick()
         if on_step is not None:
             on_step(sampler.num_blocks, num_blocks, sampler.canvas())
+        if on_tick is not None:
+            on_tick(sampler)
     by_request = {id(output.request): output for output in sampler.finished}
     outputs = [by_request[id(request)] for request in requests]
     return GenerationBatch(outputs, sampler.num_denoising_calls, sampler.num_cache_calls)
