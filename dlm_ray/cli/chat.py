@@ -49,7 +49,7 @@ def chat(
     recording = checked_recording_path(save)
     model = load(checkpoint, weights)
     check_chat(model)
-    watcher = Watcher(model.tokenizer, is_shown=watch, is_saved=recording is not None)
+    watcher = Watcher(model.tokenizer, is_visible=watch, is_saved=recording is not None)
     conversation = Conversation(model, watcher, system, length_tokens, {**options, "seed": seed}, recording)
     if sys.stdin.isatty():
         print_message("/reset forgets the conversation, /quit or Ctrl-D ends it, Ctrl-C ends an answer")
@@ -117,7 +117,7 @@ class Conversation:
             UserError: in the first turn.
         """
         asked = [*self.messages, {"role": "user", "content": question}]
-        stream = _Stream(self._model, is_silent=self._watcher.is_shown)
+        stream = _Stream(self._model, is_silent=self._watcher.is_visible)
         started = time.perf_counter()
         is_interrupted = False
         try:

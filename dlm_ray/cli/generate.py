@@ -67,7 +67,7 @@ def sample(
     recording = checked_recording_path(save)
     model = load(checkpoint, weights)
     options |= {"ban": ban or (), "force": forced, "seed": seed}
-    watcher = Watcher(model.tokenizer, is_shown=watch, is_saved=recording is not None)
+    watcher = Watcher(model.tokenizer, is_visible=watch, is_saved=recording is not None)
     if watch or recording is not None:
         options["on_text"] = watcher.on_text
     given = (prompt, "") if prefix is None else (prefix, suffix or "")

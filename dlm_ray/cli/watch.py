@@ -38,12 +38,12 @@ class Watcher:
 
     Args:
         tokenizer: decodes the tokens.
-        is_shown: show the steps; otherwise they are only kept.
+        is_visible: show the steps; otherwise they are only kept.
         is_saved: keep the frames.
     """
 
-    def __init__(self, tokenizer: Any, *, is_shown: bool, is_saved: bool):
-        self._tokenizer, self.is_shown, self._is_saved = tokenizer, is_shown, is_saved
+    def __init__(self, tokenizer: Any, *, is_visible: bool, is_saved: bool):
+        self._tokenizer, self.is_visible, self._is_saved = tokenizer, is_visible, is_saved
         self._prefix = self._suffix = ""
         self._live: Live | None = None
         self._num_steps = 0
@@ -61,7 +61,7 @@ class Watcher:
         self._prefix, self._suffix = prefix, suffix
         self._num_steps, self.waited_seconds = 0, 0.0
         self.frames.clear()
-        if not (self.is_shown and is_live()):
+        if not (self.is_visible and is_live()):
             yield
             return
         with Live(console=console, auto_refresh=False, transient=True) as self._live:
@@ -80,7 +80,7 @@ class Watcher:
             self._live.update(live_text(frame, console.width, console.height), refresh=True)
             time.sleep(_MIN_FRAME_SECONDS)
             self.waited_seconds += _MIN_FRAME_SECONDS
-        elif self.is_shown:
+        elif self.is_visible:
             print_message(plain_text(frame, is_ascii=not console.encoding.startswith("utf")))
 
     def _pieces(self, progress: TextProgress) -> list[Piece]:

@@ -92,6 +92,8 @@ def materialize(denoiser: HuggingFaceDenoiser, device: torch.device) -> None:
     for module in network.modules():
         if "RotaryEmbedding" in type(module).__name__:
             network._init_weights(module)
+        elif hasattr(module, "scalar_embed_scale"):  # Gemma's embedding
+            module.embed_scale.fill_(module.scalar_embed_scale)  # type: ignore[operator, union-attr, arg-type]
 
 
 @torch.no_grad()

@@ -118,7 +118,7 @@ def test_a_piped_chat_answers_one_turn_per_line_on_stdout(chat_folder, monkeypat
 
 def test_ctrl_c_ends_an_answer_and_keeps_its_beginning(models, capsys):
     model = models["block8"]
-    watcher = Watcher(model.tokenizer, is_shown=False, is_saved=False)
+    watcher = Watcher(model.tokenizer, is_visible=False, is_saved=False)
     conversation = Conversation(model, watcher, "", 20, {"seed": 0}, None)
     shown, calls = watcher.on_text, []
 
