@@ -29,8 +29,24 @@ def schema(
     sys.stdout.write(json.dumps(kinds[kind].model_json_schema(), indent=2) + "\n")
 
 
-def doctor(as_json: Json = False) -> None:
-    """Show versions, cores, memory, GPUs and free disk of this machine, and which optional packages are missing."""
+def doctor(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="Instead: check whether this model's family can be adapted. A Hugging Face folder, a hub name, or a "
+            "model type such as olmo2.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show versions, cores, memory, GPUs and free disk of this machine, and which optional packages are missing.
+
+    With MODEL, run the checks that its family must pass to become a denoiser, on a tiny random network of the family.
+    """
+    if model is not None:
+        _check_family(model, as_json)
+        return
     import importlib.metadata
     import os
     import platform
@@ -48,3 +64,27 @@ def doctor(as_json: Json = False) -> None:
     facts["memory_gib"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
     facts["free_disk_gib"] = round(shutil.disk_usage(".").free / 2**30, 1)
     show_result(facts, as_json, lambda: print_mapping("this machine", facts))
+
+
+def _check_family(model: str, as_json: bool) -> None:
+    """Print the result of every gate for the family of a model, and exit with 1 if one is not passed."""
+    from dlm_ray.checkpoint.pretrained import open_pretrained
+    from dlm_ray.config.recipe import FAMILIES
+    from dlm_ray.models.gates import check_family, config_of
+
+    config = config_of(model if _is_model_type(model) else open_pretrained(model).config())
+    results = check_family(config)
+    facts: dict[str, Any] = {gate.name: gate.failure or "good" for gate in results}
+    is_passed = all(not gate.failure for gate in results)
+    refused = f"no; choose a model of {', '.join(FAMILIES)}, or another family that passes"
+    facts["can be adapted"] = "yes" if is_passed else refused
+    show_result(facts, as_json, lambda: print_mapping(f"family {config.model_type}", facts))
+    if not is_passed:
+        raise typer.Exit(1)
+
+
+def _is_model_type(name: str) -> bool:
+    """Return whether a name is one of transformers' model types."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    return name in CONFIG_MAPPING_NAMES

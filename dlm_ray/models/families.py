@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import cast
 
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from dlm_ray.config.errors import UserError
 from dlm_ray.config.recipe import FAMILIES, Architecture, Family
@@ -50,17 +53,38 @@ def scratch_config(architecture: Architecture, vocab_size: int, start_id: int, e
 def read_config(fields: Mapping[str, object]) -> PreTrainedConfig:
     """Return the configuration whose `to_dict()` is `fields` (a config.json, or a manifest's `model.config`).
 
+    A family that is not among `FAMILIES` is accepted if a tiny network of this configuration passes every gate.
+
     Raises:
         UserError: if the family is not supported.
     """
     fields = dict(fields)
     family = fields.pop("model_type", None)
-    if family not in FAMILIES:
+    if family not in CONFIG_MAPPING_NAMES:
         raise UserError(
-            f"model_type={family!r} is not supported; supported families are {', '.join(FAMILIES)}; "
-            "choose another model.base"
+            f"model_type={family!r} is not supported; supported families are {', '.join(FAMILIES)} and others that "
+            "pass `dlm-ray doctor MODEL`; choose another model.base"
         )
-    return adaptable(AutoConfig.for_model(family, **fields))
+    config = AutoConfig.for_model(family, **fields)
+    if family not in FAMILIES:
+        _check_gates(config.to_json_string())
+    return adaptable(config)
+
+
+@lru_cache(maxsize=8)
+def _check_gates(config: str) -> None:
+    """Raise UserError, with every failure, if the family of a configuration (JSON) does not pass its gates."""
+    from dlm_ray.models.gates import check_family, config_of
+
+    fields = json.loads(config)
+    failures = [f"{gate.name}: {gate.failure}" for gate in check_family(config_of(fields)) if gate.failure]
+    if failures:
+        raise UserError(
+            f"model_type={fields['model_type']!r} is not supported: it does not pass these checks:\n  "
+            + "\n  ".join(failures)
+            + f"\nsupported families are {', '.join(FAMILIES)} and others that pass `dlm-ray doctor MODEL`; choose "
+            "another model.base"
+        )
 
 
 def architecture_of(config: PreTrainedConfig) -> Architecture:

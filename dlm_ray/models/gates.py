@@ -172,7 +172,7 @@ def _visibility(subject: _Subject) -> str:
         "bidirectional": Visibility("bidirectional"),
         "blocks": Visibility("bidirectional", block_tokens=_BLOCK),
         "documents": Visibility("causal", document_ids=documents),
-        "annealed": Visibility("bernoulli", threshold=2**31, salt=3),
+        "annealed": Visibility("bernoulli", hash_limit=2**31, salt=3),
     }.items():
         theirs = subject.stock.base_model(
             input_ids=subject.ids, attention_mask=_additive(visibility, subject), use_cache=False

@@ -79,6 +79,13 @@ def test_json_is_one_object_on_stdout():
     assert json.loads(dlm_ray("doctor", "--json").stdout)["cores"] >= 1
 
 
+def test_doctor_checks_whether_a_family_can_be_adapted():
+    good = json.loads(dlm_ray("doctor", "llama", "--json").stdout)
+    assert set(good.values()) == {"good", "yes"}
+    bad = dlm_ray("doctor", "falcon", "--json")
+    assert bad.returncode == 1 and "KeyError" in json.loads(bad.stdout)["builds"]
+
+
 @pytest.mark.long
 def test_python_m_dlm_ray_is_the_command(tmp_path):
     code, _, stderr = ForkedModule(tmp_path, "dlm_ray", "trian").wait()

@@ -1,7 +1,5 @@
 """Checks of every supported family: leaks, causal logits, meta build, export, and the base model's loss."""
 
-import json
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -131,7 +129,7 @@ def test_rows_for_applies_the_shift():
     assert build("llama", shift=False)[0].rows_for(positions).tolist() == [1, 5]
 
 
-def test_sliding_windows_are_overridden_and_other_families_refused():
+def test_sliding_windows_are_overridden():
     fields = {
         "model_type": "mistral",
         "sliding_window": 4,
@@ -140,8 +138,16 @@ def test_sliding_windows_are_overridden_and_other_families_refused():
         "num_hidden_layers": 2,
     }
     assert families.read_config(fields).sliding_window is None
-    with pytest.raises(UserError, match="'bloom' is not supported; supported families are gpt2"):
-        families.read_config(json.loads('{"model_type": "bloom"}'))
+
+
+def test_another_family_is_accepted_if_it_passes_the_gates_and_otherwise_refused_with_what_fails():
+    assert families.read_config({"model_type": "olmo2", "hidden_size": 64}).hidden_size == 64
+    with pytest.raises(
+        UserError, match=r"'bloom' is not supported: it does not pass these checks:\n  builds: KeyError"
+    ):
+        families.read_config({"model_type": "bloom"})
+    with pytest.raises(UserError, match="'no_such_model' is not supported; supported families are gpt2"):
+        families.read_config({"model_type": "no_such_model"})
 
 
 def test_architecture_of_inverts_scratch_config(family):
