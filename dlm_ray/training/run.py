@@ -160,7 +160,7 @@ def process_group(recipe: Recipe) -> Iterator[None]:
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         dist.init_process_group(backend)
     else:
-        store = dist.HashStore()  # type: ignore[attr-defined]  # public, but not among torch's explicit exports
+        store = dist.HashStore()
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
     try:
         yield
