@@ -70,9 +70,9 @@ def _check_family(model: str, as_json: bool) -> None:
     """Print the result of every gate for the family of a model, and exit with 1 if one is not passed."""
     from dlm_ray.checkpoint.pretrained import open_pretrained
     from dlm_ray.config.recipe import FAMILIES
-    from dlm_ray.models.gates import check_family, config_of
+    from dlm_ray.models.gates import check_family, config_of, is_model_type
 
-    config = config_of(model if _is_model_type(model) else open_pretrained(model).config())
+    config = config_of(model if is_model_type(model) else open_pretrained(model).config())
     results = check_family(config)
     facts: dict[str, Any] = {gate.name: gate.failure or "good" for gate in results}
     is_passed = all(not gate.failure for gate in results)
@@ -81,10 +81,3 @@ def _check_family(model: str, as_json: bool) -> None:
     show_result(facts, as_json, lambda: print_mapping(f"family {config.model_type}", facts))
     if not is_passed:
         raise typer.Exit(1)
-
-
-def _is_model_type(name: str) -> bool:
-    """Return whether a name is one of transformers' model types."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-
-    return name in CONFIG_MAPPING_NAMES

@@ -60,7 +60,7 @@ def read_config(fields: Mapping[str, object]) -> PreTrainedConfig:
     """
     fields = dict(fields)
     family = fields.pop("model_type", None)
-    if family not in CONFIG_MAPPING_NAMES:
+    if not isinstance(family, str) or family not in CONFIG_MAPPING_NAMES:
         raise UserError(
             f"model_type={family!r} is not supported; supported families are {', '.join(FAMILIES)} and others that "
             "pass `dlm-ray doctor MODEL`; choose another model.base"

@@ -17,6 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
 from dlm_ray.config.errors import UserError
@@ -109,6 +110,11 @@ def config_of(name_or_fields: str | dict[str, Any]) -> PreTrainedConfig:
             f"transformers does not know the model type {model_type!r}; give one such as olmo2, a Hugging Face folder "
             "or a hub name"
         ) from error
+
+
+def is_model_type(name: str) -> bool:
+    """Return whether transformers has a model type of this name."""
+    return name in CONFIG_MAPPING_NAMES
 
 
 def tiny(config: PreTrainedConfig) -> PreTrainedConfig:

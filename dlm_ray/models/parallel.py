@@ -93,7 +93,7 @@ def materialize(denoiser: HuggingFaceDenoiser, device: torch.device) -> None:
         if "RotaryEmbedding" in type(module).__name__:
             network._init_weights(module)
         elif hasattr(module, "scalar_embed_scale"):  # Gemma's embedding
-            module.embed_scale.fill_(module.scalar_embed_scale)  # type: ignore[operator, union-attr, arg-type]
+            module.embed_scale.fill_(module.scalar_embed_scale)  # type: ignore[operator, arg-type]
 
 
 @torch.no_grad()
