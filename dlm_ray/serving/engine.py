@@ -272,8 +272,8 @@ class Engine:
         """Return the current block, or the whole generated part of a canvas, without the positions of the prompt."""
         start, num_given = 0, 0
         if isinstance(sequence, SequenceState):
-            start = max(0, sequence.num_encoded - len(job.prompt))
-            num_given = max(0, len(job.prompt) - sequence.num_encoded)
+            start = max(0, sequence.block_start - len(job.prompt))
+            num_given = max(0, len(job.prompt) - sequence.block_start)
         positions = zip(
             ids[num_given:].tolist(),
             is_masked[num_given:].tolist(),
