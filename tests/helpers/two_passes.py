@@ -32,32 +32,19 @@ class Reference:
 
 
 @torch.no_grad()
-def two_passes(
-    denoiser,
-    request,
-    rule,
-    *,
-    block_tokens,
-    context_tokens,
-    num_steps=1,
-    temperature=1.0,
-    top_p=1.0,
-    adjust=None,
-    shift=True,
-):
-    """Return what block sampling writes for one request, and the passes that two per block take."""
+def two_passes(denoiser, request, rule, *, block_tokens, context_tokens, **options):
+    """Return what block sampling writes for one request, and the passes that two per block take.
+
+    `options` are those of `_denoise`.
+    """
     size, reference, ids = block_tokens, Reference(), list(request.prompt)
-    visibility = Visibility("bidirectional", block_tokens=size)
     start = len(ids) // size * size
     context = ids[:start]
     reference.num_encoding += start > 0
     is_full = True
     while True:
         block = ids[start:] + [denoiser.mask_id] * (size - (len(ids) - start))
-        block = _denoise(
-            reference, denoiser, request, rule, context, block, start, visibility, num_steps, temperature, top_p, adjust,
-            shift, is_full,
-        )  # fmt: skip
+        block = _denoise(reference, denoiser, request, rule, context, block, start, is_full, **options)
         ids = ids[:start] + block
         new, end = ids[len(request.prompt) :][: request.length_tokens], request.stops.end_id
         if end in new:
@@ -76,11 +63,23 @@ def two_passes(
 
 
 def _denoise(
-    reference, denoiser, request, rule, context, block, start, visibility, num_steps, temperature, top_p, adjust, shift,
+    reference,
+    denoiser,
+    request,
+    rule,
+    context,
+    block,
+    start,
     is_committed,
-):  # fmt: skip
+    num_steps=1,
+    temperature=1.0,
+    top_p=1.0,
+    adjust=None,
+    shift=True,
+):
     """Return the finished block; a pass is counted unless only the first position is wanted, with shift."""
     size, mask = len(block), denoiser.mask_id
+    visibility = Visibility("bidirectional", block_tokens=size)
     is_open = torch.tensor([[token == mask for token in block]])
     random = generator(request.seed, SAMPLING, start // size, request.number)
     for step in range(num_steps if rule.is_timed else size):

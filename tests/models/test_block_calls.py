@@ -125,7 +125,7 @@ def test_the_counted_calls_are_the_calls_of_the_network(fixed_shapes, monkeypatc
         sampler.tick()
     assert len(calls) == sampler.num_denoising_calls + sampler.num_cache_calls
     if fixed_shapes:
-        rows = 3 + num_lookahead_rows(3, 4)
+        rows = 3 + num_lookahead_rows(denoiser, 3, 4)
         assert {shape for shape in calls if shape[0] > 1} == {(rows, 4)}
 
 

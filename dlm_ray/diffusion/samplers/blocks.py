@@ -28,12 +28,14 @@ from dlm_ray.diffusion.samplers.steps import BlockSteps
 from dlm_ray.diffusion.visibility import Visibility
 
 
-def num_lookahead_rows(num_slots: int, block_tokens: int) -> int:
-    """Return the rows for next blocks in a call of fixed shape.
+def num_lookahead_rows(denoiser: Denoiser, num_slots: int, block_tokens: int) -> int:
+    """Return the number of rows for next blocks in a call of fixed shape.
 
-    With one token per step, one slot in K finishes a block in a call; those without a row take a call more.
+    With one token per step, one slot in K finishes a block in each call. Of slots that finish one in the same call,
+    those without a row take one call more. An autoregressive network needs no such rows.
     """
-    return -(-num_slots // block_tokens)
+    rows = denoiser.rows_for(torch.arange(block_tokens, 2 * block_tokens))
+    return -(-num_slots // block_tokens) if bool((rows >= block_tokens).any()) else 0
 
 
 class BlockSampler:
@@ -96,9 +98,7 @@ class BlockSampler:
         self._slots: list[Slot] = []  # the slots in use
         self._tensors = SlotTensors(num_slots, block_tokens, window(self.params, block_tokens))
         self._steps = BlockSteps(self._slots, self._tensors, BlockProposer(denoiser, adjust, fixed_shapes), denoiser)
-        self._num_lookahead_rows = (
-            num_lookahead_rows(num_slots, block_tokens) if fixed_shapes and self._steps.needs_blocks else 0
-        )
+        self._num_lookahead_rows = num_lookahead_rows(denoiser, num_slots, block_tokens) if fixed_shapes else 0
 
     @property
     def num_active(self) -> int:

@@ -34,8 +34,6 @@ class BlockSteps:
         # The index of the hidden state that predicts each position of a block, in [last committed one ; the block's].
         self._row_of = denoiser.rows_for(torch.arange(size, 2 * size)) - size + 1  # [K]
         assert bool((self._row_of >= 0).all()), "a position is predicted from its block or from the position before it"
-        self.needs_blocks = bool((self._row_of > 0).any())
-        """Whether the hidden states of a block predict positions of it; otherwise, decoding is autoregressive."""
 
     def begin(self, number: int) -> None:
         """Begin the block at `block_start`: mask all its positions but those that the prompt gives."""

@@ -93,7 +93,8 @@ def confidence_in(tokens: Tensor, probs: Tensor, ranking: Ranking) -> Tensor:
     if ranking == "margin":
         best_two = probs.topk(2, -1).values
         return best_two[:, 0] - best_two[:, 1]
-    return torch.special.xlogy(probs, probs).sum(-1)
+    negative_entropy: Tensor = torch.special.xlogy(probs, probs).sum(-1)
+    return negative_entropy
 
 
 def log_probability(tokens: Tensor, logits: Tensor) -> Tensor:
