@@ -40,6 +40,19 @@ class Cache(Protocol):
     def slot_range(self, first: int, count: int) -> Cache:
         """Return the `count` slots from `first` on, for one pass over them; commits go to the whole cache."""
 
+    def with_lookahead(self, num_slots: int, slots: Sequence[int], num_tokens: int, num_rows: int) -> Cache:
+        """Return the first slots for one pass that also runs the block after the next one of some slots.
+
+        A finished block is then committed by the pass that first denoises the next one. Row b < num_slots holds the
+        next positions of slot b; row num_slots + i holds those after the positions of row slots[i], which it sees.
+
+        Args:
+            num_slots: number of slots in the pass.
+            slots: the slots whose following block is in the pass.
+            num_tokens: positions of every row.
+            num_rows: number of rows after the first `num_slots`; those beyond `slots` are padding.
+        """
+
     def save(self, slot: int, start: int, num_tokens: int) -> Tensor:
         """Return a copy of the keys and values of `num_tokens` committed positions, [..., n, D/H]."""
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from dlm_ray.config.sampling import ResolvedSampling
+from dlm_ray.diffusion.objectives.block import is_context_causal
 from dlm_ray.diffusion.objectives.ssd_lm import SsdLm
 from dlm_ray.diffusion.samplers.adjust import Adjust, banned, chained, forced
 from dlm_ray.diffusion.samplers.blocks import BlockSampler
@@ -144,6 +145,7 @@ def _sample_blocks(
         temperature=params.temperature,
         top_p=params.top_p,
         adjust=adjust,
+        is_context_causal=is_context_causal(model.objective),
         on_step=options.get("on_step"),
         on_tick=on_tick,
     )

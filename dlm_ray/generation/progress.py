@@ -64,7 +64,7 @@ class ProgressTracker:
                 return self._progress(output.ids, [False] * len(output.ids), len(output.ids))
         sequence, block_ids, block_masked, _ = next(item for item in sampler.running() if item[0].request is request)
         finished = sequence.ids[self._start :]
-        num_given = len(sequence.ids) - sequence.num_encoded  # of the block: the end of the prompt, or all of it
+        num_given = len(sequence.ids) - sequence.block_start  # of the block: the end of the prompt, or all of it
         ids = [*finished, *block_ids[num_given:].tolist()]
         is_masked = [*[False] * len(finished), *block_masked[num_given:].tolist()]
         return self._progress(ids[: self._length], is_masked[: self._length], min(len(finished), self._length))

@@ -98,35 +98,50 @@ def attend(
 ) -> tuple[Tensor, None]:
     """Return the attention output [B, L, H, D/H] of queries [B, H, L, D/H] and keys and values [B, <= H, L, D/H]."""
     assert visibility is not None, f"{type(module).__name__} does not pass the visibility on to its attention"
-    if visibility.kv is not None:
-        key, value = visibility.kv.extend(cast(int, module.layer_idx), key, value)
+    if visibility.kv is None:
+        return _attend(visibility, visibility.mask, query, key, value, scaling), None
+    groups = visibility.kv.extend(cast(int, module.layer_idx), key, value)
+    if len(groups) == 1:
+        return _attend(visibility, visibility.mask, query, *groups[0], scaling), None
+    assert visibility.mask is not None, "rows after the end of others have a mask"
+    mixed, first = [], 0
+    for group_key, group_value in groups:
+        rows = slice(first, first + len(group_key))
+        mixed.append(_attend(visibility, visibility.mask[rows], query[rows], group_key, group_value, scaling))
+        first = rows.stop
+    return torch.cat(mixed), None
+
+
+def _attend(
+    visibility: PreparedVisibility,
+    mask: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+) -> Tensor:
+    """Return the output [B, L, H, D/H] of the kernel of `visibility` with the mask of these rows."""
     grouped = query.shape[1] != key.shape[1]
     if visibility.kernel == "flash":
         from flash_attn import flash_attn_func
 
-        mixed = flash_attn_func(
+        mixed: Tensor = flash_attn_func(
             query.transpose(1, 2),
             key.transpose(1, 2),
             value.transpose(1, 2),
             softmax_scale=scaling,
             causal=visibility.is_causal,
         )
-        return mixed, None
+        return mixed
     if visibility.kernel == "flex":
         mixed = _flex(query.device.type)(
             query, key, value, block_mask=visibility.block_mask, scale=scaling, enable_gqa=grouped
         )
     else:
         mixed = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=visibility.mask,
-            is_causal=visibility.is_causal,
-            scale=scaling,
-            enable_gqa=grouped,
+            query, key, value, attn_mask=mask, is_causal=visibility.is_causal, scale=scaling, enable_gqa=grouped
         )
-    return mixed.transpose(1, 2).contiguous(), None
+    return mixed.transpose(1, 2).contiguous()
 
 
 @cache

@@ -13,12 +13,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+Group = tuple[Tensor, Tensor]
+"""The keys and values [b, H, keys, D/H] that b consecutive rows of a pass attend to."""
+
 
 class KeyValueSource(Protocol):
     """The keys and values that attention uses in every layer."""
 
-    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Return keys and values [B, H, keys, D/H] to attend to, given those of this pass, [B, H, queries, D/H]."""
+    def extend(self, layer: int, key: Tensor, value: Tensor) -> list[Group]:
+        """Return the keys and values to attend to, given those of this pass, [B, H, queries, D/H].
+
+        The groups are in the order of the rows, and together have B rows.
+        """
 
 
 class KeyValueCache:
@@ -60,6 +66,8 @@ class KeyValueCache:
         self.last_rows = torch.zeros(num_slots, config.hidden_size, device=device, dtype=dtype)
         self._places: Tensor | None = None
         self._end = 0
+        self._lookahead: Tensor | None = None
+        self._num_lookahead = 0
 
     def slot_range(self, first: int, count: int) -> KeyValueCache:
         """Return a view of `count` slots from `first` on, for one pass over only them; they share the memory."""
@@ -69,8 +77,27 @@ class KeyValueCache:
         view.last_rows = self.last_rows[first : first + count]
         return view
 
+    def with_lookahead(self, num_slots: int, slots: Sequence[int], num_tokens: int, num_rows: int) -> KeyValueCache:
+        """Return a view for one pass over the first slots that also runs the block after the next one of some slots.
+
+        Row b < num_slots of the pass holds the next positions of slot b, as without lookahead. Row num_slots + i holds
+        the positions after those of row slots[i]; it attends to the keys that row slots[i] writes in the same pass.
+
+        Args:
+            num_slots: number of slots in the pass.
+            slots: the slots whose following block is in the pass.
+            num_tokens: positions of every row.
+            num_rows: number of rows after the first `num_slots`; those beyond `slots` are padding.
+        """
+        view = copy.copy(self)
+        padding = [0] * (num_rows - len(slots))
+        view.lengths = [*self.lengths[:num_slots], *(self.lengths[slot] + num_tokens for slot in slots), *padding]
+        view._lookahead = torch.tensor([*slots, *padding], device=self.last_rows.device)
+        view._num_lookahead = len(slots)
+        return view
+
     def begin(self, offsets: tuple[int, ...], num_queries: int) -> int:
-        """Prepare a pass of `num_queries` positions in the first len(offsets) slots, and return its number of keys."""
+        """Prepare a pass of `num_queries` positions after `offsets`, one per row, and return its number of keys."""
         self._end = max(offsets) + num_queries
         assert self._end <= self.capacity_tokens, f"{self._end} positions in a cache of {self.capacity_tokens}"
         if len(set(offsets)) == 1 and self._fixed_keys is None:
@@ -81,18 +108,25 @@ class KeyValueCache:
             self._end = self._fixed_keys or self._end
         return self._end
 
-    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def extend(self, layer: int, key: Tensor, value: Tensor) -> list[Group]:
         """Write the keys and values of this pass, and return all up to its last position."""
-        num_slots, _, num_queries, _ = key.shape
-        pair = self._pairs[layer]
+        keys, values = self._pairs[layer]
+        num_rows, num_queries = key.shape[0], key.shape[2]
+        num_slots = num_rows if self._lookahead is None else num_rows - len(self._lookahead)
         if self._places is None:
-            pair[0, :num_slots, :, self._end - num_queries : self._end] = key
-            pair[1, :num_slots, :, self._end - num_queries : self._end] = value
+            keys[:num_rows, :, self._end - num_queries : self._end] = key
+            values[:num_rows, :, self._end - num_queries : self._end] = value
         else:
-            slot = torch.arange(num_slots, device=key.device)[:, None]
-            pair[0, slot, :, self._places] = key.transpose(1, 2)
-            pair[1, slot, :, self._places] = value.transpose(1, 2)
-        return pair[0, :num_slots, :, : self._end], pair[1, :num_slots, :, : self._end]
+            slot = torch.arange(num_slots, device=key.device)
+            if self._lookahead is not None:
+                slot = torch.cat([slot, self._lookahead[: self._num_lookahead]])
+            places = self._places[: len(slot)]  # padding rows write nothing
+            keys[slot[:, None], :, places] = key[: len(slot)].transpose(1, 2)
+            values[slot[:, None], :, places] = value[: len(slot)].transpose(1, 2)
+        groups = [(keys[:num_slots, :, : self._end], values[:num_slots, :, : self._end])]
+        if self._lookahead is not None:
+            groups.append((keys[self._lookahead, :, : self._end], values[self._lookahead, :, : self._end]))
+        return groups
 
     def commit(self, slot: int, num_tokens: int, last_row: Tensor) -> None:
         """Keep the next `num_tokens` positions of a slot, which the last pass wrote.
@@ -143,11 +177,11 @@ class KeyValues:
         self.num_keys = self._pairs[0][0].shape[2]
         self._is_complete = True
 
-    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def extend(self, layer: int, key: Tensor, value: Tensor) -> list[Group]:
         """Store the keys and values of the first pass; in later passes, return [those of the pass ; stored]."""
         if not self._is_complete:
             assert layer == len(self._pairs), "layers run in order, once"
             self._pairs.append((key, value))
-            return key, value
+            return [(key, value)]
         stored_key, stored_value = self._pairs[layer]
-        return torch.cat([key, stored_key], 2), torch.cat([value, stored_value], 2)
+        return [(torch.cat([key, stored_key], 2), torch.cat([value, stored_value], 2))]

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from dlm_ray.config.errors import UserError
 from dlm_ray.config.server import EngineSettings
+from dlm_ray.diffusion.objectives.block import is_context_causal
 from dlm_ray.diffusion.samplers.adjust import banned
 from dlm_ray.diffusion.samplers.blocks import BlockSampler
 from dlm_ray.diffusion.samplers.canvases import CanvasRequest, CanvasSampler, CanvasState
@@ -273,8 +274,8 @@ class Engine:
         """Return the current block, or the whole generated part of a canvas, without the positions of the prompt."""
         start, num_given = 0, 0
         if isinstance(sequence, SequenceState):
-            start = max(0, sequence.num_encoded - len(job.prompt))
-            num_given = max(0, len(job.prompt) - sequence.num_encoded)
+            start = max(0, sequence.block_start - len(job.prompt))
+            num_given = max(0, len(job.prompt) - sequence.block_start)
         positions = zip(
             ids[num_given:].tolist(),
             is_masked[num_given:].tolist(),
@@ -317,6 +318,7 @@ class Engine:
             capacity_tokens=model.sequence_length // size * size,
             num_steps=size,
             adjust=banned(forbidden) if forbidden else None,
+            is_context_causal=is_context_causal(model.objective),
             prefix_bytes=settings.prefix_cache_mib * 2**20,
             num_slots=settings.slots,
             fixed_shapes=settings.batch_invariant,

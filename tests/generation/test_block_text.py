@@ -38,7 +38,8 @@ def test_a_text_exceeds_the_context_and_does_not_depend_on_the_batch(runs, name,
     if name == "ar":  # one call per token but the last, one for the prompt, and re-encoding every half context
         assert calls["denoising"] == 0 and 70 <= calls["cache"] <= 70 + 6
     else:
-        assert 0 < calls["denoising"] <= 10 * 8 and calls["cache"] > 8
+        assert 0 < calls["denoising"] <= 10 * 8
+        assert 0 < calls["cache"] <= 6  # contexts that are encoded again; the next block's first call commits a block
 
 
 def test_steps_count_per_block_and_the_default_length_fills_the_context(runs):

@@ -16,11 +16,16 @@ class Recomputing:
         return Texts(self.last_rows.new_zeros(num_slots, self.last_rows.shape[1]))
 
     def hidden(self, inputs, visibility, memory):
-        texts, first = memory.slot_range(0, len(inputs)) if isinstance(memory, Texts) else memory
-        rows = []
-        for slot, own in enumerate(inputs.tolist(), start=first):
-            texts.passed[slot] = own
-            rows.append(self.denoiser.hidden(torch.tensor([texts.committed[slot] + own]), visibility)[0, -len(own) :])
+        texts, slots, num_slots = memory.slot_range(0, len(inputs)) if isinstance(memory, Texts) else memory
+        rows, passed = [], {}
+        for number, (slot, own) in enumerate(zip(slots, inputs.tolist(), strict=False)):
+            before = texts.committed[slot]
+            if number < num_slots:
+                passed[slot] = own
+            else:  # the block after the one that this pass runs in the row of the slot
+                before = before + passed[slot]
+            rows.append(self.denoiser.hidden(torch.tensor([before + own]), visibility)[0, -len(own) :])
+        texts.passed |= passed
         return torch.stack(rows)
 
 
@@ -33,7 +38,11 @@ class Texts:
         return [len(text) for text in self.committed]
 
     def slot_range(self, first, count):
-        return self, first
+        return self, range(first, first + count), count
+
+    def with_lookahead(self, num_slots, slots, num_tokens, num_rows):
+        assert num_rows == len(slots), "only calls of fixed shapes have padding"
+        return self, [*range(num_slots), *slots], num_slots
 
     def commit(self, slot, num_tokens, last_row):
         self.committed[slot] = self.committed[slot] + self.passed[slot][:num_tokens]

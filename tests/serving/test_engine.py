@@ -149,7 +149,7 @@ def test_the_streamed_canvas_has_each_position_with_its_probability(runs, name):
     engine.submit([shown])
     texts, updates = finish(engine)
     canvases = [update.canvas for update in updates if update.canvas]
-    assert len(canvases) >= 11 and canvases[0]["tokens"][0:] != canvases[-1]["tokens"]
+    assert len(canvases) >= 10 and canvases[0]["tokens"][0:] != canvases[-1]["tokens"]
     filled = [canvas["start"] + sum(text is not None for text, _ in canvas["tokens"]) for canvas in canvases]
     assert filled == sorted(filled)  # one more a call
     for canvas in canvases:
@@ -182,7 +182,7 @@ def test_the_canvas_shows_the_models_probability_of_every_token_whatever_its_rul
     def state():
         """The whole row, as the network sees it, and where the part that the canvas shows begins in it."""
         [(text, ids, is_masked, _)] = engine._samplers[size].running()
-        before = text.ids[: text.num_encoded] if size else list(shown.prompt)
+        before = text.ids[: text.block_start] if size else list(shown.prompt)
         return (
             torch.tensor([*before, *ids.tolist()]),
             torch.cat([torch.zeros(len(before), dtype=torch.bool), is_masked]),

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dlm_ray.diffusion.absorbing import Absorbing, Process, build_process
-from dlm_ray.diffusion.denoiser import Batch, CanvasKind, Denoiser, NetworkFacts, nll_of
+from dlm_ray.diffusion.denoiser import Batch, CanvasKind, Denoiser, NetworkFacts, Objective, nll_of
 from dlm_ray.diffusion.draws import BLOCK_TIME, Draw, DrawKey, generator
 from dlm_ray.diffusion.objectives.auxiliary import AuxiliaryLosses
 from dlm_ray.diffusion.objectives.masked import Masked, loss_options
@@ -58,11 +58,6 @@ class Block(Masked):
         self.block_tokens, self.context, self.passes = block_tokens, context, passes
         # Counted masks of a block of one token have no randomness: the bound is the likelihood there.
         self.likelihood = "exact" if block_tokens == 1 and isinstance(self.process, Absorbing) else "bound"
-
-    @property
-    def is_context_causal(self) -> bool:
-        """Whether finished blocks attend causally, also when they are sampled."""
-        return self.context == "clean_causal"
 
     @classmethod
     def build(cls, settings: ObjectiveSettings, facts: NetworkFacts) -> Block:
@@ -116,7 +111,7 @@ class Block(Masked):
     def rows_and_context(self, denoiser: Denoiser, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Return `rows`, and the hidden states [B, L, D] of x_0 where the same pass computes them causally."""
         rows, clean = self._rows(denoiser, batch, self.context)
-        return rows, clean if self.is_context_causal else None
+        return rows, clean if is_context_causal(self) else None
 
     def _rows(self, denoiser: Denoiser, batch: Batch, context: str) -> tuple[Tensor, Tensor | None]:
         """Return [R, D] for the masked positions, and the hidden states [B, L, D] of x_0 if there is a pass over it."""
@@ -147,7 +142,7 @@ class Block(Masked):
             batch.visibility,
             block_tokens=block_tokens,
             half=batch.x_0.shape[1],
-            is_context_causal=self.is_context_causal,
+            is_context_causal=is_context_causal(self),
         )
 
     def nll_of_draws(self, denoiser: Denoiser, batch: Batch, draws: Sequence[Draw]) -> list[Tensor]:
@@ -165,6 +160,11 @@ class Block(Masked):
             x_t = self.process.inputs(denoiser, replace(batch, draw=draw))
             hidden = torch.cat([denoiser.hidden(x_t, halves, kv), clean], 1)  # [B, 2L, D]
             yield hidden.flatten(0, 1)[_in_halves(denoiser.rows_for(draw.scored), draw.scored, block_tokens, length)]
+
+
+def is_context_causal(objective: Objective) -> bool:
+    """Return whether the objective's finished blocks attend causally, in training and when they are sampled."""
+    return isinstance(objective, Block) and objective.context == "clean_causal"
 
 
 def _check_whole(num_positions: int, block_tokens: int) -> None:

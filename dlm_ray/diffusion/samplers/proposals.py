@@ -11,9 +11,9 @@ from torch.nn.functional import pad
 
 from dlm_ray.diffusion.denoiser import Denoiser
 from dlm_ray.diffusion.samplers.adjust import Adjust
-from dlm_ray.diffusion.samplers.drawing import draw_tokens, log_probability, nothing_allowed
 from dlm_ray.diffusion.samplers.requests import SamplingParams
 from dlm_ray.diffusion.samplers.slots import Slot, by_params
+from dlm_ray.diffusion.samplers.token_sampling import log_probability, nothing_allowed, sample_tokens
 
 
 @dataclass(frozen=True)
@@ -50,27 +50,27 @@ class BlockProposer:
             params_number[group] = number
         arguments = [uniform.to(device), params_number[slot].to(device)]
         if adjust is not None:
-            absolute = position + torch.tensor([each.sequence.num_encoded for each in slots])[slot]
-            requests = torch.tensor([each.sequence.request.number for each in slots])[slot]
+            absolute = position + torch.tensor([item.sequence.block_start for item in slots])[slot]
+            requests = torch.tensor([item.sequence.request.number for item in slots])[slot]
             arguments += [requests.to(device), absolute.to(device)]
         if self.fixed_shapes:  # padding rows belong to no slot and have no parameters
             padding = (0, fixed_rows - num_rows)
             rows = pad(rows, (0, 0, *padding))
             arguments = [pad(argument, padding, value=-1) for argument in arguments]
 
-        def draw(logits: Tensor, uniform: Tensor, params_number: Tensor, *places: Tensor) -> Tensor:
+        def sample_rows(logits: Tensor, uniform: Tensor, params_number: Tensor, *places: Tensor) -> Tensor:
             if adjust is not None:
                 logits = adjust(logits, *places)
-            return draw_by_params(logits, uniform, params_number, all_params)
+            return sample_by_params(logits, uniform, params_number, all_params)
 
-        drawn: Tensor = self.denoiser.reduce_logits(rows, draw, *arguments)
-        tokens, confidence, log_p = drawn[:num_rows].cpu().unbind(1)
+        sampled: Tensor = self.denoiser.reduce_logits(rows, sample_rows, *arguments)
+        tokens, confidence, log_p = sampled[:num_rows].cpu().unbind(1)
         if bool((tokens < 0).any()):
             raise ValueError(nothing_allowed(None if adjust is None else int(absolute[tokens < 0][0])))
         return tokens.long(), confidence, log_p
 
 
-def draw_by_params(
+def sample_by_params(
     logits: Tensor, uniform: Tensor, params_number: Tensor, all_params: Sequence[SamplingParams]
 ) -> Tensor:
     """Sample one token per row of logits [n, V], with the parameters `all_params[params_number]` of the row.
@@ -81,14 +81,14 @@ def draw_by_params(
         [n, 3] float64: token, the confidence that the rule ranks by, and the log-probability, which is 0 unless the
         request streams its canvas. Float64 holds token ids exactly, so a single tensor is copied from the device.
     """
-    drawn = torch.zeros(len(logits), 3, dtype=torch.float64, device=logits.device)
+    sampled = torch.zeros(len(logits), 3, dtype=torch.float64, device=logits.device)
     for number, params in enumerate(all_params):
         # With a single set of parameters, reading `params_number` would only wait for the device.
         rows = (params_number == number).nonzero()[:, 0] if len(all_params) > 1 else slice(None)
         ranking = params.rule.confidence
-        tokens, ranked = draw_tokens(logits[rows], uniform[rows], params.temperature, params.top_p, ranking)
+        tokens, ranked = sample_tokens(logits[rows], uniform[rows], params.temperature, params.top_p, ranking)
         log_p = torch.zeros_like(ranked)
         if params.stream_canvas:
             log_p = ranked if ranking == "probability" else log_probability(tokens, logits[rows])
-        drawn[rows] = torch.stack((tokens, ranked, log_p), 1)
-    return drawn
+        sampled[rows] = torch.stack((tokens, ranked, log_p), 1)
+    return sampled

@@ -114,8 +114,8 @@ class SequenceState:
     request: Request
     ids: list[int]
     """Token ids of the prompt and of the finished blocks."""
-    num_encoded: int = 0
-    """Number of ids whose keys are or were in the cache; the current block begins after them."""
+    block_start: int = 0
+    """Position at which the current block begins; the ids before it are in the cache, or about to be written to it."""
     num_denoising_calls: int = 0
     num_cache_calls: int = 0
     num_cached_tokens: int = 0

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dlm_ray.diffusion.objectives.sedd import log_normaliser
-from dlm_ray.diffusion.samplers.drawing import Ranking
+from dlm_ray.diffusion.samplers.token_sampling import Ranking
 from dlm_ray.diffusion.schedules import Schedule
 
 Reveal = Callable[[Tensor, Tensor], Tensor]
@@ -279,17 +279,18 @@ class _Adaptive(SelectionRule):
 
 @dataclass(frozen=True)
 class Threshold(_Adaptive):
-    """Reveals all proposals with a probability above tau, and at least the best.
+    """Reveals all proposals with a probability above `threshold`, and at least the best.
 
     Fast-dLLM, arXiv 2505.22618, section 3.3.
     """
 
-    tau: float = 0.9
+    threshold: float
+    """tau of the paper."""
     confidence = "probability"
 
     def selected(self, canvas: Canvas, wanted: Tensor, confidence: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        """Return the positions whose log-probability is above log tau, and the best."""
-        lowest = math.log(self.tau) if self.tau > 0 else float("-inf")
+        """Return the positions whose log-probability is above that of the threshold, and the best."""
+        lowest = math.log(self.threshold) if self.threshold > 0 else float("-inf")
         return wanted & ((confidence > lowest) | (_rank(confidence) == 0))
 
 
@@ -301,33 +302,35 @@ class Factor(_Adaptive):
     by one.
     """
 
-    f: float = 1.0
+    factor: float
+    """f of the paper."""
     confidence = "probability"
 
     def selected(self, canvas: Canvas, wanted: Tensor, confidence: Tensor, t: Tensor, s: Tensor) -> Tensor:
         """Return the n most probable positions."""
         ordered = confidence.sort(dim=1, descending=True).values
         n = torch.arange(1, ordered.shape[1] + 1, device=ordered.device)
-        num_revealed = ((n * ((n + 1) * -torch.expm1(ordered) < self.f)).amax(1)).clamp(min=1)  # [B]
+        num_revealed = ((n * ((n + 1) * -torch.expm1(ordered) < self.factor)).amax(1)).clamp(min=1)  # [B]
         return wanted & (_rank(confidence) < num_revealed[:, None])
 
 
 @dataclass(frozen=True)
 class EntropyBounded(_Adaptive):
-    """Reveals the most proposals of lowest entropy with sum H - max H <= gamma nats, and at least one.
+    """Reveals the most proposals of lowest entropy with sum H - max H <= `entropy_bound` nats, and at least one.
 
     The left side bounds the mutual information of the positions, which are sampled independently (EB-Sampler,
     arXiv 2505.24857).
     """
 
-    gamma: float = 0.1
+    entropy_bound: float
+    """gamma of the paper, in nats."""
     confidence = "entropy"
 
     def selected(self, canvas: Canvas, wanted: Tensor, confidence: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        """Return the positions of lowest entropy: the sum of all but the last, the largest, is at most gamma."""
+        """Return the positions of lowest entropy: without the largest, they sum to at most the bound."""
         entropy = -confidence.sort(dim=1, descending=True).values
         before = torch.cat([torch.zeros_like(entropy[:, :1]), entropy[:, :-1].cumsum(1)], 1)
-        return wanted & (_rank(confidence) < (before <= self.gamma).sum(1, keepdim=True))
+        return wanted & (_rank(confidence) < (before <= self.entropy_bound).sum(1, keepdim=True))
 
 
 def kept_share(schedule: Schedule, t: Tensor, s: Tensor) -> Tensor:

@@ -17,8 +17,8 @@ from torch import Tensor
 from dlm_ray.diffusion.denoiser import Denoiser
 from dlm_ray.diffusion.draws import SAMPLING, generator
 from dlm_ray.diffusion.objectives.ssd_lm import SsdLm, alpha_bar
-from dlm_ray.diffusion.samplers.drawing import draw_tokens, nothing_allowed, nucleus, probabilities
 from dlm_ray.diffusion.samplers.rules import Canvas
+from dlm_ray.diffusion.samplers.token_sampling import nothing_allowed, nucleus, probabilities, sample_tokens
 from dlm_ray.diffusion.samplers.whole_canvas import CanvasOutput
 from dlm_ray.diffusion.visibility import Visibility
 
@@ -51,7 +51,7 @@ def sample_blocks(
         num_steps: T, the steps of a block; training may use more.
         projection: `greedy` takes the argmax; `sampled` takes a token from the nucleus; `multi_hot` takes all tokens of
             the nucleus at once.
-        temperature, top_p: as in `drawing.draw_tokens`.
+        temperature, top_p: as in `token_sampling.sample_tokens`.
         banned_ids: tokens that are never sampled.
         control, control_weight: logits += weight * gradient of control(softmax(logits)).
         seed: seed of the random numbers; those of a row do not depend on other rows.
@@ -118,10 +118,10 @@ def project(
     random numbers of `sampled`.
     """
     flat = logits.flatten(0, 1)
-    drawn = draw_tokens(flat, uniform.flatten(), 0.0 if projection != "sampled" else temperature, top_p, None)[0]
-    if bool((drawn < 0).any()):
+    sampled = sample_tokens(flat, uniform.flatten(), 0.0 if projection != "sampled" else temperature, top_p, None)[0]
+    if bool((sampled < 0).any()):
         raise ValueError(nothing_allowed(None))
-    tokens = drawn.view(logits.shape[:2])
+    tokens = sampled.view(logits.shape[:2])
     if projection != "multi_hot":
         return tokens, objective.simplex(tokens)
     kept = nucleus(probabilities(flat, temperature or 1.0, 1.0), top_p).view(logits.shape) > 0

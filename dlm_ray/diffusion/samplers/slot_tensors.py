@@ -31,6 +31,8 @@ class SlotTensors:
         self.ids = torch.zeros(shape, dtype=torch.int64)
         self.is_masked = torch.zeros(shape, dtype=torch.bool)
         self.is_open = torch.zeros(shape, dtype=torch.bool)
+        # The finished block before the current one, which the next call writes into the cache.
+        self.uncommitted = torch.zeros(shape, dtype=torch.int64)
         # Positions for which the slot's next step wants proposals.
         self.wanted = torch.zeros(shape, dtype=torch.bool)
         # Positions that the slot's next step masks again.
@@ -55,6 +57,7 @@ class SlotTensors:
             self.ids,
             self.is_masked,
             self.is_open,
+            self.uncommitted,
             self.wanted,
             self.remasked_again,
             self.step,

@@ -24,36 +24,42 @@ class SlotState(enum.Enum):
 
     ::
 
-             add, or the block before is committed
+                           add
                             |
                             v
-        +-------------> ADVANCING ----------------+
-        |                   | the next step       | no steps are left,
-        | masks are left,   | wants proposals     | nothing is masked
-        | or steps that     v                     |
-        +-- may remask -- NEEDS_FORWARD           |
-                            | the last mask       |
-                            | is revealed         |
-                            v                     |
-                          CLEAN <-----------------+
-                            | all candidates for this block are clean, one is kept
-                 +----------+-------------+
-                 | the sequence continues | the sequence stops
-                 v                        v
-             COMMITTING                LEAVING ---> the slot is free
-                 | a network call writes the block into the cache
-                 +---------------------+
-                 | the cache has room  | the cache is full
-                 v                     v
-             ADVANCING               FULL ---> the last half context is encoded again ---> ADVANCING
+        +-------------> ADVANCING ----------------+ <---------------------+
+        |                   | the next step       | no steps are left,    |
+        | masks are left,   | wants proposals     | nothing is masked     |
+        | or steps that     v                     |                       |
+        +-- may remask -- NEEDS_FORWARD           |                       |
+                            | the last mask       |                       |
+                            | is revealed         |                       |
+                            v                     |                       |
+                          CLEAN <-----------------+                       |
+                            | all candidates for this block are clean,    |
+                            | one is kept                                 |
+                 +----------+-------------+                               |
+                 | the sequence continues | the sequence stops            |
+                 v                        v                               |
+             FINISHED                 LEAVING ---> the slot is free       |
+                 | the next block begins                                  |
+                 +---------------------+                                  |
+                 | the cache has room  | the cache is full                |
+                 |                     v                                  |
+                 |                   FULL                                 |
+                 |                     | the last half context            |
+                 |                     | is encoded again                 |
+                 +---------------------+----------------------------------+
 
+    A slot that leaves FINISHED for ADVANCING has an uncommitted block: the next call that it takes part in writes that
+    block into the cache, and takes the first step of the next block if it needs hidden states of the latter.
     `BlockSampler.remove` takes a slot from any state to LEAVING.
     """
 
     ADVANCING = "the next step that has an effect is not known yet"
     NEEDS_FORWARD = "the next step wants proposals of the network"
     CLEAN = "the block is finished, but other candidates for it are not"
-    COMMITTING = "the block is finished and has to be written into the cache"
+    FINISHED = "the block is finished, and the next one has to begin"
     FULL = "the cache has no room for another block, so the last half context has to be encoded again"
     LEAVING = "the sequence is finished or was removed"
 
@@ -68,6 +74,8 @@ class Slot:
     """The random number generator of the current block."""
     params: SamplingParams
     state: SlotState = SlotState.ADVANCING
+    has_uncommitted: bool = False
+    """Whether the block before the current one is finished, but not in the cache."""
 
 
 def by_params(slots: Sequence[Slot]) -> list[tuple[SamplingParams, list[int]]]:

@@ -16,16 +16,16 @@ from torch import Tensor
 from dlm_ray.diffusion.denoiser import Denoiser
 from dlm_ray.diffusion.draws import GUMBEL, SAMPLING, generator
 from dlm_ray.diffusion.samplers.adjust import Adjust
-from dlm_ray.diffusion.samplers.drawing import (
+from dlm_ray.diffusion.samplers.rules import Canvas, Reveal, Rule
+from dlm_ray.diffusion.samplers.token_sampling import (
     Ranking,
     confidence_in,
-    draw_or_stay,
-    draw_tokens,
     log_probability,
     nothing_allowed,
     probabilities,
+    sample_or_stay,
+    sample_tokens,
 )
-from dlm_ray.diffusion.samplers.rules import Canvas, Reveal, Rule
 from dlm_ray.diffusion.visibility import Visibility
 
 Noise = Literal["float64", "float32_gumbel"]
@@ -83,7 +83,7 @@ def sample(
         visibility: which positions attend to which.
         num_steps: T; rules without times ignore it.
         grid: spacing of the times, `uniform` or `cosine`.
-        temperature, top_p: as in `drawing.draw_tokens`.
+        temperature, top_p: as in `token_sampling.sample_tokens`.
         adjust: changes the logits before tokens are sampled; its rows are those of the canvas.
         noise: `float32_gumbel` samples as MD4's code does, to compare with its published results.
         seed: seed of the random numbers.
@@ -141,7 +141,7 @@ class Proposals:
     def __call__(self, positions: Tensor, confidence: Ranking | None = "probability") -> tuple[Tensor, Tensor]:
         """Return tokens and the model's confidence in them."""
 
-        def draw(logits: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+        def sample_rows(logits: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
             logits = self._adjusted(logits, positions)
             if self._is_gumbel:
                 probs = probabilities(logits, self.temperature, self.top_p)
@@ -149,15 +149,17 @@ class Proposals:
                 tokens = tokens.masked_fill(probs[:, 0].isnan(), -1)
                 ranked = confidence_in(tokens, probabilities(logits, 1.0, 1.0), confidence or "probability")
             else:
-                tokens, ranked = draw_tokens(logits, self.uniform[positions], self.temperature, self.top_p, confidence)
+                tokens, ranked = sample_tokens(
+                    logits, self.uniform[positions], self.temperature, self.top_p, confidence
+                )
             return self._with_log_probability(tokens, ranked, logits)
 
-        return self._reduce(positions, draw)
+        return self._reduce(positions, sample_rows)
 
     def transition(self, positions: Tensor, reveal: Reveal) -> tuple[Tensor, Tensor]:
         """Return tokens, and whether each position was revealed."""
 
-        def draw(logits: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+        def sample_rows(logits: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
             adjusted = self._adjusted(logits, positions)
             probs = probabilities(adjusted, self.temperature, self.top_p)
             becomes = reveal(probs, logits.double())  # [n, V]
@@ -169,10 +171,10 @@ class Proposals:
                 tokens = outcome.clamp(max=becomes.shape[1] - 1).masked_fill(is_impossible, -1)
                 is_revealed = (outcome < becomes.shape[1]) | is_impossible
             else:
-                tokens, is_revealed = draw_or_stay(becomes, self.uniform[positions])
+                tokens, is_revealed = sample_or_stay(becomes, self.uniform[positions])
             return self._with_log_probability(tokens, is_revealed, adjusted)
 
-        return self._reduce(positions, draw)
+        return self._reduce(positions, sample_rows)
 
     def _with_log_probability(self, tokens: Tensor, other: Tensor, logits: Tensor) -> tuple[Tensor, ...]:
         return (tokens, other, log_probability(tokens, logits)) if self.stream_canvas else (tokens, other)
@@ -189,14 +191,14 @@ class Proposals:
             else self.adjust(logits, positions // num_positions, positions % num_positions)
         )
 
-    def _reduce(self, positions: Tensor, draw: Callable[..., tuple[Tensor, ...]]) -> tuple[Tensor, Tensor]:
+    def _reduce(self, positions: Tensor, sample_rows: Callable[..., tuple[Tensor, ...]]) -> tuple[Tensor, Tensor]:
         self.num_calls += 1
         canvas, mask_id, hidden = self.canvas, self.denoiser.mask_id, self.hidden
         if hidden is None:
             x_t = canvas.ids if mask_id is None else torch.where(canvas.is_masked, mask_id, canvas.ids)
             hidden = self.denoiser.hidden(x_t, self.visibility)
         rows = hidden.flatten(0, 1)[self.denoiser.rows_for(positions)]
-        tokens, other, *log_p = self.denoiser.reduce_logits(rows, draw, positions)
+        tokens, other, *log_p = self.denoiser.reduce_logits(rows, sample_rows, positions)
         if bool((tokens < 0).any()):
             raise ValueError(
                 nothing_allowed(None if self.adjust is None else int(positions[tokens < 0][0]) % canvas.ids.shape[1])

@@ -20,7 +20,6 @@ from helpers.toy import LENGTH, MASK, VOCAB, TableDenoiser
 
 from dlm_ray.diffusion.draws import SAMPLING, generator
 from dlm_ray.diffusion.samplers.adjust import banned, chained, forced, pattern
-from dlm_ray.diffusion.samplers.drawing import draw_or_stay, draw_tokens, probabilities
 from dlm_ray.diffusion.samplers.generate import generate_blocks
 from dlm_ray.diffusion.samplers.requests import Request
 from dlm_ray.diffusion.samplers.rules import (
@@ -33,6 +32,7 @@ from dlm_ray.diffusion.samplers.rules import (
     Threshold,
     Tweedie,
 )
+from dlm_ray.diffusion.samplers.token_sampling import probabilities, sample_or_stay, sample_tokens
 from dlm_ray.diffusion.samplers.whole_canvas import sample
 from dlm_ray.diffusion.schedules import Cosine, Polynomial
 
@@ -196,7 +196,7 @@ def selected(rule, *confidence):
     )
 
 
-def test_threshold_selects_proposals_above_tau_and_the_best():
+def test_threshold_selects_proposals_above_it_and_the_best():
     log = [math.log(p) for p in (0.95, 0.5, 0.91, 0.2)]
     assert selected(Threshold(0.9), *log) == [1, 0, 1, 0]
     assert selected(Threshold(0.96), *log) == [1, 0, 0, 0]  # the best, although it is below
@@ -205,7 +205,7 @@ def test_threshold_selects_proposals_above_tau_and_the_best():
     assert selected(Threshold(0.9), float("-inf"), log[1], log[3]) == [0, 1, 0]  # the first is not masked
 
 
-def test_factor_selects_the_largest_n_below_f():
+def test_factor_selects_the_largest_n_below_it():
     """(n + 1)(1 - p_n) of p = .95, .9, .8, .3: .1, .3, .8, 3.5."""
     log = [math.log(p) for p in (0.9, 0.3, 0.95, 0.8)]
     assert selected(Factor(1.0), *log) == [1, 0, 1, 1]
@@ -214,7 +214,7 @@ def test_factor_selects_the_largest_n_below_f():
     assert selected(Factor(4.0), *log) == [1, 1, 1, 1]
 
 
-def test_entropy_bounded_selects_the_longest_run_within_gamma():
+def test_entropy_bounded_selects_the_longest_run_within_the_bound():
     """Sorted .05, .06, .3, 1: the sum without the largest is 0, .05, .11, .41."""
     entropy = [-0.3, -0.05, -1.0, -0.06]
     assert selected(EntropyBounded(0.1), *entropy) == [0, 1, 0, 1]
@@ -227,11 +227,13 @@ def test_confidence_is_computed_at_temperature_1():
     probs = torch.tensor([[0.5, 0.4, 0.1], [0.7, 0.2, 0.1]], dtype=torch.float64)
     uniform = torch.tensor([0.95, 0.0], dtype=torch.float64)  # tokens 2 and 0
     for temperature, top_p in ((1.0, 1.0), (1.5, 1.0), (1.0, 0.99)):
-        tokens, log_p = draw_tokens(probs.log(), uniform, temperature, top_p, "probability")
+        tokens, log_p = sample_tokens(probs.log(), uniform, temperature, top_p, "probability")
         assert tokens.tolist() == [2, 0] and log_p.exp().tolist() == pytest.approx([0.1, 0.7])
-        assert draw_tokens(probs.log(), uniform, temperature, top_p, "margin")[1].tolist() == pytest.approx([0.1, 0.5])
-        entropy = [-sum(p * math.log(p) for p in row) for row in probs.tolist()]
-        assert (-draw_tokens(probs.log(), uniform, temperature, top_p, "entropy")[1]).tolist() == pytest.approx(entropy)
+        margin, entropy = (
+            sample_tokens(probs.log(), uniform, temperature, top_p, kind)[1].tolist() for kind in ("margin", "entropy")
+        )
+        assert margin == pytest.approx([0.1, 0.5])
+        assert entropy == pytest.approx([sum(p * math.log(p) for p in row) for row in probs.tolist()])
 
 
 @pytest.mark.parametrize("temperature", [5e-324, 1e-310, 2.2e-308, 1e-300])
@@ -239,14 +241,14 @@ def test_a_temperature_near_0_samples_the_most_probable_token_without_overflow(t
     logits = torch.tensor([[3.0, -2.0, 3.5, float("-inf")], [-1e30, -2e30, float("-inf"), -3e30]])
     uniform = torch.tensor([0.999, 0.0], dtype=torch.float64)
     for top_p in (1.0, 0.5, 5e-324):
-        assert draw_tokens(logits, uniform, temperature, top_p)[0].tolist() == [2, 0]
+        assert sample_tokens(logits, uniform, temperature, top_p)[0].tolist() == [2, 0]
         assert probabilities(logits, temperature, top_p).tolist() == [[0, 0, 1, 0], [1, 0, 0, 0]]
 
 
 def test_confidence_in_a_token_of_tiny_probability_is_finite():
     """A high temperature samples such a token; -inf would rank it with the positions without a proposal."""
     logits = torch.tensor([[0.0, 2000.0]], dtype=torch.float64)
-    tokens, confidence = draw_tokens(logits, torch.zeros(1, dtype=torch.float64), 1e300, 1.0)
+    tokens, confidence = sample_tokens(logits, torch.zeros(1, dtype=torch.float64), 1e300, 1.0)
     assert tokens.tolist() == [0] and bool(confidence.isfinite().all())
 
 
@@ -258,10 +260,10 @@ NOT_FINITE = torch.tensor([[0.0, float("nan"), 1.0]])
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 0.9), (0.0, 1.0)])
 def test_a_row_without_allowed_tokens_returns_minus_1_and_does_not_stay_masked(logits, temperature, top_p):
     uniform = torch.tensor([0.3], dtype=torch.float64)
-    assert draw_tokens(logits, uniform, temperature, top_p)[0].tolist() == [-1]
+    assert sample_tokens(logits, uniform, temperature, top_p)[0].tolist() == [-1]
     probs = probabilities(logits, temperature, top_p)
     for becomes in (probs, 0.25 * probs):
-        tokens, is_drawn = draw_or_stay(becomes, uniform)
+        tokens, is_drawn = sample_or_stay(becomes, uniform)
         assert tokens.tolist() == [-1] and is_drawn.tolist() == [True]
 
 

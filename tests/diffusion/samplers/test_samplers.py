@@ -18,8 +18,8 @@ from helpers.laws import (
 from helpers.toy import LENGTH, MASK, VOCAB, TableDenoiser
 
 from dlm_ray.diffusion.samplers.adjust import banned
-from dlm_ray.diffusion.samplers.drawing import draw_tokens
 from dlm_ray.diffusion.samplers.rules import Ancestral, Confidence, LeftToRight, StateDependent, Tweedie
+from dlm_ray.diffusion.samplers.token_sampling import sample_tokens
 from dlm_ray.diffusion.samplers.whole_canvas import grid_times, sample
 from dlm_ray.diffusion.schedules import Cosine, Polynomial
 
@@ -96,7 +96,7 @@ def test_tokens_including_rare_ones_are_sampled_with_their_probabilities():
     probabilities = torch.tensor([0.5, 0.3, 0.2 - 2e-4, 2e-4], dtype=torch.float64)
     num_samples = 200_000
     uniform = torch.from_numpy(np.random.default_rng(0).random(num_samples))
-    tokens, log_probs = draw_tokens(probabilities.log().repeat(num_samples, 1), uniform, 1.0, 1.0)
+    tokens, log_probs = sample_tokens(probabilities.log().repeat(num_samples, 1), uniform, 1.0, 1.0)
     counts = {word: int((tokens == word).sum()) for word in range(4)}
     assert abs(chi_square_z(counts, dict(enumerate(probabilities.tolist())), num_samples)) < 4
     assert torch.allclose(log_probs.exp(), probabilities[tokens])
@@ -106,17 +106,17 @@ def test_top_p_keeps_the_smallest_set_of_that_probability():
     probabilities = torch.tensor([[0.1, 0.5, 0.15, 0.25]], dtype=torch.float64)
     uniform = torch.linspace(0, 1 - 1e-9, 1000, dtype=torch.float64)
     for top_p, kept in [(0.4, {1}), (0.5, {1}), (0.51, {1, 3}), (0.76, {1, 2, 3}), (1.0, {0, 1, 2, 3})]:
-        tokens, _ = draw_tokens(probabilities.log().repeat(1000, 1), uniform, 1.0, top_p)
+        tokens, _ = sample_tokens(probabilities.log().repeat(1000, 1), uniform, 1.0, top_p)
         assert set(tokens.tolist()) == kept, top_p
 
 
 def test_temperature_0_samples_the_most_probable_token_that_is_not_banned():
     logits = torch.tensor([[1.0, 3.0, 2.0]]).repeat(100, 1)
     uniform = torch.linspace(0, 0.999, 100, dtype=torch.float64)
-    assert set(draw_tokens(logits, uniform, 0.0, 1.0)[0].tolist()) == {1}
+    assert set(sample_tokens(logits, uniform, 0.0, 1.0)[0].tolist()) == {1}
     without = banned([1])(logits, uniform, uniform)
-    assert set(draw_tokens(without, uniform, 0.0, 1.0)[0].tolist()) == {2}
-    assert set(draw_tokens(without, uniform, 1.0, 1.0)[0].tolist()) == {0, 2}
+    assert set(sample_tokens(without, uniform, 0.0, 1.0)[0].tolist()) == {2}
+    assert set(sample_tokens(without, uniform, 1.0, 1.0)[0].tolist()) == {0, 2}
 
 
 def test_a_cosine_grid_on_the_linear_schedule_is_a_uniform_grid_on_the_cosine_schedule():
@@ -205,7 +205,7 @@ def test_float32_gumbel_noise_truncates_the_tail_that_float64_keeps():
     """Inverting the cumulative distribution samples an outcome of probability 1e-9; float32 Gumbel noise cannot."""
     log_p = torch.tensor([1e-9, 1 - 1e-9], dtype=torch.float64).log()
     uniform = torch.linspace(0, 0.9e-9, 4, dtype=torch.float64)
-    assert (draw_tokens(log_p.repeat(4, 1), uniform, 1.0, 1.0)[0] == 0).all()
+    assert (sample_tokens(log_p.repeat(4, 1), uniform, 1.0, 1.0)[0] == 0).all()
     numbers = torch.tensor([np.nextafter(np.float32(1), np.float32(0)), np.finfo(np.float32).tiny, 2**-24])
     highest, lowest, usual_lowest = (-torch.log(-torch.log(numbers))).tolist()
     assert highest - usual_lowest < math.log(1e9) + math.log(2)

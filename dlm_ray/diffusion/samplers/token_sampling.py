@@ -35,7 +35,7 @@ def probabilities(logits: Tensor, temperature: float, top_p: float) -> Tensor:
     return probs
 
 
-def draw_or_stay(becomes: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+def sample_or_stay(becomes: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """Sample a token, or the outcome that the position stays masked, from probabilities [n, V] that sum to at most 1.
 
     Returns the tokens [n] and whether one was sampled [n]. A row of NaN allows no token: its token is -1, and it counts
@@ -47,11 +47,11 @@ def draw_or_stay(becomes: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     target = torch.where(total > 1 - 1e-9, uniform * total, uniform)
     tokens = torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
     is_impossible = total.isnan()
-    is_drawn = (tokens < becomes.shape[1]) | is_impossible
-    return tokens.clamp(max=becomes.shape[1] - 1).masked_fill(is_impossible, -1), is_drawn
+    is_sampled = (tokens < becomes.shape[1]) | is_impossible
+    return tokens.clamp(max=becomes.shape[1] - 1).masked_fill(is_impossible, -1), is_sampled
 
 
-def draw_tokens(
+def sample_tokens(
     logits: Tensor, uniform: Tensor, temperature: float, top_p: float, confidence: Ranking | None = "probability"
 ) -> tuple[Tensor, Tensor]:
     """Sample one token per row of logits, and compute the model's confidence in it.
@@ -73,7 +73,7 @@ def draw_tokens(
         tokens = torch.where(best > float("-inf"), tokens, -1)  # a NaN is not greater than -inf
     else:
         probs = probabilities(logits, temperature, top_p)
-        tokens = draw_or_stay(probs, uniform)[0]
+        tokens = sample_or_stay(probs, uniform)[0]
         if temperature == 1 and top_p == 1:
             model = probs
     if confidence is None:
@@ -93,7 +93,8 @@ def confidence_in(tokens: Tensor, probs: Tensor, ranking: Ranking) -> Tensor:
     if ranking == "margin":
         best_two = probs.topk(2, -1).values
         return best_two[:, 0] - best_two[:, 1]
-    return torch.special.xlogy(probs, probs).sum(-1)
+    negative_entropy: Tensor = torch.special.xlogy(probs, probs).sum(-1)
+    return negative_entropy
 
 
 def log_probability(tokens: Tensor, logits: Tensor) -> Tensor:
@@ -102,7 +103,7 @@ def log_probability(tokens: Tensor, logits: Tensor) -> Tensor:
 
 
 def nothing_allowed(position: int | None) -> str:
-    """Return the error message for a token of -1 from `draw_tokens`; pass the position if an `adjust` is in use."""
+    """Return the error message for a token of -1 from `sample_tokens`; pass the position if an `adjust` is in use."""
     if position is None:
         return "no token can be sampled: the network's logits are not finite; check the weights"
     return (
