@@ -8,9 +8,13 @@ import pytest
 import torch
 from helpers.commands import dlm_ray
 from helpers.recipes import tiny_recipe
+from helpers.two_passes import two_passes
 
 from dlm_ray.config.errors import UserError
 from dlm_ray.config.load import validate
+from dlm_ray.diffusion.samplers.adjust import banned
+from dlm_ray.diffusion.samplers.requests import Request
+from dlm_ray.diffusion.samplers.rules import Threshold
 from dlm_ray.generation.loading import load
 from dlm_ray.generation.text_model import TextModel
 
@@ -40,6 +44,19 @@ def test_a_text_exceeds_the_context_and_does_not_depend_on_the_batch(runs, name,
     else:
         assert 0 < calls["denoising"] <= 10 * 8
         assert 0 < calls["cache"] <= 6  # contexts that are encoded again; the next block's first call commits a block
+
+
+def test_a_model_trained_with_a_causal_context_is_sampled_with_one(runs):
+    model = load(runs / "causal4")
+    assert model.objective.context == "clean_causal"
+    request = Request(model.prompt_ids(model.encode("the model")), 20, seed=0)
+    forbidden = model.forbidden_token_ids(False, ())
+    options = {"num_steps": 4, "temperature": 0.0, "adjust": banned(forbidden) if forbidden else None}
+    expected = two_passes(
+        model.denoiser, request, Threshold(0.3), block_tokens=4, context_tokens=32, is_context_causal=True, **options
+    )
+    [text] = model.sample("the model", length_tokens=20, temperature=0.0, rule="threshold", threshold=0.3)
+    assert text == model.decode_until_end(expected.ids)
 
 
 def test_steps_count_per_block_and_the_default_length_fills_the_context(runs):

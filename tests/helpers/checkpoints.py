@@ -15,6 +15,13 @@ RECIPES = {
     "genmd4": {"objective__name": "genmd4"},
     "ssd_lm": {"objective__name": "ssd_lm"},
     "block8": BLOCKS_OF_8,
+    "causal4": {
+        "objective__name": "block",
+        "objective__block_tokens": 4,
+        "objective__context": "clean_causal",
+        "objective__autoregressive_weight": 0.5,
+        "curriculum__annealing": {},
+    },
     "block32": {**BLOCKS_OF_8, "objective__block_tokens": 32},
     "longer": {**BLOCKS_OF_8, "training__steps": 60},
 }

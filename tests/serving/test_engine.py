@@ -21,6 +21,7 @@ PARAMS = {
     "ar": [{}, {"temperature": 0.0}, {"temperature": 0.7, "top_p": 0.8}],
     "block8": [{}, {"rule": "threshold", "threshold": 0.3}, {"rule": "ancestral", "steps": 5, "remask": 0.2},
         {"rule": "margin", "top_p": 0.9}],
+    "causal4": [{}, {"rule": "threshold", "threshold": 0.3}],
     "whole": [{"steps": 4}, {"rule": "threshold"}, {"rule": "ancestral", "steps": 30, "remask": 0.1},
         {"rule": "first_hitting", "temperature": 0.5}],
     "sedd": [{"steps": 6}, {"rule": "confidence", "steps": 3, "temperature": 0.0}],
