@@ -20,7 +20,7 @@ from dlm_ray.generation.rules import load_rule
 WHOLE_CANVAS_RULES = ("state_dependent", "tweedie")
 _BLOCKS_ONLY = ("stop", "candidates", "reward")
 OnStep = Callable[[int, int, Canvas], None]
-OnText = Callable[[TextProgress], None]
+TextCallback = Callable[[TextProgress], None]
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -61,7 +61,7 @@ class SamplingOptions(TypedDict, total=False):
     """Seed of the random numbers: the same seed gives the same text, whatever else is in the batch."""
     on_step: OnStep | None
     """Called with (steps done, steps, canvas); with blocks, (blocks done, blocks, canvas of the blocks in progress)."""
-    on_text: OnText | None
+    on_text: TextCallback | None
     """Called after each step with the first text of the batch so far, also across blocks. Not for ssd_lm."""
 
 

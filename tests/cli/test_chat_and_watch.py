@@ -56,7 +56,7 @@ def test_the_steps_of_a_text_end_with_its_tokens_and_settle_once(models, kind):
     model, steps = models[kind], []
     [text] = model.sample("the model", length_tokens=13, seed=3, on_text=steps.append)
     assert not any(steps[-1].is_masked)
-    assert model._text(steps[-1].ids) == text and len(steps[-1].ids) <= 13
+    assert model.decode_until_end(steps[-1].ids) == text and len(steps[-1].ids) <= 13
     for before, after in zip(steps, steps[1:], strict=False):
         assert before.num_settled <= after.num_settled
         assert before.ids[: before.num_settled] == after.ids[: before.num_settled]
