@@ -13,7 +13,13 @@ from pathlib import Path
 from dlm_ray.config.manifest_fields import JsonObject
 from dlm_ray.report import intervals
 
-MODELS = {
+# Of a quickstart on a pretrained model, and of one from 2026-11-21 on its own base.
+PRETRAINED = {
+    "base": "{base} (exact)",
+    "continued": "the same, continued on the same tokens (exact)",
+    "adapted": "the same, adapted to block diffusion (bound)",
+}
+OWN = {
     "ar": "AR base (exact)",
     "adapted": "AR base adapted to diffusion (bound)",
     "unadapted": "AR base as a denoiser, not adapted (bound)",
@@ -23,9 +29,18 @@ MODELS = {
 
 def rows(report: JsonObject) -> list[tuple[str, float, float, float]]:
     """Return (label, bits per byte, low, high) per model, the best first; the interval is over documents."""
-    models = [(label, report[name]["bits_per_byte"], *report[name]["ci95_documents"]) for name, label in MODELS.items()]
+    if "scores" in report:
+        labels = {name: label.format(base=report["base"]["name"]) for name, label in PRETRAINED.items()}
+        return _sorted(report["scores"], labels)
+    models = _sorted(report, OWN)
     unigram = report["unigram_bits_per_byte"]
-    return [*sorted(models, key=lambda row: row[1]), ("frequencies of single tokens", unigram, unigram, unigram)]
+    return [*models, ("frequencies of single tokens", unigram, unigram, unigram)]
+
+
+def _sorted(scores: JsonObject, labels: dict[str, str]) -> list[tuple[str, float, float, float]]:
+    """Return the rows of some models, the best first."""
+    models = [(label, scores[name]["bits_per_byte"], *scores[name]["ci95_documents"]) for name, label in labels.items()]
+    return sorted(models, key=lambda row: row[1])
 
 
 def draw(path: Path) -> Path:

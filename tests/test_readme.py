@@ -11,7 +11,7 @@ from helpers.recipes import tiny_recipe
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-RESULT = ROOT / "evaluation/results/quickstart_cpu-2-cores_2026-11-21.json"
+RESULT = ROOT / "evaluation/results/quickstart_smollm2_cpu-2-cores_2026-11-25.json"
 
 
 @pytest.mark.ray
@@ -35,12 +35,16 @@ def test_readme_has_at_most_130_lines():
 def test_the_numbers_of_readme_are_those_of_the_committed_result():
     result = json.loads(RESULT.read_text())
     prose = " ".join(README.split())
-    for name in ("ar", "adapted", "scratch", "unadapted"):
-        assert f"{result[name]['bits_per_byte']:.2f}" in prose, name
-    difference = result["paired"]["adapted_minus_scratch"]
+    for name, score in result["scores"].items():
+        assert f"{score['bits_per_byte']:.2f}" in prose, name
+    difference = result["paired"]["adapted_minus_continued"]
     low, high = difference["ci95_documents_paired"]
-    assert f"paired difference {difference['bits_per_byte']:.2f}, 95 % {low:.2f} to {high:.2f} over documents" in prose
+    assert f"difference {difference['bits_per_byte']:+.2f}, 95 % {low:+.2f} to {high:+.2f} over documents" in prose
     assert f"{result['seconds']['in_all'] / 60:.0f} minutes" in prose and result["command"] in prose
+    answer = result["answers"][0]["adapted"]
+    assert answer["text"] in prose and f"{answer['tokens_per_forward']:.2f} tokens per network call" in prose
+    scratch = json.loads((ROOT / "evaluation/results/quickstart_cpu-2-cores_2026-11-21.json").read_text())
+    assert all(f"{scratch[name]['bits_per_byte']:.2f}" in prose for name in ("adapted", "scratch"))
 
 
 def test_the_figure_of_readme_shows_the_committed_result(tmp_path):
@@ -50,7 +54,7 @@ def test_the_figure_of_readme_shows_the_committed_result(tmp_path):
     copy.write_bytes(RESULT.read_bytes())
     drawn = picture.draw(copy).read_text()
     texts = [re.findall(r">([^<>\n]+)</text>", svg) for svg in (shown.read_text(), drawn)]
-    assert texts[0] == texts[1] and "2.347" in texts[0]
+    assert texts[0] == texts[1] and "1.461" in texts[0]
 
 
 def test_the_map_of_readme_lists_every_room_of_the_package():
