@@ -313,8 +313,7 @@ def _commands(base: TextModel, run: RunResult, base_path: str) -> list[str]:
         talk,
         f"dlm-ray serve {run_dir}",
         f"dlm-ray data build my_texts/ --tokenizer {tokenizer} --sequence-length 128 --held-out 0.05 --out my-data && "
-        f"dlm-ray train adapt model.base={base_name} data.sources.0.path=my-data objective.name=block "
-        "objective.block_tokens=4",
+        f"dlm-ray train quickstart model.base={base_name} data.sources.0.path=my-data training.steps=500",
     ]
 
 
