@@ -175,9 +175,9 @@ class Optimizer(ConfigNode):
     warmup_share: Fraction | None = None
     """Warm-up as a share of training.steps, such as 0.1. Set this or `warmup_steps`."""
     lr_schedule: Literal["cosine", "linear", "warmup_stable_decay", "constant"] = "cosine"
-    """Learning rate after the warm-up: `cosine` and `linear` fall towards `min_lr_ratio` * `learning_rate` at the
-    end of the run;
-    `warmup_stable_decay` is flat, then falls linearly over `decay_steps` or `decay_share`; `constant` stays flat."""
+    """Learning rate after the warm-up: `cosine` and `linear` fall towards `min_lr_ratio` * `learning_rate` at the end
+    of the run, and take no `decay_*`; `warmup_stable_decay` is flat, then falls linearly over `decay_steps` or
+    `decay_share`; `constant` stays flat."""
     decay_steps: NonNegative = 0
     """Optimizer steps of the final decay of `warmup_stable_decay`. Set this or `decay_share`."""
     decay_share: Share | None = None

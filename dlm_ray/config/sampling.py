@@ -45,10 +45,10 @@ class Sampling(ConfigNode):
     temperature: Annotated[float, Field(ge=0.0, le=100.0)] = 1.0
     """Temperature of the token probabilities; 0 takes the most probable token."""
     top_p: Annotated[Fraction, Field(gt=0.0)] = 1.0
-    """Nucleus sampling: tokens are drawn from the smallest set with at least this probability."""
+    """Nucleus sampling: tokens are sampled from the smallest set with at least this probability."""
     threshold: Annotated[Fraction, OfRule("threshold")] = 0.9
-    """A step reveals every proposal whose probability at temperature 1 is higher, and at least the most probable one
-    (Fast-dLLM's default, arXiv 2505.22618)."""
+    """With rule=threshold: a step reveals every proposal whose probability at temperature 1 is higher, and at least
+    the most probable one (Fast-dLLM's default, arXiv 2505.22618)."""
     factor: Annotated[float, Field(gt=0.0), OfRule("factor")] = 1.0
     """f: a step reveals the n most probable proposals while (n + 1)(1 - p) < f; Fast-dLLM's theorem 1 covers 1."""
     entropy_bound: Annotated[float, Field(ge=0.0), OfRule("entropy_bounded")] = 0.1
