@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from dlm_ray.data.index import load_index
+from dlm_ray.diffusion.objectives.block import is_context_causal
 from dlm_ray.diffusion.samplers.adjust import banned
 from dlm_ray.diffusion.samplers.generate import generate_blocks
 from dlm_ray.diffusion.samplers.requests import Request, Stops
@@ -161,6 +162,7 @@ def generate(model: TextModel, prompt: str, has_chat: bool, length: int, record:
         num_steps=params.steps,
         temperature=0.0,
         adjust=banned(model.forbidden_token_ids(False, ())),
+        is_context_causal=is_context_causal(model.objective),
         on_step=appearances,
     ).texts
     seconds = time.perf_counter() - started

@@ -6,11 +6,13 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from helpers.browser import opened
 
 from dlm_ray.config.errors import UserError
 from dlm_ray.config.load import load_recipe
 from dlm_ray.generation.loading import load
+from dlm_ray.models import parallel
 from dlm_ray.runtime import quickstart_base, quickstart_report, quickstart_samples
 from dlm_ray.runtime.quickstart import _recipes
 from dlm_ray.training import curriculum
@@ -108,6 +110,21 @@ def test_an_answer_is_the_text_of_sample_with_its_calls_and_the_step_of_each_tok
     assert sorted(set(record.steps)) == list(range(1, max(record.steps) + 1))
     if name == "ar":
         assert record.steps == list(range(1, answer.tokens + 1))
+
+
+def test_an_answer_of_a_model_with_a_causal_context_is_the_text_of_sample(runs):
+    model = load(runs / "causal4")
+    parallel.initialize(model.denoiser, seed=3)
+    with torch.no_grad():
+        for parameter in model.denoiser.parameters():
+            parameter.mul_(4.0)  # random and far from nothing, so that every token of the context matters
+    answer = quickstart_samples.generate(model, "the model reads", False, 16)
+    options = {"rule": "threshold", "threshold": quickstart_samples.THRESHOLD, "stop": ["end"]}
+    assert answer.text == model.sample("the model reads", length_tokens=16, temperature=0, **options)[0]
+    other = load(runs / "causal4")
+    other.denoiser = model.denoiser
+    other.objective.context = "clean"
+    assert answer.text != other.sample("the model reads", length_tokens=16, temperature=0, **options)[0]
 
 
 def test_a_whole_canvas_is_recorded_with_a_step_for_every_token(runs):
